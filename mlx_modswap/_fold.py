@@ -1,0 +1,199 @@
+"""Many paths -> few patterns that match exactly these."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import mlx.nn as nn
+
+from ._locations import Container, entries, is_container
+
+Segment = str | int  # an int is an index of a list, and a str is no index
+Product = tuple[tuple[Segment, ...], ...]  # the choices for each segment of a path
+
+_INDEX = re.compile(r"0|[1-9][0-9]{0,17}")
+_WIDEST = 48  # of what stands for one segment
+_WORD = re.compile(r"[^\W\d_]+|[0-9]+|.", re.DOTALL)
+
+
+def fold(paths: Sequence[Sequence[Segment]]) -> Iterator[tuple[Product, list[int]]]:
+    """Fold paths into few products.
+
+    Yields:
+        A product, and the numbers of the paths that it stands for, in their order.
+    """
+    # Two products that differ in one segment only are one product; so nothing but
+    # the paths is matched.
+    products: dict[Product, list[int]] = {}
+    for number, path in enumerate(paths):
+        products.setdefault(tuple((segment,) for segment in path), []).append(number)
+    for at in range(max(map(len, products), default=0)):
+        merged: dict[Any, list[Product]] = {}
+        for product in products:
+            key = product
+            if at < len(product) and _is_plain(product[at]):
+                key = product[:at], product[at + 1 :], type(product[at][0])
+            merged.setdefault(key, []).append(product)
+        folded: dict[Product, list[int]] = {}
+        for group in merged.values():
+            first = group[0]
+            if len(group) > 1:
+                choice = tuple(name for product in group for name in product[at])
+                first = (*first[:at], choice, *first[at + 1 :])
+            folded[first] = [number for product in group for number in products[product]]
+        products = folded
+    for product, numbers in products.items():
+        narrow = list(itertools.product(*map(_narrowed, product)))
+        for part in narrow if len(narrow) > 1 else ():
+            choices = list(map(set, part))
+            yield part, [n for n in sorted(numbers) if all(map(_is_in, paths[n], choices))]
+        if len(narrow) == 1:
+            yield product, sorted(numbers)
+
+
+def _is_in(segment: Segment, choices: set[Segment]) -> bool:
+    return segment in choices
+
+
+def _narrowed(choice: tuple[Segment, ...]) -> Iterator[tuple[Segment, ...]]:
+    """The choices to make of one, so that each of them is written in few characters."""
+    if len(_written(choice)) <= _WIDEST:
+        yield choice
+        return
+    rest: list[Segment] = []
+    for run in _runs(choice):
+        if len(run) > 2:
+            yield run
+        else:
+            rest.extend(run)
+    some: tuple[Segment, ...] = ()
+    for segment in rest:
+        if some and len(_written((*some, segment))) > _WIDEST:
+            yield some
+            some = ()
+        some += (segment,)
+    if some:
+        yield some
+
+
+def _runs(choice: tuple[Segment, ...]) -> Iterator[tuple[Segment, ...]]:
+    """Indices in a row, as long as they go; a name is a run of its own."""
+    run: tuple[Any, ...] = ()
+    for segment in sorted(choice) if isinstance(choice[0], int) else choice:
+        if run and (isinstance(segment, str) or segment != run[-1] + 1):
+            yield run
+            run = ()
+        run += (segment,)
+    yield run
+
+
+def segments(path: str, *, slices: bool) -> list[Segment]:
+    """The segments of a path, in which with ``slices`` every number is an index of a list."""
+    parts = path.split(".")
+    return [int(part) if slices and _INDEX.fullmatch(part) else part for part in parts]
+
+
+def pattern_of(product: Product) -> str:
+    """The pattern that matches the paths of a product, as one writes it in Python."""
+    if not is_plain(product):
+        return f"re.compile({_regex_of(product)!r})"
+    return "".join(map(_written, product)).removeprefix(".")
+
+
+def _written(choice: tuple[Segment, ...]) -> str:
+    if isinstance(choice[0], int):
+        return _subscript(sorted(map(int, choice)))
+    return f".{_braces([str(name) for name in choice])}"
+
+
+def is_plain(product: Product) -> bool:
+    """Whether a pattern without a regular expression can match exactly its paths."""
+    return all(map(_is_plain, product))
+
+
+def _is_plain(choice: tuple[Segment, ...]) -> bool:
+    return isinstance(choice[0], int) or not any(
+        not name or re.search(r"[*?\[\]{},]", name) or not name.isprintable()
+        for name in map(str, choice)
+    )
+
+
+def _regex_of(product: Product) -> str:
+    choices = ["|".join(re.escape(str(name)) for name in choice) for choice in product]
+    return r"\.".join(f"({text})" if "|" in text else text for text in choices)
+
+
+def _subscript(indices: list[int]) -> str:
+    """``[0, 1, 2]`` -> ``'[0:3]'``; what is no slice stays a choice of names."""
+    if len(indices) == 1:
+        return f".{indices[0]}"
+    first, last, step = indices[0], indices[-1], indices[1] - indices[0]
+    if indices != list(range(first, last + 1, step)) or (step > 1 and len(indices) == 2):
+        return ".{" + ",".join(map(str, indices)) + "}"
+    return f"[{first}:{last + 1}]" if step == 1 else f"[{first}:{last + 1}:{step}]"
+
+
+def _braces(names: list[str]) -> str:
+    """``['q_proj', 'v_proj']`` -> ``'{q,v}_proj'``."""
+    if len(names) == 1:
+        return names[0]
+    words = [_WORD.findall(name) for name in names]
+    head = _common(words)
+    tail = _common([own[:head:-1] for own in words])  # leaves each of them a word
+    if head and head == min(map(len, words)):
+        head -= 1
+    start = "".join(words[0][:head])
+    end = "".join(words[0][len(words[0]) - tail :])
+    return f"{start}{{{','.join(name[len(start) : len(name) - len(end)] for name in names)}}}{end}"
+
+
+def _common(words: list[list[str]]) -> int:
+    """How many words all of them begin with."""
+    return next(
+        (n for n, same in enumerate(zip(*words)) if len(set(same)) > 1), min(map(len, words))
+    )
+
+
+# ---------------------------------------------------------------- what one module holds
+
+
+class Entry(NamedTuple):
+    """What stands somewhere in a module, directly or in its own dicts and lists."""
+
+    path: tuple[Segment, ...]
+    holder: Container
+    keys: tuple[Any, ...]  # that lead from the module to the value; the last is one of the holder
+    value: Any
+
+
+def inside(module: Container) -> Iterator[Entry]:
+    """All that a module holds, in order, but not what the modules inside it hold."""
+    waiting = [Entry((), [], (), module)]
+    while waiting:
+        entry = waiting.pop()
+        path, _, keys, value = entry
+        if keys and (issubclass(type(value), nn.Module) or not is_container(value)):
+            yield entry
+            continue
+        by_index = isinstance(value, list)
+        held = [
+            Entry((*path, *([key] if by_index else str(key).split("."))), value, (*keys, key), one)
+            for key, one in entries(value)
+        ]
+        waiting.extend(reversed(held))
+
+
+def outline(container: Container) -> list[str]:
+    """The modules right inside a container, folded: ``["'norm'", "'layers[0:32]' (32 Block)"]``."""
+    alike: dict[type, list[tuple[Segment, ...]]] = {}
+    for path, _, _, value in inside(container):
+        if issubclass(type(value), nn.Module):
+            alike.setdefault(type(value), []).append(path)
+    return [
+        f"{pattern_of(product)!r}" + (f" ({len(numbers)} {cls.__name__})" if numbers[1:] else "")
+        for cls, paths in alike.items()
+        for product, numbers in fold(paths)
+    ]

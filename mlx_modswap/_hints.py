@@ -1,0 +1,253 @@
+"""What an error says was there, and what would have worked. Every suggestion is tried first.
+
+Runs on the way to an error only, so it is written to be plain, not fast.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from difflib import get_close_matches
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ._fold import outline
+from ._locations import Survey, entries, find, is_container
+from ._pattern import Matcher, Parsed, parse, shorten
+
+_MOST_NAMES = 8  # in a list of what is there
+_MOST_TOKENS = 40  # of a pattern that is worth mending
+_MOST_CHOICES = 1000  # to look through for a name that is close
+
+
+def no_match(survey: Survey, pattern: Parsed) -> str:
+    """That a pattern matches nothing, what is there instead, and a pattern that matches."""
+    if pattern.regex is not None:
+        return _no_match_of_regex(survey, pattern.regex, pattern.text)
+    message = f"{pattern.text} matches nothing"
+    tokens = _TOKENS.findall(pattern.source)
+    if len(tokens) > _MOST_TOKENS:
+        return message
+    anywhere = f"**.{pattern.source}"
+    if count := _count(survey, anywhere):
+        return f"{message}; {shorten(repr(anywhere))} matches {count}"
+    if there := _what_is_there(survey.model, tokens):
+        message += f": {there}"
+    mended = _mended(survey.model, tokens)
+    if mended and (count := _count(survey, mended)):
+        message += f"; {shorten(repr(mended))} matches {count}"
+    return message
+
+
+def _count(survey: Survey, text: str) -> int:
+    return len(find(survey, Matcher([parse(text)])).paths)
+
+
+def _no_match_of_regex(survey: Survey, regex: re.Pattern[str], text: str) -> str:
+    paths = find(survey, Matcher([parse("**")])).paths
+    for wider in (rf"(.*\.)?({regex.pattern})", rf".*({regex.pattern}).*"):
+        try:
+            candidate = re.compile(wider, regex.flags)
+        except re.error:  # flags inside the text may stand at its beginning only
+            continue
+        if count := sum(candidate.fullmatch(path) is not None for path in paths):
+            return f"{text} matches no whole path; {parse(candidate).text} matches {count}"
+    return f"{text} matches no whole path"
+
+
+def no_place(model: nn.Module, path: str) -> str:
+    """That there is no module at a path, and what is there instead."""
+    message = f"there is no module at {shorten(repr(path))}"
+    names = path.split(".")
+    if len(names) > _MOST_TOKENS or re.search(r"[*?\[\]{}]|^$|^\.|\.\.|\.$", path):
+        return message  # no pattern that could be stepped through
+    there = _what_is_there(model, names)
+    return f"{message}: {there}" if there else message
+
+
+def listed(things: Iterable[str]) -> str:
+    """A few of many things, with how many more there are."""
+    things = list(things)
+    more = len(things) - _MOST_NAMES
+    shown = ", ".join(things[:_MOST_NAMES])
+    return f"{shown} and {more} more" if more > 0 else shown
+
+
+def classes(modules: Iterable[nn.Module]) -> str:
+    """How many modules of which class there are."""
+    counts = Counter(type(module).__name__ for module in modules)
+    return listed(f"{count} {name}" for name, count in counts.most_common())
+
+
+def described(value: Any) -> str:
+    """What kind of thing a value is, in the words of a message."""
+    if value is None:
+        return "None"
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    if isinstance(value, mx.array):
+        return "an array"
+    if issubclass(type(value), nn.Module):
+        return f"a module ({type(value).__name__})"
+    if callable(value):
+        return "a function"
+    if isinstance(value, (list, tuple)):
+        return f"a {type(value).__name__} of {len(value)}"
+    name = type(value).__name__
+    return f"an {name}" if name[0].lower() in "aeiou" else f"a {name}"
+
+
+# ---------------------------------------------------------------- a walk that sees everything
+
+
+class _Thing(NamedTuple):
+    path: str
+    value: Any
+    hidden: str  # the path of the tuple that hides it from MLX, if any
+
+
+_NAME = re.compile(r"(?!\d+$)[^.*?\[\]{}]{1,100}")  # no number, and no pattern
+_TOKENS = re.compile(r"\[[^\]]*\]|[^.\[]+")
+
+
+def _inside(thing: _Thing) -> Iterator[tuple[str, _Thing]]:
+    """Everything that a thing holds, by name: also what MLX does not see."""
+    value, hidden = thing.value, thing.hidden
+    if is_container(value):
+        held = list(entries(value))
+    elif isinstance(value, tuple):
+        held, hidden = list(enumerate(value)), hidden or thing.path
+    else:
+        held = []
+    if issubclass(type(value), nn.Module):
+        held += [(k, v) for k, v in vars(value).items() if not k.startswith("_")]
+    prefix = f"{thing.path}." if thing.path else ""
+    for key, inner in held:
+        yield str(key), _Thing(f"{prefix}{key}", inner, hidden)
+
+
+def _everything(things: list[_Thing]) -> list[_Thing]:
+    """The things and all that is inside of them, each object once."""
+    seen: set[int] = set()
+    reached: list[_Thing] = []
+    waiting = list(reversed(things))
+    while waiting:
+        thing = waiting.pop()
+        if id(thing.value) in seen and (is_container(thing.value)):
+            continue
+        seen.add(id(thing.value))
+        reached.append(thing)
+        waiting.extend(reversed([inner for _, inner in _inside(thing)]))
+    return reached
+
+
+def _step(things: list[_Thing], token: str) -> list[_Thing]:
+    """What one token of a pattern leads to from some things."""
+    item = parse(f"_{token}" if token.startswith("[") else token).items[-1]
+    if token == "**":
+        return _everything(things)
+    reached: list[_Thing] = []
+    for thing in things:
+        inside = list(_inside(thing))
+        if token.startswith("["):
+            if isinstance(thing.value, (list, tuple)):
+                reached.extend(inside[index][1] for index in item.indices(len(inside)))
+        else:
+            reached.extend(inner for name, inner in inside if item.accepts(name))
+    return reached
+
+
+# ---------------------------------------------------------------- what is there instead
+
+
+def _what_is_there(model: nn.Module, tokens: list[str]) -> str:
+    """What stands where the tokens stop to match."""
+    reached = [_Thing("", model, "")]
+    for number, token in enumerate(tokens):
+        before, reached = reached, _step(reached, token)
+        if not reached:
+            return "" if "**" in tokens[:number] else _instead_of(token, before[0])
+    return _no_module(reached[0], ".".join(tokens))
+
+
+def _instead_of(token: str, thing: _Thing) -> str:
+    place = repr(shorten(thing.path)) if thing.path else "the model"
+    if isinstance(thing.value, (list, tuple)):
+        return f"{place} is {described(thing.value)}"
+    if token.startswith("["):
+        return f"{place} is {described(thing.value)}, not a list"
+    there = outline(thing.value) if is_container(thing.value) else []
+    return f"{place} holds {listed(there)}" if there else f"{place} holds no modules"
+
+
+def _no_module(thing: _Thing, pattern: str) -> str:
+    place = "it" if thing.path == pattern else repr(shorten(thing.path))
+    if thing.hidden:
+        return f"{place} is in a tuple, and MLX sees modules in lists and dicts only"
+    if issubclass(type(thing.value), nn.Module):
+        return f"{place} holds no modules"
+    return f"{place} is {described(thing.value)}, not a module"
+
+
+def _may_hold_modules(value: Any) -> bool:
+    if issubclass(type(value), nn.Module):
+        return True
+    inside = (inner.value for _, inner in _inside(_Thing("", value, "")))
+    return any(is_container(inner) or isinstance(inner, tuple) for inner in inside)
+
+
+# ---------------------------------------------------------------- what would work
+
+
+def _mended(model: nn.Module, tokens: list[str]) -> str:
+    """A pattern close to these tokens that may match, or ''."""
+    reached = [_Thing("", model, "")]
+    mended: list[str] = []
+    for token in tokens:
+        for way in _ways(reached, token, mended[-1:]):
+            further = reached
+            for step in way:
+                further = _step(further, step)
+            if further:
+                mended += way
+                reached = further
+                break
+        else:
+            return ""
+    modules = [t for t in reached if issubclass(type(t.value), nn.Module) and not t.hidden]
+    if not modules:
+        if is_container(reached[0].value):
+            mended.append("*")
+        else:
+            mended.pop()
+    return "".join(t if t.startswith("[") else f".{t}" for t in mended)[1:]
+
+
+def _ways(things: list[_Thing], token: str, before: list[str]) -> Iterator[list[str]]:
+    """Steps that may have been meant by a token, the likeliest first."""
+    yield [token]
+    if token.startswith("["):
+        yield [token[1:-1]] if token[1:-1].isdecimal() else ["[-1]"]
+        yield ["[-1]"]
+        return
+    if token.isdecimal() and before and before != ["**"]:
+        yield ["[-1]"]
+    yield from ([name] for name in _close(token, things))
+    yield ["**", token]
+    yield from (["**", name] for name in _close(token, _everything(things)))
+
+
+def _close(token: str, things: list[_Thing]) -> list[str]:
+    """The name in some things that is most like a token, if one is."""
+    names: dict[str, str] = {}
+    for thing in things:
+        for name, inner in _inside(thing):
+            if _may_hold_modules(inner.value) and _NAME.fullmatch(name):
+                names.setdefault(name.lower(), name)
+        if len(names) > _MOST_CHOICES:
+            break
+    close = get_close_matches(token.lower(), names, n=1) if len(token) <= 100 else []
+    return [names[name] for name in close]

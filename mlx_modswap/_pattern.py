@@ -1,0 +1,386 @@
+"""Text -> pattern -> matcher. Knows nothing of MLX.
+
+A pattern becomes a row of *items*, one for each segment of a path. The items of
+all patterns of a call stand one behind the other in one :class:`Matcher`, whose
+states say where a walk through a model stands in every pattern at once. A state
+remembers the state behind each key it has met, so most steps are one look-up.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from ._errors import PatternError
+
+Pattern = str | re.Pattern[str]
+
+
+class Parsed:
+    """One pattern, ready to match.
+
+    Attributes:
+        source (str): The text of the pattern.
+        items (tuple): One item for each step along a path.
+        regex (re.Pattern, optional): What the whole path must match besides.
+    """
+
+    __slots__ = ("items", "regex", "source")
+
+    def __init__(self, source: str, items: tuple[Any, ...], regex: re.Pattern[str] | None = None):
+        self.source = source
+        self.items = items
+        self.regex = regex
+
+    @property
+    def text(self) -> str:
+        """What to call the pattern in a message."""
+        text = shorten(repr(self.source))
+        return text if self.regex is None else f"re.compile({text})"
+
+
+def parse(pattern: Pattern) -> Parsed:
+    """Turn the text of a pattern, or a compiled regular expression, into items."""
+    if isinstance(pattern, str):
+        return Parsed(pattern, _parse_path(pattern))
+    if isinstance(pattern, re.Pattern) and isinstance(pattern.pattern, str):
+        return Parsed(pattern.pattern, _EVERYTHING, pattern)
+    raise TypeError(
+        "a pattern is a str or a compiled regular expression of str, "
+        f"not {type(pattern).__name__}: {shorten(repr(pattern))}"
+    )
+
+
+def parse_all(patterns: Pattern | Iterable[Pattern]) -> list[Parsed]:
+    """Parse one pattern or an iterable of them."""
+    if isinstance(patterns, (str, re.Pattern)) or not isinstance(patterns, Iterable):
+        return [parse(patterns)]
+    return [parse(pattern) for pattern in patterns]
+
+
+# ---------------------------------------------------------------- items
+#
+# An item answers two questions: does it accept this segment of a path, and
+# which entries of a list of this length does it accept?
+
+
+class _Names(frozenset[str]):
+    """One of some names: ``q_proj``, ``{q,k}_proj``."""
+
+    accepts = frozenset.__contains__
+
+    def indices(self, length: int) -> Iterable[int]:
+        # Longer digits are no index of any list, and int() limits their number.
+        numbers = [int(name) for name in self if _INDEX_TEXT.fullmatch(name)]
+        return [number for number in numbers if number < length]
+
+
+class _Glob:
+    """Text with ``*``, ``?`` or several braces: ``*_proj``, ``{a,b}_{c,d*}``.
+
+    Args:
+        parts: What follows what: each part a list of alternatives, each
+            alternative a list of tokens (``*``, ``?`` or plain text).
+    """
+
+    def __init__(self, parts: list[list[list[str]]]):
+        self.parts = parts
+        self.fits_numbers = all(
+            any(all(t in "*?" or t.isdecimal() for t in tokens) for tokens in alternatives)
+            for alternatives in parts
+        )
+
+    def accepts(self, text: str) -> bool:
+        # The set of all places where the parts so far can end: no backtracking.
+        ends = {0}
+        for alternatives in self.parts:
+            ends = set().union(*(_advance(ends, tokens, text) for tokens in alternatives))
+        return len(text) in ends
+
+    def indices(self, length: int) -> Iterable[int]:
+        return filter(lambda i: self.accepts(str(i)), range(length)) if self.fits_numbers else ()
+
+
+def _advance(ends: set[int], tokens: list[str], text: str) -> set[int]:
+    for token in tokens:
+        if not ends:
+            break
+        if token == "*":
+            ends = set(range(min(ends), len(text) + 1))
+        elif token == "?":
+            ends = {end + 1 for end in ends if end < len(text)}
+        else:
+            ends = {end + len(token) for end in ends if text.startswith(token, end)}
+    return ends
+
+
+class _Subscript:
+    """Entries of a list, as Python would choose them: ``[0]``, ``[-4:]``."""
+
+    def __init__(self, subscript: int | slice):
+        self.subscript = subscript
+
+    def accepts(self, text: str) -> bool:
+        return False
+
+    def indices(self, length: int) -> Iterable[int]:
+        chosen = range(length)
+        if isinstance(self.subscript, slice):
+            return chosen[self.subscript]
+        return [chosen[self.subscript]] if -length <= self.subscript < length else ()
+
+
+_ANY = _Glob([[["*"]]])  # one segment, whatever it is
+_DEEP = object()  # any number of segments
+_EVERYTHING = (_DEEP, _ANY)
+_INDEX_TEXT = re.compile(r"0|[1-9][0-9]{0,17}")
+
+
+# ---------------------------------------------------------------- text -> items
+
+_SPECIAL = re.compile(r"[*?\[\]{}]")
+_SEGMENT = re.compile(r"([^\[\]]+)((?:\[[^\[\]]*\])*)")
+_BRACKETS = re.compile(r"\[([^\[\]]*)\]")
+_INDEX = re.compile(r"-?[0-9]{1,18}")
+_SLICE = re.compile(r"(-?[0-9]{1,18})?:(-?[0-9]{1,18})?(?::(-?[0-9]{1,18})?)?")
+_BRACED = re.compile(r"(?:[^{}]|\{[^{}]+\})*")
+_TOKEN = re.compile(r"\*|\?|[^*?]+")
+
+
+def _parse_path(text: str) -> tuple[Any, ...]:
+    if not text:
+        raise PatternError("'' is an empty pattern; '**' matches every module of the model")
+    items: list[Any] = []
+    start = 0
+    for segment in text.split("."):
+        if not segment:
+            mended = ".".join(filter(None, text.split("."))) or "**"
+            raise _error(text, start, 1, f"an empty segment; write {shorten(mended)!r}")
+        if _SPECIAL.search(segment):
+            items.extend(_parse_segment(text, start, segment))
+        else:
+            items.append(_Names((segment,)))
+        start += len(segment) + 1
+    if items[-1] is _DEEP:
+        items.append(_ANY)  # what is inside, not the place itself
+    return tuple(items)
+
+
+def _parse_segment(text: str, start: int, segment: str) -> list[Any]:
+    if segment == "**":
+        return [_DEEP]
+    subscripts = [_parse_subscript(text, start, found) for found in _BRACKETS.finditer(segment)]
+    split = _SEGMENT.fullmatch(segment)
+    if split is None:
+        raise _bracket_error(text, start, segment)
+    return [_parse_name(text, start, split[1]), *subscripts]
+
+
+def _parse_name(text: str, start: int, name: str) -> Any:
+    if name == "*":
+        return _ANY
+    if "**" in name:
+        one, bare = re.sub(r"[*]{2,}", "*", name), re.sub(r"[*]{2,}", "", name)
+        inside = f", or '{shorten(bare)}.**' for what is inside" if bare else " or '**'"
+        right = f"'{shorten(one)}'{inside}"
+        raise _error(text, start, len(name), f"'**' is a whole segment of its own; write {right}")
+    if not _BRACED.fullmatch(name):
+        raise _brace_error(text, start, name)
+    pieces = re.split(r"\{([^{}]*)\}", name)
+    parts = [piece.split(",") if i % 2 else [piece] for i, piece in enumerate(pieces)]
+    if "*" not in name and "?" not in name and len(parts) == 3:
+        before, options, after = parts
+        return _Names(before[0] + option + after[0] for option in options)
+    return _Glob([[_TOKEN.findall(option) for option in options] for options in parts])
+
+
+def _parse_subscript(text: str, start: int, found: re.Match[str]) -> _Subscript:
+    inside = found[1]
+    if re.search(r"-0+(?![0-9])", inside):
+        right = re.sub(r"-0+(?![0-9])", "0", inside)
+        message = f"-0 counts from the start, not from the end; write [{right}] if you mean that"
+        raise _error(text, start + found.start(), len(found[0]), message)
+    if _INDEX.fullmatch(inside):
+        return _Subscript(int(inside))
+    bounds = _SLICE.fullmatch(inside)
+    numbers = [None if n is None else int(n) for n in bounds.groups()] if bounds else [0, 0, 0]
+    if numbers[2] != 0:
+        return _Subscript(slice(*numbers))
+    raise _error(
+        text,
+        start + found.start(),
+        len(found[0]),
+        f"{shorten(found[0])} is no index or slice of a list; write {_mended_subscript(inside)}",
+    )
+
+
+def _mended_subscript(inside: str) -> str:
+    span = re.fullmatch(r"([0-9]{1,18})-([0-9]{1,18})", inside)
+    if span:
+        return f"[{span[1]}:{int(span[2]) + 1}] for the entries {span[1]} to {span[2]}"
+    if re.fullmatch(r"[0-9]{1,18}(,[0-9]{1,18})+", inside) and len(inside) < 60:
+        return f".{{{inside}}} for some of the entries"
+    if re.fullmatch(r"\w{1,20}", inside) and not inside.isdecimal():
+        return "{" + ",".join(dict.fromkeys(inside)) + "} for one of several characters"
+    return "[0], [-1], [2:6], [-4:] or [::2], as for a Python list"
+
+
+def _bracket_error(text: str, start: int, segment: str) -> PatternError:
+    """Why brackets whose insides are right are in the wrong place."""
+    stray = re.search(r"[\[\]]", _BRACKETS.sub(lambda found: " " * len(found[0]), segment))
+    if stray:
+        what = "is not closed" if stray[0] == "[" else "closes nothing"
+        return _error(text, start + stray.start(), 1, f"'{stray[0]}' {what}; write 'layers[0]'")
+    if segment.startswith("["):
+        message = f"an index follows the name of a list; write 'layers{shorten(segment)}'"
+        return _error(text, start, len(segment), message)
+    first = _BRACKETS.search(segment)
+    at = first.end() if first else 0
+    message = f"an index ends its segment; write '{shorten(segment[:at])}.{shorten(segment[at:])}'"
+    return _error(text, start + at, len(segment) - at, message)
+
+
+def _brace_error(text: str, start: int, name: str) -> PatternError:
+    """What is wrong with the first brace that is not one of a good pair."""
+    rest = re.sub(r"\{[^{}]+\}", lambda found: " " * len(found[0]), name)
+    at = re.search(r"[{}]", rest)
+    assert at is not None
+    if rest.startswith("{}", at.start()):
+        return _error(text, start + at.start(), 2, "no alternatives; write '{q,k,v}'")
+    if at[0] == "}":
+        return _error(text, start + at.start(), 1, "'}' closes nothing; write '{q,k,v}'")
+    if "}" in rest[at.start() :]:
+        return _error(text, start + at.start(), 1, "braces do not nest; write '{a,b,c}'")
+    message = "'{' is not closed in its segment; write '{q,k,v}', or several patterns for more"
+    return _error(text, start + at.start(), 1, message)
+
+
+def _error(text: str, start: int, length: int, message: str) -> PatternError:
+    """The message, the pattern, and carets under the place that is wrong."""
+    window = slice(max(0, start - 50), start), slice(start, start + min(length, 20))
+    before, wrong = (repr(text[part])[1:-1] for part in window)
+    after = repr(text[window[1].stop : start + 50])[1:-1]
+    carets = " " * len(before) + "^" * max(1, len(wrong))
+    return PatternError(f"{message}\n    {before}{wrong}{after}\n    {carets}")
+
+
+def shorten(text: str) -> str:
+    """The text, or the beginning of one that is too long for a message."""
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+# ---------------------------------------------------------------- items -> matcher
+
+
+class State(dict[str, "State"]):
+    """Where a walk stands in all patterns of a matcher: a set of their items.
+
+    ``state[key]`` is the state behind ``key``, ``state.entries(n)`` are the
+    states behind the entries of a list of ``n``.
+
+    Attributes:
+        mask (int): Bit ``i`` is set if pattern ``i`` matches the path walked.
+        goes_on (bool): Whether anything deeper could match.
+    """
+
+    __slots__ = ("_live", "_matcher", "_tables", "goes_on", "mask")
+
+    def __init__(self, matcher: Matcher, live: frozenset[int]):
+        self._matcher = matcher
+        self._live = live
+        self._tables: dict[int, list[State]] = {}
+        ends = matcher.ends
+        self.mask = 0
+        for at in live:
+            if at in ends:
+                self.mask |= 1 << ends[at]
+        self.goes_on = any(at not in ends for at in live)
+
+    def __missing__(self, key: Any) -> State:
+        """Step along ``key``, which may hold dots; remember the way if it is a plain str."""
+        matcher = self._matcher
+        if type(key) is not str:
+            matcher.odd_keys = True
+            return self[str(key)]
+        state = self
+        segments = key.split(".")
+        for segment in segments:
+            state = state._step(segment)
+        matcher.odd_keys |= len(segments) > 1 or key.isdecimal()
+        self[key] = state
+        return state
+
+    def _step(self, segment: str) -> State:
+        items = self._matcher.items
+        live = set[int]()
+        for at in self._live:
+            item = items[at]
+            if item is _DEEP:
+                live.add(at)
+            elif item is _ANY or (item is not None and item.accepts(segment)):
+                live.add(at + 1)
+        return self._matcher.state(live)
+
+    def entries(self, length: int) -> list[State]:
+        """The states behind the entries of a list of ``length``."""
+        table = self._tables.get(length)
+        if table is None:
+            table = self._tables[length] = self._entries(length)
+        return table
+
+    def _entries(self, length: int) -> list[State]:
+        matcher = self._matcher
+        everywhere = set[int]()
+        somewhere: defaultdict[int, set[int]] = defaultdict(set)
+        for at in self._live:
+            item = matcher.items[at]
+            if item is _DEEP:
+                everywhere.add(at)
+            elif item is _ANY:
+                everywhere.add(at + 1)
+            elif item is not None:
+                for index in item.indices(length):
+                    somewhere[index].add(at + 1)
+        table = [matcher.state(everywhere)] * length
+        for index, live in somewhere.items():
+            table[index] = matcher.state(live | everywhere)
+        return table
+
+
+class Matcher:
+    """Several patterns side by side, as one lazily built automaton.
+
+    Attributes:
+        start (State): The state at the model itself.
+        dead (State): The state from which nothing can match.
+        odd_keys (bool): Whether a walk met a key of a dict that is no str, a
+            number or holds a dot. Only then may two places print the same path,
+            or a number in a path be no index of a list.
+    """
+
+    def __init__(self, patterns: Sequence[Parsed]):
+        self.items: list[Any] = []  # None ends a pattern
+        self.ends: dict[int, int] = {}
+        starts = []
+        for number, pattern in enumerate(patterns):
+            starts.append(len(self.items))
+            self.items.extend(pattern.items)
+            self.ends[len(self.items)] = number
+            self.items.append(None)
+        self.odd_keys = False
+        self._states: dict[frozenset[int], State] = {}
+        self.dead = self.state(())
+        self.start = self.state(starts)
+
+    def state(self, live: Iterable[int]) -> State:
+        reached = set(live)
+        for at in live:
+            while self.items[at] is _DEEP:  # none of its segments is one way to take it
+                at += 1
+                reached.add(at)
+        key = frozenset(reached)
+        if key not in self._states:
+            self._states[key] = State(self, key)
+        return self._states[key]
