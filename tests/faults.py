@@ -1,0 +1,376 @@
+"""Puts small faults into a copy of the library, one at a time, and sees that the tests notice.
+
+    python tests/faults.py            # all of them
+    python tests/faults.py tie order  # those whose names hold one of these words
+
+A fault is a replacement of text that must fit exactly once; one that does not is *stale*: the code
+has changed, and the fault has to follow.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parent.parent
+TESTS = ["guarantees", "memory", "patterns", "errors", "fuzz", "stateful"]
+TIMINGS = "time_of_a_match or hard_pattern"  # fail for no reason when all is busy
+AT_ONCE = 2
+MOST_SECONDS = 120
+
+
+class Fault(NamedTuple):
+    name: str
+    file: str
+    right: str
+    wrong: str
+
+
+FAULTS = [
+    # ---------------------------------------------------------------- selecting
+    Fault(
+        "match prefixes",
+        "_pattern.py",
+        "        return len(text) in ends",
+        "        return bool(ends)",
+    ),
+    Fault(
+        "regex need not match the whole path",
+        "_select.py",
+        "pattern.regex.fullmatch, ~",
+        "pattern.regex.match, ~",
+    ),
+    Fault(
+        "two stars at the end match the place itself",
+        "_pattern.py",
+        "    if items[-1] is _DEEP:\n",
+        "    if False:\n",
+    ),
+    Fault(
+        "two stars match at least one segment",
+        "_pattern.py",
+        "            while self.items[at] is _DEEP:",
+        "            while False:",
+    ),
+    Fault(
+        "an index counts one too far",
+        "_pattern.py",
+        "if -length <= self.subscript < length else ()",
+        "if -length <= self.subscript <= length else ()",
+    ),
+    Fault(
+        "exclude is ignored",
+        "_select.py",
+        "if mask <= included}",
+        "}",
+    ),
+    Fault(
+        "where is ignored",
+        "_select.py",
+        "        places.keep(passed)\n",
+        "",
+    ),
+    Fault(
+        "a pattern may match nothing",
+        "_select.py",
+        "        if not any(mask >> number & 1 for mask in found):",
+        "        if False:",
+    ),
+    Fault(
+        "exclude may remove nothing",
+        "_select.py",
+        "        _check_excludes(survey, patterns, excludes, places)\n",
+        "",
+    ),
+    Fault(
+        "where may leave nothing",
+        "_select.py",
+        "if strict and passed and not any(passed):",
+        "if False:",
+    ),
+    Fault(
+        "a rule may be shadowed",
+        "_select.py",
+        "            _check_rules(patterns, places)\n",
+        "            pass\n",
+    ),
+    Fault(
+        "the last rule decides",
+        "_select.py",
+        "(mask & -mask).bit_length() - 1",
+        "mask.bit_length() - 1",
+    ),
+    # ---------------------------------------------------------------- walking
+    Fault(
+        "iterate backwards",
+        "_locations.py",
+        "    return zip(range(len(states)), list.__iter__(container), states)",
+        "    steps = zip(range(len(states)), list.__iter__(container), states)\n"
+        "    return iter(list(steps)[::-1])",
+    ),
+    Fault(
+        "a module without arrays is no module",
+        "_replace.py",
+        "        if not issubclass(type(new), nn.Module):",
+        "        if not new or not issubclass(type(new), nn.Module):",
+    ),
+    Fault(
+        "an empty container ends the walk",
+        "_locations.py",
+        "            if not kind or state is dead:",
+        "            if not value or not kind or state is dead:",
+    ),
+    Fault(
+        "cycles are not looked for",
+        "_locations.py",
+        "            if id(value) in under_way:",
+        "            if id(value) in under_way and len(under_way) > 99:",
+    ),
+    Fault(
+        "ties are not looked for",
+        "_locations.py",
+        "        if len(ids) < places:\n            return set()\n",
+        "",
+    ),
+    Fault(
+        "an attribute with an underscore counts as a parameter",
+        "_locations.py",
+        '            if public_only and str(key).startswith("_"):\n                continue\n',
+        "",
+    ),
+    Fault(
+        "a list entry in the partial dict is one too low",
+        "_locations.py",
+        "            inside.extend([{}] * (key + 1 - len(inside)))\n        inside[key] = module",
+        "            inside.extend([{}] * (key + 1 - len(inside)))\n"
+        "            key = max(key - 1, 0)\n        inside[key] = module",
+    ),
+    # ---------------------------------------------------------------- planning
+    Fault(
+        "modules without parameters are tied",
+        "_replace.py",
+        "survey.holders[id(module)] > 1 and holds_array(module)",
+        "survey.holders[id(module)] > 1",
+    ),
+    Fault(
+        "nothing is tied",
+        "_replace.py",
+        "survey.holders[id(module)] > 1 and holds_array(module)",
+        "False",
+    ),
+    Fault(
+        "half of a tie or of an alias may change",
+        "_replace.py",
+        "        if len(inside) < survey.ways[shared]:",
+        "        if False:",
+    ),
+    Fault(
+        "the aliases of a place are not looked at",
+        "_replace.py",
+        "        if len(inside) < survey.ways[shared]:",
+        "        if isinstance(unit, int) and len(inside) < survey.ways[shared]:",
+    ),
+    Fault(
+        "two rules may share a tie",
+        "_replace.py",
+        "        if len(rules) > 1:",
+        "        if False:",
+    ),
+    Fault(
+        "factories are called twice",
+        "_replace.py",
+        "            new = factory(path, module)\n",
+        "            new = factory(path, module)\n            new = factory(path, module)\n",
+    ),
+    Fault(
+        "the factory runs for each place of a tie",
+        "_replace.py",
+        "    if survey.ways:\n        units",
+        "    if False:\n        units",
+    ),
+    Fault(
+        "the error of a factory is swallowed",
+        "_replace.py",
+        '({type(module).__name__})")\n            raise\n',
+        '({type(module).__name__})")\n            new = module\n',
+    ),
+    Fault(
+        "places may lie inside one another",
+        "_replace.py",
+        "    _check_nesting(places)\n    _check_names(places)\n",
+        "    _check_names(places)\n",
+    ),
+    Fault(
+        "partial_modules takes nested paths",
+        "_replace.py",
+        "    _check_nesting(places)\n    return nest(",
+        "    return nest(",
+    ),
+    Fault(
+        "a path may mean two places",
+        "_replace.py",
+        "    _check_nesting(places)\n    _check_names(places)\n",
+        "    _check_nesting(places)\n",
+    ),
+    Fault(
+        "unchanged places are reported",
+        "_replace.py",
+        "    if not all(changes):\n",
+        "    if False:\n",
+    ),
+    Fault(
+        "the training mode is not handed over",
+        "_replace.py",
+        "                _set_mode(module, mode)\n",
+        "                pass\n",
+    ),
+    Fault(
+        "the training mode is handed to modules of the model as well",
+        "_replace.py",
+        "    _bring_in(places, news, survey.ids)",
+        "    _bring_in(places, news, set())",
+    ),
+    Fault(
+        "frozen state is carried over",
+        "_replace.py",
+        "    return _Plan(places, news)\n",
+        "    for old, new in zip(places.modules, news):\n"
+        "        new._no_grad |= old._no_grad\n"
+        "    return _Plan(places, news)\n",
+    ),
+    Fault(
+        "a new module may close a cycle",
+        "_replace.py",
+        "    if met and not met <= set(map(id, places.modules)):",
+        "    if False:",
+    ),
+    Fault(
+        "a model that the factories changed is not noticed",
+        "_replace.py",
+        '    _check_unmoved(places, places.modules, "while the factories ran")\n',
+        "",
+    ),
+    # ---------------------------------------------------------------- changing
+    Fault(
+        "no rollback",
+        "_replace.py",
+        "            nn.Module.update_modules(model, nest(places, olds))\n",
+        "            pass\n",
+    ),
+    Fault(
+        "rollback for ordinary errors only",
+        "_replace.py",
+        "    except BaseException as error:\n        # The same partial",
+        "    except Exception as error:\n        # The same partial",
+    ),
+    Fault(
+        "what update_modules left alone is not noticed",
+        "_replace.py",
+        "        if (at := places.first_without(news)) is not None:",
+        "        if (at := None) is not None:",
+    ),
+    Fault(
+        "the last report keeps the old modules",
+        "_report.py",
+        "        self._olds = measure(olds)\n",
+        "        self._olds = measure(olds)\n        Replacement._kept = olds\n",
+    ),
+    Fault(
+        "the module keeps the last plan",
+        "_replace.py",
+        "    return _Plan(places, news)\n",
+        "    globals()['_last'] = _Plan(places, news)\n    return _Plan(places, news)\n",
+    ),
+    Fault(
+        "swapped does not restore on an exception",
+        "_replace.py",
+        "            _put_back(plan)\n        except SelectionError as refusal:",
+        "            pass\n        except SelectionError as refusal:",
+    ),
+    Fault(
+        "swapped does not restore at all",
+        "_replace.py",
+        "        raise\n    _put_back(plan)\n",
+        "        raise\n",
+    ),
+    Fault(
+        "swapped overwrites what someone else put in",
+        "_replace.py",
+        '    _check_unmoved(plan.places, plan.news, "inside the block")\n',
+        "",
+    ),
+    Fault(
+        "the refusal of swapped hides the error of its body",
+        "_replace.py",
+        "            note(error, str(refusal))\n",
+        "            raise\n",
+    ),
+]
+
+
+def main(words: list[str]) -> int:
+    faults = [fault for fault in FAULTS if not words or any(word in fault.name for word in words)]
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(AT_ONCE) as pool:
+        failed = first_failure(copy(Path(folder) / "unharmed"))
+        if failed:
+            print(f"without any fault there fails {failed}: nothing can be said")
+            return 1
+        folders = [Path(folder) / str(number) for number in range(len(faults))]
+        verdicts = list(pool.map(judge, faults, folders))
+    caught = verdicts.count("caught")
+    print(f"{caught} of {len(faults)} faults caught")
+    return int(caught < len(faults))
+
+
+def judge(fault: Fault, folder: Path) -> str:
+    file = copy(folder) / "mlx_modswap" / fault.file
+    text = file.read_text()
+    failed = ""
+    if text.count(fault.right) == 1:
+        file.write_text(text.replace(fault.right, fault.wrong))
+        failed = first_failure(folder)
+        verdict = "caught" if failed else "NOT CAUGHT"
+    else:
+        verdict = "STALE"
+    shutil.rmtree(folder)
+    print(f"{verdict:12}{fault.name}{failed and f'   by {failed}'}", flush=True)
+    return verdict
+
+
+def copy(folder: Path) -> Path:
+    """The library, the tests and their settings in a folder of their own."""
+    ignore = shutil.ignore_patterns("__pycache__", "data")
+    for name in ("mlx_modswap", "tests"):
+        shutil.copytree(ROOT / name, folder / name, ignore=ignore)
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    return folder
+
+
+def first_failure(folder: Path) -> str:
+    """The name of the first test that fails, if one does."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-rf", "-p", "no:cacheprovider"]
+    command += ["-o", "addopts=", "-k", f"not ({TIMINGS})"]
+    command += [f"tests/test_{name}.py" for name in TESTS]
+    environment = {**os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
+    try:
+        run = subprocess.run(
+            command, cwd=folder, env=environment, capture_output=True, timeout=MOST_SECONDS
+        )
+    except subprocess.TimeoutExpired:
+        return f"taking more than {MOST_SECONDS} s"
+    output = run.stdout.decode()
+    failed = re.search(r"^FAILED \S+::(\w+)", output, re.MULTILINE)
+    if bool(run.returncode) != bool(failed):  # nothing was tested: the fault is broken
+        raise RuntimeError(output + run.stderr.decode())
+    return failed[1] if failed else ""
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,238 @@
+# ruff: noqa: E501
+"""``python -m mlx_modswap`` draws a model from its config, or says in one line why it does not."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+from mlx_modswap.__main__ import main
+
+needs_mlx_lm = pytest.mark.skipif(
+    importlib.util.find_spec("mlx_lm") is None, reason="the models are those of mlx-lm"
+)
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5,
+    "vocab_size": 1000,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+}
+QUANTIZED = {
+    **LLAMA,
+    "quantization": {
+        "group_size": 64,
+        "bits": 4,
+        "model.embed_tokens": {"group_size": 32, "bits": 8},
+        "model.layers.2.mlp.down_proj": False,
+    },
+}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Makes a model folder of a config."""
+
+    def make(config: Any) -> str:
+        text = config if isinstance(config, str) else json.dumps(config)
+        (tmp_path / "config.json").write_text(text)
+        return str(tmp_path)
+
+    return make
+
+
+# ---------------------------------------------------------------- the picture
+
+
+@needs_mlx_lm
+def test_it_draws_the_model_of_a_config(folder, capsys):
+    assert main([folder(LLAMA), "**.{q,v}_proj", "--exclude", "model.layers[0].**"]) == 0
+    assert (
+        capsys.readouterr().out
+        == """\
+  Model                                                                          175.0K params   350.1 KB   bfloat16
+    model                                  LlamaModel                            175.0K          350.1 KB   bfloat16
+      embed_tokens                         Embedding(1000, 64)                   64.0K           128.0 KB   bfloat16
+      layers.0                             TransformerBlock(4 heads)             37.0K           74.0 KB    bfloat16
+        self_attn                          Attention(4 heads, 2 kv heads)        12.3K           24.6 KB    bfloat16
+          {q,o}_proj                       Linear(64 -> 64)                 x2   8.2K            16.4 KB    bfloat16
+          {k,v}_proj                       Linear(64 -> 32)                 x2   4.1K            8.2 KB     bfloat16
+          rope                             RoPE(16)
+        mlp                                MLP                                   24.6K           49.2 KB    bfloat16
+          {gate,up}_proj                   Linear(64 -> 128)                x2   16.4K           32.8 KB    bfloat16
+          down_proj                        Linear(128 -> 64)                     8.2K            16.4 KB    bfloat16
+        {input,post_attention}_layernorm   RMSNorm(64, eps=1e-05)           x2   128             256 B      bfloat16
+      layers[1:3]                          TransformerBlock(4 heads)        x2   74.0K           148.0 KB   bfloat16
+        self_attn                          Attention(4 heads, 2 kv heads)   x2   24.6K           49.2 KB    bfloat16
+*         q_proj                           Linear(64 -> 64)                 x2   8.2K            16.4 KB    bfloat16
+          k_proj                           Linear(64 -> 32)                 x2   4.1K            8.2 KB     bfloat16
+*         v_proj                           Linear(64 -> 32)                 x2   4.1K            8.2 KB     bfloat16
+          o_proj                           Linear(64 -> 64)                 x2   8.2K            16.4 KB    bfloat16
+          rope                             RoPE(16)                         x2
+        mlp                                MLP                              x2   49.2K           98.3 KB    bfloat16
+          {gate,up}_proj                   Linear(64 -> 128)                x4   32.8K           65.5 KB    bfloat16
+          down_proj                        Linear(128 -> 64)                x2   16.4K           32.8 KB    bfloat16
+        {input,post_attention}_layernorm   RMSNorm(64, eps=1e-05)           x4   256             512 B      bfloat16
+      norm                                 RMSNorm(64, eps=1e-05)                64              128 B      bfloat16
+'**.{q,v}_proj' with exclude selects 4 of 42 modules
+"""
+    )
+
+
+@needs_mlx_lm
+def test_it_quantizes_as_the_config_says(folder, capsys):
+    assert main([folder(QUANTIZED)]) == 0
+    assert (
+        capsys.readouterr().out
+        == """\
+Model                                                                                               175.0K params   146.9 KB   bfloat16, uint32
+  model                                  LlamaModel                                                 175.0K          146.9 KB   bfloat16, uint32
+    embed_tokens                         QuantizedEmbedding(1000, 64, group_size=32, bits=8)        64.0K           72.0 KB    bfloat16, uint32
+    layers[0:2]                          TransformerBlock(4 heads)                             x2   74.0K           42.0 KB    bfloat16, uint32
+      self_attn                          Attention(4 heads, 2 kv heads)                        x2   24.6K           13.8 KB    bfloat16, uint32
+        {q,o}_proj                       QuantizedLinear(64 -> 64, group_size=64, bits=4)      x4   16.4K           9.2 KB     bfloat16, uint32
+        {k,v}_proj                       QuantizedLinear(64 -> 32, group_size=64, bits=4)      x4   8.2K            4.6 KB     bfloat16, uint32
+        rope                             RoPE(16)                                              x2
+      mlp                                MLP                                                   x2   49.2K           27.6 KB    bfloat16, uint32
+        {gate,up}_proj                   QuantizedLinear(64 -> 128, group_size=64, bits=4)     x4   32.8K           18.4 KB    bfloat16, uint32
+        down_proj                        QuantizedLinear(128 -> 64, group_size=64, bits=4)     x2   16.4K           9.2 KB     bfloat16, uint32
+      {input,post_attention}_layernorm   RMSNorm(64, eps=1e-05)                                x4   256             512 B      bfloat16
+    layers.2                             TransformerBlock(4 heads)                                  37.0K           32.8 KB    bfloat16, uint32
+      self_attn                          Attention(4 heads, 2 kv heads)                             12.3K           6.9 KB     bfloat16, uint32
+        {q,o}_proj                       QuantizedLinear(64 -> 64, group_size=64, bits=4)      x2   8.2K            4.6 KB     bfloat16, uint32
+        {k,v}_proj                       QuantizedLinear(64 -> 32, group_size=64, bits=4)      x2   4.1K            2.3 KB     bfloat16, uint32
+        rope                             RoPE(16)
+      mlp                                MLP                                                        24.6K           25.6 KB    bfloat16, uint32
+        {gate,up}_proj                   QuantizedLinear(64 -> 128, group_size=64, bits=4)     x2   16.4K           9.2 KB     bfloat16, uint32
+        down_proj                        Linear(128 -> 64)                                          8.2K            16.4 KB    bfloat16
+      {input,post_attention}_layernorm   RMSNorm(64, eps=1e-05)                                x2   128             256 B      bfloat16
+    norm                                 RMSNorm(64, eps=1e-05)                                     64              128 B      bfloat16
+"""
+    )
+
+
+@needs_mlx_lm
+def test_it_prints_data(folder, capsys):
+    assert main([folder(LLAMA), "**.self_attn", "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert (data["modules"], data["selected"]) == (42, 3)
+    assert [place["path"] for place in data["places"] if place["selected"]] == [
+        "model.layers[0:3].self_attn"
+    ]
+    assert data["places"][2] == {
+        "path": "model.embed_tokens",
+        "class": "Embedding",
+        "text": "Embedding(1000, 64)",
+        "count": 1,
+        "params": 64000,
+        "trainable": 64000,
+        "bytes": 128000,
+        "dtypes": ["bfloat16"],
+        "selected": False,
+        "note": "",
+    }
+    assert main([folder(LLAMA), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["selected"] is None
+
+
+@needs_mlx_lm
+def test_nothing_is_computed(folder):
+    big = {"hidden_size": 2**15, "intermediate_size": 2**17, "num_hidden_layers": 200}
+    before = mx.get_active_memory()
+    assert main([folder({**QUANTIZED, **big}), "--json"]) == 0
+    assert mx.get_active_memory() - before < 2**20
+
+
+@needs_mlx_lm
+def test_it_runs_as_a_module(folder):
+    run = subprocess.run(
+        [sys.executable, "-m", "mlx_modswap", folder(LLAMA), "**.norm"],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent.parent,
+    )
+    assert (run.returncode, run.stderr) == (0, "")
+    assert run.stdout.splitlines()[-1] == "'**.norm' selects 1 of 42 modules"
+
+
+# ---------------------------------------------------------------- one line for what is wrong
+
+
+@needs_mlx_lm
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("q_proj", "'q_proj' matches nothing; '**.q_proj' matches 3"),
+        ("a**", "'**' is a whole segment of its own; write 'a*', or 'a.**' for what is inside"),
+    ],
+)
+def test_a_wrong_pattern(folder, capsys, pattern, message):
+    assert main([folder(LLAMA), pattern]) == 2
+    assert capsys.readouterr() == ("", f"mlx_modswap: {message}\n")
+
+
+@needs_mlx_lm
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("{", "{folder}/config.json is no JSON: Expecting property name enclosed in double quotes"),
+        ("[]", "mlx-lm builds no model from {folder}: TypeError: "),
+        ("{}", "mlx-lm builds no model from {folder}: KeyError: 'model_type'"),
+        (
+            {"model_type": "no_such_model"},
+            "mlx-lm builds no model from {folder}: ValueError: Model type no_such_model not supported.",
+        ),
+        (
+            {"model_type": "llama"},
+            "mlx-lm builds no model from {folder}: TypeError: ModelArgs.__init__() missing",
+        ),
+    ],
+)
+def test_a_wrong_config(folder, capsys, config, message):
+    path = folder(config)
+    assert main([path]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(f"mlx_modswap: {message.replace('{folder}', path)}")
+    assert err.count("\n") == 1
+
+
+@needs_mlx_lm
+def test_a_folder_without_a_model(tmp_path, capsys):
+    assert main([str(tmp_path)]) == 1
+    assert capsys.readouterr() == (
+        "",
+        f"mlx_modswap: cannot read {tmp_path}/config.json: No such file or directory\n",
+    )
+
+
+def test_without_mlx_lm(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "mlx_lm", None)
+    assert main(["anywhere"]) == 1
+    assert capsys.readouterr() == ("", "mlx_modswap: this needs mlx-lm: pip install mlx-lm\n")
+
+
+def test_no_arguments(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main([])
+    assert "the following arguments are required: MODEL_DIR" in capsys.readouterr().err
+
+
+def test_the_help_describes_the_data(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    printed = capsys.readouterr().out
+    for key in ("path", "class", "text", "count", "params, trainable, bytes, dtypes", "selected"):
+        assert f"\n    {key}" in printed

@@ -1,0 +1,376 @@
+"""The code in README.md and in docs/ runs, and prints what stands there."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import doctest
+import io
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+import oracle
+import pytest
+
+import mlx_modswap
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+DOCUMENTS = sorted(ROOT.glob("docs/*.md"))
+PYTORCH = ROOT / "docs" / "coming-from-pytorch.md"
+
+FENCED = re.compile(r"(?ms)^```(\w*)\n(.*?)^```$")
+OUTPUT = re.compile(r"(?s)\s*```\n(.*?)\n```")
+AS_PRINTED = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
+
+
+class Block(NamedTuple):
+    """A block of code, its line in the document, and the output that follows it, if one does."""
+
+    language: str
+    code: str
+    line: int
+    output: str
+
+
+def blocks(document: Path) -> list[Block]:
+    text = document.read_text("utf-8")
+    found = []
+    for block in FENCED.finditer(text):
+        output = OUTPUT.match(text, block.end())
+        line = text.count("\n", 0, block.start()) + 2
+        found.append(Block(block[1], block[2], line, output[1] if output else ""))
+    return [block for block in found if block.language in ("python", "pycon")]
+
+
+def needs_mlx_lm(document: Path) -> None:
+    if "mlx_lm" in document.read_text("utf-8"):
+        pytest.importorskip("mlx_lm", reason="the document is about mlx-lm")
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu():
+    with mx.stream(mx.cpu):
+        yield
+
+
+# ---------------------------------------------------------------- docs
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_the_code_in_a_document_runs_and_prints_what_stands_there(document):
+    needs_mlx_lm(document)
+    names: dict[str, Any] = {"__name__": "document"}
+    for block in blocks(document):
+        if block.language == "pycon":
+            run_examples(block, document, names)
+        else:
+            exec(compile("\n" * (block.line - 1) + block.code, str(document), "exec"), names)
+
+
+def run_examples(block: Block, document: Path, names: dict[str, Any]) -> None:
+    examples = doctest.DocTestParser().get_doctest(
+        block.code, names, document.name, str(document), block.line - 1
+    )
+    report = io.StringIO()
+    runner = doctest.DocTestRunner(optionflags=AS_PRINTED)
+    runner.run(examples, out=report.write, clear_globs=False)
+    names.update(examples.globs)
+    assert not report.getvalue(), report.getvalue()
+
+
+# ---------------------------------------------------------------- coming from PyTorch
+
+
+class Line(NamedTuple):
+    """A line of a table with code on both sides."""
+
+    theirs: str
+    ours: str
+
+
+def lines(heading: str) -> list[Line]:
+    """The lines of the tables under a heading."""
+    text = PYTORCH.read_text("utf-8").partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+    return [Line(*cells) for cells in re.findall(r"(?m)^\| `(.*)` \| `(.*)` \|$", text)]
+
+
+def names_for_pytorch() -> dict[str, Any]:
+    """The names that the tables use, with a new model."""
+    (block,) = blocks(PYTORCH)
+    names: dict[str, Any] = {"__name__": "document"}
+    mx.random.seed(0)
+    exec(block.code, names)
+    return names
+
+
+class Torch:
+    """What PyTorch's modules can do, for a module or a list of MLX."""
+
+    def __init__(self, module: Any):
+        self.module = module
+
+    def __getattr__(self, name: str) -> Torch:
+        return Torch(getattr(self.module, name))
+
+    def named_children(self) -> list[tuple[str, nn.Module]]:
+        return [(str(number), module) for number, module in enumerate(self.module)]
+
+    def named_modules(self) -> list[tuple[str, nn.Module]]:
+        return [("", self.module)] + [(p.path, p.module) for p in oracle.places(self.module)]
+
+    def get_submodule(self, path: str) -> nn.Module:
+        return dict(self.named_modules())[path]
+
+    def set_submodule(self, path: str, new: nn.Module) -> None:
+        next(p for p in oracle.places(self.module) if p.path == path).put(new)
+
+
+FINDING = lines("Finding and replacing modules")
+FOUND = [line for line in FINDING if line.ours.startswith("select")]
+REPLACED = [line for line in FINDING if "set_submodule" in line.theirs]
+
+
+@pytest.mark.parametrize("line", FOUND, ids=lambda line: line.ours)
+def test_a_line_of_the_table_finds_the_modules_that_pytorch_finds(line):
+    names = names_for_pytorch()
+    found = eval(line.ours, names)
+    expected = eval(line.theirs, {**names, "model": Torch(names["model"])})
+
+    assert identities(found) == identities(expected) - {id(names["model"])}
+
+
+def identities(found: Any) -> set[int]:
+    modules = [found] if isinstance(found, nn.Module) else list(found.values())
+    return {id(module) for module in modules}
+
+
+@pytest.mark.parametrize("line", REPLACED, ids=lambda line: line.theirs)
+def test_a_line_of_the_table_replaces_the_modules_that_pytorch_replaces(line):
+    theirs, ours = names_for_pytorch(), names_for_pytorch()
+    # Two classes of one name, each of its own run of the block, are told apart by nothing else.
+    eval(line.theirs, {**theirs, "model": Torch(theirs["model"])})
+    eval(line.ours, ours)
+
+    assert classes(theirs["model"]) == classes(ours["model"])
+
+
+def classes(model: nn.Module) -> list[tuple[str, str]]:
+    return [(place.path, type(place.module).__name__) for place in oracle.places(model)]
+
+
+def test_the_line_about_quantization_quantizes_the_linear_layers():
+    (line,) = [line for line in FINDING if line.theirs.startswith("quantize_dynamic")]
+    names = names_for_pytorch()
+    linear = [path for path, name in classes(names["model"]) if name == "Linear"]
+    eval(line.ours, names)
+    now = dict(classes(names["model"]))
+
+    assert {now[path] for path in linear} == {"QuantizedLinear"}
+
+
+HOOKS = lines("Hooks")
+
+
+def test_the_line_about_capture_listens_as_a_hook_does():
+    names = names_for_pytorch()
+    exec(HOOKS[0].ours, names)
+
+    assert list(names["seen"]) == [f"model.layers.{i}.mlp" for i in range(names["n"])]
+    for number, outputs in enumerate(names["seen"].values()):
+        assert [output.shape for output in outputs] == [(1, 3, 64)]
+        assert isinstance(names["model"].model.layers[number].mlp, names["MLP"])
+
+
+@pytest.mark.parametrize(("line", "before", "after"), list(zip(HOOKS[1:], [1, 1, 2], [0, 2, 1])))
+def test_a_line_about_a_hook_changes_what_goes_in_or_out(line, before, after):
+    names = names_for_pytorch()
+    exec(line.ours.replace(": model(x)", ": y = model(x)"), names)
+    output = names["y"] if "y" in names else names["model"](names["x"])
+
+    assert mx.allclose(output, expected_output(before, after), atol=1e-5)
+
+
+class Hooked(nn.Module):
+    """A layer with a factor before and after it."""
+
+    def __init__(self, layer: Any, before: float, after: float):
+        super().__init__()
+        self.layer, self.before, self.after = layer, before, after
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.after * self.layer(self.before * x)
+
+
+def expected_output(before: float, after: float) -> mx.array:
+    names = names_for_pytorch()
+    block = names["model"].model.layers[0]
+    block.mlp = Hooked(block.mlp, before, after)
+    return names["model"](names["x"])
+
+
+def peft_ranks(
+    paths: Iterable[str],
+    target_modules: str | list[str],
+    r: int = 8,
+    rank_pattern: Mapping[str, int] = MappingProxyType({}),
+    layers_to_transform: Sequence[int] | None = None,
+    exclude_modules: Sequence[str] = (),
+) -> dict[str, int]:
+    """The rank of the adapter that PEFT gives to each layer, among the linear ones."""
+
+    def named(path: str, names: Iterable[str]) -> bool:
+        return any(path == name or path.endswith(f".{name}") for name in names)
+
+    def targeted(path: str) -> bool:
+        if named(path, exclude_modules):
+            return False
+        if target_modules == "all-linear":
+            return path != "lm_head"
+        if isinstance(target_modules, str):
+            return re.fullmatch(target_modules, path) is not None
+        block = re.match(r".*\.layers\.(\d+)\.", path)
+        chosen = layers_to_transform is None or (block and int(block[1]) in layers_to_transform)
+        return named(path, target_modules) and bool(chosen)
+
+    def rank(path: str) -> int:
+        fitting = (key for key in rank_pattern if re.match(rf"(.*\.)?({key})$", path))
+        return rank_pattern.get(next(fitting, ""), r)
+
+    return {path: rank(path) for path in paths if targeted(path)}
+
+
+CONFIGS = [line for line in lines("PEFT") if "target_modules" in line.theirs]
+
+
+@pytest.mark.parametrize("line", CONFIGS, ids=lambda line: line.theirs)
+def test_a_line_about_peft_puts_the_same_adapters_into_the_same_places(line):
+    names = names_for_pytorch()
+    linear = [path for path, name in classes(names["model"]) if name == "Linear"]
+    expected = peft_ranks(linear, **eval(f"dict({line.theirs})", names))
+    changed = eval(line.ours, names)
+
+    assert expected
+    assert {path: adapter.lora_a.shape[1] for path, adapter in changed.items()} == expected
+
+
+def adapted() -> dict[str, Any]:
+    """The names, with adapters that do something in the model."""
+    names = names_for_pytorch()
+    adapters = names["replace_layers"](names["model"], "**.{q,v}_proj", names["lora"](8))
+    for adapter in adapters.values():
+        adapter.lora_b = mx.random.normal(adapter.lora_b.shape)
+    return names
+
+
+@pytest.mark.parametrize(
+    ("theirs", "stays", "same_output"),
+    [
+        ("with model.disable_adapter(): model(x)", True, False),
+        ("model.unload()", False, False),
+        ("model.merge_and_unload()", False, True),
+    ],
+)
+def test_a_line_about_peft_takes_the_adapters_off(theirs, stays, same_output):
+    (line,) = [line for line in lines("PEFT") if line.theirs == theirs]
+    without, names = names_for_pytorch(), adapted()
+    model, x = names["model"], names["x"]
+    before = model(x)
+    exec(line.ours.replace(": model(x)", ": y = model(x)"), names)
+    output = names["y"] if stays else model(x)
+    expected = before if same_output else without["model"](x)
+
+    assert mx.allclose(output, expected, atol=1e-3)
+    assert ("LoRALinear" in dict(classes(model)).values()) is stays
+
+
+def test_every_line_of_the_tables_is_run_by_one_of_these_tests():
+    in_tables = re.findall(r"(?m)^\| .*`.* \|$", PYTORCH.read_text("utf-8"))
+    titles = [line for line in in_tables if line.endswith("| mlx_modswap |")]
+
+    assert len(in_tables) - len(titles) == len(FINDING) + len(HOOKS) + len(CONFIGS) + 3
+    assert len(FINDING) == len(FOUND) + len(REPLACED) + 1
+
+
+# ---------------------------------------------------------------- README
+
+
+class BlockOfMany(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.self_attn = nn.Module()
+        for name in "qkvo":
+            self.self_attn[f"{name}_proj"] = nn.Linear(64, 64)
+        self.mlp = nn.Sequential(nn.Linear(64, 64), nn.ReLU())
+
+
+class Llama(nn.Module):
+    """The paths of a llama with 64 blocks, as the README has them in mind."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = nn.Module()
+        self.model.embed_tokens = nn.Embedding(64, 64)
+        self.model.layers = [BlockOfMany() for _ in range(64)]
+        self.lm_head = nn.Linear(64, 64)
+
+
+class LoRALinear(nn.Module):
+    @classmethod
+    def from_base(cls, linear: nn.Linear, r: int) -> LoRALinear:
+        adapter = cls()
+        adapter.linear = linear
+        adapter.lora_a = mx.zeros((linear.weight.shape[1], r))
+        return adapter
+
+
+def names_of_the_readme() -> dict[str, Any]:
+    """What a reader of the README is taken to have."""
+    return {
+        **vars(mlx_modswap),
+        "nn": nn,
+        "model": Llama(),
+        "LoRALinear": LoRALinear,
+        "lora": lambda path, layer: LoRALinear.from_base(layer, r=8),
+        "q4": lambda path, layer: layer.to_quantized(bits=4),
+        "q8": lambda path, layer: layer.to_quantized(bits=8),
+        "head": nn.Linear(64, 64),
+        "evaluate": lambda model: None,
+    }
+
+
+@pytest.mark.parametrize("block", blocks(README), ids=lambda block: f"line {block.line}")
+def test_the_code_in_the_readme_runs_and_prints_what_stands_there(block):
+    found = output_of(block)
+
+    assert not block.output or as_printed(block.output, found), found
+
+
+def output_of(block: Block) -> str:
+    """What a block prints, or its error. Its statements are examples that do not build on another.
+
+    So each of them gets a model of its own, unless the block makes one.
+    """
+    names: dict[str, Any] = {"__name__": "readme"}
+    makes_one = re.search(r"(?m)^model = ", block.code) is not None
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(printed):
+            for statement in ast.parse(block.code).body:
+                if not makes_one:
+                    names.update(names_of_the_readme())
+                exec(compile(ast.Module([statement], []), f"{README}:{block.line}", "exec"), names)
+    except Exception as error:
+        if not re.match(r"\w+Error: ", block.output):
+            raise
+        return f"{type(error).__name__}: {error}"
+    return printed.getvalue()
+
+
+def as_printed(expected: str, found: str) -> bool:
+    return doctest.OutputChecker().check_output(f"{expected}\n", f"{found}\n", AS_PRINTED)

@@ -1,0 +1,408 @@
+"""Every error's full text: what was given, what was there, what would work."""
+
+import re
+from typing import Any
+
+import mlx.nn as nn
+import pytest
+
+from mlx_modswap import NoMatchError, SelectionError, partial_modules, replace_layers, select
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q_proj = nn.Linear(4, 4)
+        self.v_proj = nn.Linear(4, 4)
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.self_attn = Attention()
+        self.mlp = nn.Linear(4, 4)
+        self.act = nn.gelu
+        self.dropout = None
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(8, 4)
+        self.layers = [Block() for _ in range(4)]
+        self.pair = (nn.Linear(4, 4), nn.ReLU())
+        self.sizes = [1, 2, 3]
+        self.keyed: dict[Any, nn.Module] = {"0": nn.ReLU(), "1": nn.ReLU()}
+        self.lm_head = nn.Linear(4, 8)
+
+
+def identity(path: str, module: nn.Module) -> nn.Module:
+    return nn.Identity()
+
+
+def keep(path: str, module: nn.Module) -> nn.Module:
+    return module
+
+
+NO_MATCH = [
+    # A path that is not the whole path.
+    ("q_proj", "'q_proj' matches nothing; '**.q_proj' matches 4"),
+    ("self_attn.*", "'self_attn.*' matches nothing; '**.self_attn.*' matches 8"),
+    # A typo, or a level left out, in some segment.
+    (
+        "layer.*.self_attn.q_proj",
+        "'layer.*.self_attn.q_proj' matches nothing: "
+        "the model holds 'embed', 'layers[0:4]' (4 Block), 'keyed.{0,1}' (2 ReLU), 'lm_head'; "
+        "'layers.*.self_attn.q_proj' matches 4",
+    ),
+    (
+        "layer.*.q_proj",
+        "'layer.*.q_proj' matches nothing: "
+        "the model holds 'embed', 'layers[0:4]' (4 Block), 'keyed.{0,1}' (2 ReLU), 'lm_head'; "
+        "'layers.*.**.q_proj' matches 4",
+    ),
+    (
+        "layers.*.self_atn.{q,v}_proj",
+        "'layers.*.self_atn.{q,v}_proj' matches nothing: 'layers.0' holds 'self_attn', 'mlp'; "
+        "'layers.*.self_attn.{q,v}_proj' matches 8",
+    ),
+    ("**.q_prjo", "'**.q_prjo' matches nothing; '**.q_proj' matches 4"),
+    (
+        "LM_HEAD",
+        "'LM_HEAD' matches nothing: "
+        "the model holds 'embed', 'layers[0:4]' (4 Block), 'keyed.{0,1}' (2 ReLU), 'lm_head'; "
+        "'lm_head' matches 1",
+    ),
+    (
+        "zzz",
+        "'zzz' matches nothing: "
+        "the model holds 'embed', 'layers[0:4]' (4 Block), 'keyed.{0,1}' (2 ReLU), 'lm_head'",
+    ),
+    # An index that is not there.
+    ("layers[99]", "'layers[99]' matches nothing: 'layers' is a list of 4; 'layers[-1]' matches 1"),
+    ("layers[9:]", "'layers[9:]' matches nothing: 'layers' is a list of 4; 'layers[-1]' matches 1"),
+    ("layers.7", "'layers.7' matches nothing: 'layers' is a list of 4; 'layers[-1]' matches 1"),
+    ("keyed[0]", "'keyed[0]' matches nothing: 'keyed' is a dict, not a list; 'keyed.0' matches 1"),
+    ("lm_head[0]", "'lm_head[0]' matches nothing: 'lm_head' is a module (Linear), not a list"),
+    # What is there is no module.
+    ("layers", "'layers' matches nothing: it is a list of 4, not a module; 'layers.*' matches 4"),
+    ("keyed", "'keyed' matches nothing: it is a dict, not a module; 'keyed.*' matches 2"),
+    (
+        "lm_head.weight",
+        "'lm_head.weight' matches nothing: it is an array, not a module; 'lm_head' matches 1",
+    ),
+    (
+        "layers.0.act",
+        "'layers.0.act' matches nothing: it is a function, not a module; 'layers.0' matches 1",
+    ),
+    (
+        "layers[0].dropout",
+        "'layers[0].dropout' matches nothing: 'layers.0.dropout' is None, not a module; "
+        "'layers[0]' matches 1",
+    ),
+    ("sizes", "'sizes' matches nothing: it is a list of 3, not a module"),
+    ("pair", "'pair' matches nothing: it is a tuple of 2, not a module"),
+    (
+        "pair.0",
+        "'pair.0' matches nothing: it is in a tuple, and MLX sees modules in lists and dicts only",
+    ),
+    (
+        "pair[1]",
+        "'pair[1]' matches nothing: "
+        "'pair.1' is in a tuple, and MLX sees modules in lists and dicts only",
+    ),
+    ("lm_head.**", "'lm_head.**' matches nothing: 'lm_head' holds no modules"),
+    # Regular expressions.
+    (
+        re.compile("q_proj"),
+        "re.compile('q_proj') matches no whole path; re.compile('(.*\\\\.)?(q_proj)') matches 4",
+    ),
+    (
+        re.compile("attn"),
+        "re.compile('attn') matches no whole path; re.compile('.*(attn).*') matches 12",
+    ),
+    (re.compile("zzz"), "re.compile('zzz') matches no whole path"),
+    (re.compile("(?i)zzz"), "re.compile('(?i)zzz') matches no whole path"),
+    # No pattern at all.
+    ([], "no pattern was given; '**' matches every module of the model"),
+]
+
+
+@pytest.mark.parametrize(("pattern", "message"), NO_MATCH, ids=[str(p) for p, _ in NO_MATCH])
+def test_a_pattern_that_matches_nothing(pattern, message):
+    model = Net()
+    with pytest.raises(NoMatchError) as error:
+        replace_layers(model, pattern, identity)
+    assert str(error.value) == message
+    with pytest.raises(NoMatchError) as error:
+        select(model, pattern)
+    assert str(error.value) == message
+    assert not replace_layers(model, pattern, identity, strict=False)
+
+
+@pytest.mark.parametrize("message", [message for _, message in NO_MATCH])
+def test_the_suggestion_matches_as_many_as_it_says(message):
+    found = re.search(r"; (re\.compile\('(.*)'\)|'(.*)') matches (\d+)$", message)
+    if found is None:
+        assert "; " not in message or message.startswith("no pattern")
+        return
+    _, regex, text, count = found.groups()
+    pattern = text if regex is None else re.compile(regex.replace("\\\\", "\\"))
+    assert len(select(Net(), pattern)) == int(count)
+
+
+OTHERS = [
+    (
+        {"pattern": "**.self_attn.*", "where": nn.Conv1d},
+        "where=Conv1d leaves nothing of the 8 that '**.self_attn.*' matches: they are 8 Linear",
+    ),
+    (
+        {"pattern": ["layers.*", "embed"], "where": (nn.Conv1d, nn.RMSNorm)},
+        "where=(Conv1d, RMSNorm) leaves nothing of the 5 that 'layers.*', 'embed' matches: "
+        "they are 4 Block, 1 Embedding",
+    ),
+    (
+        {"pattern": "**", "where": keep, "exclude": "lm_hed"},
+        "exclude 'lm_hed' matches nothing: "
+        "the model holds 'embed', 'layers[0:4]' (4 Block), 'keyed.{0,1}' (2 ReLU), 'lm_head'; "
+        "'lm_head' matches 1",
+    ),
+    (
+        {"pattern": "layers.*", "exclude": ["layers[0]", "lm_head"]},
+        "exclude 'lm_head' removes nothing: it matches 1, "
+        "but none of the 4 that 'layers.*' matches",
+    ),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), OTHERS)
+def test_a_where_or_an_exclude_that_does_nothing(arguments, message):
+    model = Net()
+    with pytest.raises(NoMatchError) as error:
+        select(model, **arguments)
+    assert str(error.value) == message
+    select(model, **arguments, strict=False)
+
+
+RULES = [
+    ({"q_proj": identity}, "'q_proj' matches nothing; '**.q_proj' matches 4"),
+    ({}, "no pattern was given; '**' matches every module of the model"),
+    (
+        {"**.self_attn.*": keep, "**.q_proj": None},
+        "rule '**.q_proj' decides nothing: rules before it take all of the 4 that it matches "
+        "('**.self_attn.*' takes 4); drop it, or put it before them",
+    ),
+    (
+        {"layers[0].**": None, "layers[1:].**": keep, "**.self_attn": identity},
+        "rule '**.self_attn' decides nothing: rules before it take all of the 4 that it matches "
+        "('layers[1:].**' takes 3, 'layers[0].**' takes 1); drop it, or put it before them",
+    ),
+]
+
+
+@pytest.mark.parametrize(("rules", "message"), RULES)
+def test_a_rule_that_does_nothing(rules, message):
+    model = Net()
+    with pytest.raises(NoMatchError) as error:
+        replace_layers(model, rules)
+    assert str(error.value) == message
+    assert not replace_layers(model, rules, strict=False)
+
+
+def shared() -> Net:
+    """A net with a tied embedding and two names for one list."""
+    model = Net()
+    model.tied = model.embed
+    model.blocks = model.layers
+    return model
+
+
+SELECTIONS = [
+    (
+        "embed",
+        "'embed' is tied: the same Embedding is at 'tied', which would not change; "
+        "select all of them, or leave out with exclude='embed'",
+    ),
+    (
+        "layers[0].mlp",
+        "'layers.0.mlp' is one place with 'blocks.0.mlp': a module or list around it is shared, "
+        "which would not change; select all of them, or leave out with exclude='layers.0.mlp'",
+    ),
+    (
+        {"embed": identity, "tied": identity},
+        "'embed', 'tied' are one and the same Embedding, but different rules decide: "
+        "'embed', 'tied'; give it to one rule",
+    ),
+    (
+        ["lm_head", "{layers,blocks}.0", "{layers,blocks}.0.mlp"],
+        "'layers.0.mlp' lies inside 'layers.0', and both would change; "
+        "leave one of them out, with exclude='layers.0' for instance",
+    ),
+]
+
+
+@pytest.mark.parametrize(("pattern", "message"), SELECTIONS)
+def test_a_selection_that_cannot_be_swapped(pattern, message):
+    model = shared()
+    arguments: Any = (pattern,) if isinstance(pattern, dict) else (pattern, identity)
+    with pytest.raises(SelectionError) as error:
+        replace_layers(model, *arguments)
+    assert str(error.value) == message
+
+
+def test_two_entries_that_print_the_same_path():
+    model = Net()
+    model.keyed[0] = nn.Tanh()
+    message = (
+        "2 places print the path 'keyed.0', for instance by the keys 0 and '0' of one dict; "
+        "rename one of the keys"
+    )
+    with pytest.raises(SelectionError) as error:
+        replace_layers(model, "keyed.0", identity)
+    assert str(error.value) == message
+    with pytest.raises(SelectionError) as error:
+        partial_modules(model, {"keyed.0": nn.Tanh()})
+    assert str(error.value) == message
+    assert list(replace_layers(model, "keyed.1", identity)) == ["keyed.1"]
+
+
+def cycle() -> nn.Module:
+    model = Net()
+    model.layers[1].self_attn.back = model.layers
+    return model
+
+
+@pytest.mark.parametrize(
+    "call", [select, lambda model, pattern: replace_layers(model, pattern, identity)]
+)
+def test_a_model_that_holds_a_cycle(call):
+    with pytest.raises(SelectionError) as error:
+        call(cycle(), "**")
+    assert str(error.value) == (
+        "the model holds a cycle: 'layers.1.self_attn.back' is 'layers' again"
+    )
+    model = Net()
+    model.lm_head.top = model
+    with pytest.raises(SelectionError) as error:
+        call(model, "**")
+    assert str(error.value) == "the model holds a cycle: 'lm_head.top' is the model itself again"
+
+
+def test_a_factory_that_would_make_a_cycle():
+    model = Net()
+    with pytest.raises(SelectionError) as error:
+        replace_layers(model, "lm_head", lambda path, layer: nn.Sequential(layer, model))
+    assert str(error.value) == (
+        "the model holds a cycle: 'lm_head.layers.1' is the model itself again"
+    )
+
+
+PARTIALS = [
+    ({"zzz": nn.ReLU()}, NoMatchError, "there is no module at 'zzz': the model holds 'embed', "
+     "'layers[0:4]' (4 Block), 'keyed.{0,1}' (2 ReLU), 'lm_head'"),
+    ({"layers.9": nn.ReLU()}, NoMatchError,
+     "there is no module at 'layers.9': 'layers' is a list of 4"),
+    ({"lm_head.weight": nn.ReLU()}, NoMatchError,
+     "there is no module at 'lm_head.weight': it is an array, not a module"),
+    ({"layers.*": nn.ReLU()}, NoMatchError, "there is no module at 'layers.*'"),
+    ({"layers[0]": nn.ReLU()}, NoMatchError, "there is no module at 'layers[0]'"),
+    ({"": nn.ReLU()}, NoMatchError, "there is no module at ''"),
+    ({"layers.0.mlp": nn.ReLU(), "layers.0": nn.ReLU()}, SelectionError,
+     "'layers.0.mlp' lies inside 'layers.0', and both would change; "
+     "leave one of them out, with exclude='layers.0' for instance"),
+    ({"embed": nn.ReLU}, TypeError, "'embed' needs an mlx.nn.Module, not the class ReLU"),
+    ({3: nn.ReLU()}, TypeError, "a path is a str, not an int"),
+    (["embed"], TypeError, "modules must map paths to modules, not a list of 1"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("modules", "error_class", "message"), PARTIALS)
+def test_a_partial_dict_that_cannot_be_built(modules, error_class, message):
+    with pytest.raises(error_class) as error:
+        partial_modules(Net(), modules)
+    assert str(error.value) == message
+
+
+BAD_ARGUMENTS = [
+    ((3, "embed", identity), "model must be an mlx.nn.Module, not an int"),
+    ((nn.Linear, "embed", identity), "model must be an mlx.nn.Module, not the class Linear"),
+    (([Net()], "embed", identity), "model must be an mlx.nn.Module, not a list of 1"),
+    ((Net(), "embed"), "factory must be a function of path and module, not None"),
+    (
+        (Net(), "embed", nn.ReLU()),
+        "factory must be a function of path and module, not a module (ReLU)",
+    ),
+    ((Net(), "embed", 3), "factory must be a function of path and module, not an int"),
+    (
+        (Net(), {"embed": nn.ReLU()}),
+        "the factory of rule 'embed' must be a function of path and module, not a module (ReLU)",
+    ),
+    (
+        (Net(), {"embed": identity}, identity),
+        "rules hold their own factories: leave the factory out",
+    ),
+    ((Net(), nn.ReLU(), identity), "pattern must be a path pattern, not a module (ReLU)"),
+    (
+        (Net(), "embed", lambda path, layer: None),
+        "the factory returned None for 'embed' (Embedding); it must return an mlx.nn.Module, "
+        "the one it was given to change nothing",
+    ),
+    (
+        (Net(), "embed", lambda path, layer: nn.Linear),
+        "the factory returned the class Linear for 'embed' (Embedding); "
+        "it must return an mlx.nn.Module, the one it was given to change nothing",
+    ),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD_ARGUMENTS)
+def test_a_bad_argument(arguments, message):
+    with pytest.raises(TypeError) as error:
+        replace_layers(*arguments)
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    ("where", "what"),
+    [(3, "an int"), ((nn.Linear, 3), "a tuple of 2"), (nn.ReLU(), "a module (ReLU)")],
+)
+def test_a_bad_where(where, what):
+    with pytest.raises(TypeError) as error:
+        select(Net(), "**", where=where)
+    assert str(error.value) == (
+        f"where must be a class, a tuple of classes or a function of path and module, not {what}"
+    )
+
+
+def test_an_error_of_a_factory_names_the_place():
+    def fail(path, layer):
+        raise KeyError("rank")
+
+    with pytest.raises(KeyError) as error:
+        replace_layers(Net(), "lm_head", fail)
+    assert getattr(error.value, "__notes__", ["while replacing 'lm_head' (Linear)"]) == [
+        "while replacing 'lm_head' (Linear)"
+    ]
+
+
+class Indexed(nn.Module):
+    """A module that looks like a list, through which MLX cannot reach its children."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = [nn.Linear(4, 4)]
+
+    def __getitem__(self, index):
+        return self.layers[index]
+
+
+def test_a_place_that_update_modules_cannot_reach():
+    model = nn.Sequential(nn.Linear(4, 4), Indexed())
+    first = model.layers[0]
+    with pytest.raises(SelectionError) as error:
+        replace_layers(model, "**", identity, where=nn.Linear)
+    assert str(error.value) == (
+        "MLX's update_modules failed, and nothing was changed: "
+        "list indices must be integers or slices, not str"
+    )
+    assert model.layers[0] is first

@@ -1,0 +1,990 @@
+"""What a swap guarantees: one class for each promise, plain examples inside.
+
+The promises are the numbered ones: frame, all or nothing, order, ties, nesting, nothing silent,
+training mode, rules, no pinning, limits.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+from mlx.utils import tree_flatten
+from oracle import Snapshot
+
+from mlx_modswap import (
+    NoMatchError,
+    Replacement,
+    SelectionError,
+    partial_modules,
+    replace_layers,
+    select,
+    swapped,
+)
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attn: nn.Module = nn.Linear(4, 4)
+        self.norm = nn.LayerNorm(4)
+        self.acts = [nn.ReLU(), None, nn.gelu]
+
+
+class Model(nn.Module):
+    def __init__(self, blocks: int = 3):
+        super().__init__()
+        self.embed: nn.Module = nn.Embedding(8, 4)
+        self.layers = [Block() for _ in range(blocks)]
+        self.heads = {"b": nn.Linear(4, 2), "a": nn.Linear(4, 2), "10": nn.Linear(4, 2)}
+        self.scale = mx.ones(1)
+
+
+class Holder(nn.Module):
+    """A module around another one, or around nothing but an array."""
+
+    def __init__(self, inner: Any = None):
+        super().__init__()
+        self.weight = mx.zeros(1)
+        if inner is not None:
+            self.inner = inner
+
+
+def build(**held: Any) -> Any:
+    module = nn.Module()
+    for name, value in held.items():
+        setattr(module, name, value)
+    return module
+
+
+def fresh(path: str, module: nn.Module) -> nn.Module:
+    return Holder()
+
+
+def around(path: str, module: nn.Module) -> nn.Module:
+    return Holder(module)
+
+
+def unchanged(path: str, module: nn.Module) -> nn.Module:
+    return module
+
+
+class Recorder:
+    """A factory that notes where it was called."""
+
+    def __init__(self, make: Callable[[str, nn.Module], Any] = fresh):
+        self.paths: list[str] = []
+        self.make = make
+
+    def __call__(self, path: str, module: nn.Module) -> Any:
+        self.paths.append(path)
+        return self.make(path, module)
+
+
+def refuses(model: nn.Module, *arguments: Any, **options: Any) -> str:
+    """The text of the SelectionError that a swap ends with, having changed nothing."""
+    before = Snapshot(model)
+    with pytest.raises(SelectionError) as caught:
+        replace_layers(model, *arguments, **options)
+    assert before.differences() == []
+    return str(caught.value)
+
+
+def misses(model: nn.Module, *arguments: Any, **options: Any) -> str:
+    """The text of the NoMatchError that a swap ends with, having changed nothing."""
+    before = Snapshot(model)
+    with pytest.raises(NoMatchError) as caught:
+        replace_layers(model, *arguments, **options)
+    assert before.differences() == []
+    return str(caught.value)
+
+
+class TestFrame:
+    """1. Outside of the targeted locations nothing changes."""
+
+    def test_only_the_named_places_change(self):
+        model = Model()
+        before = Snapshot(model)
+        report = replace_layers(model, "layers.*.attn", fresh)
+        targets = {(id(layer), "attn") for layer in model.layers}
+        assert before.differences(but=targets) == []
+        assert list(report) == ["layers.0.attn", "layers.1.attn", "layers.2.attn"]
+        assert all(layer.attn is report[f"layers.{i}.attn"] for i, layer in enumerate(model.layers))
+
+    def test_what_is_excluded_or_no_instance_of_where_does_not_change(self):
+        model = Model()
+        before = Snapshot(model)
+        replace_layers(model, "layers.*.*", fresh, exclude="layers[0].**", where=nn.Linear)
+        targets = {(id(model.layers[1]), "attn"), (id(model.layers[2]), "attn")}
+        assert before.differences(but=targets) == []
+        assert type(model.layers[1].attn) is type(model.layers[2].attn) is Holder
+
+    def test_layer_1_is_not_layer_10(self):
+        model = Model(12)
+        before = Snapshot(model)
+        replace_layers(model, "layers.1", fresh)
+        assert before.differences(but={(id(model.layers), 1)}) == []
+        assert [i for i, layer in enumerate(model.layers) if type(layer) is Holder] == [1]
+
+    def test_none_and_functions_in_a_list_keep_their_places(self):
+        model = Model()
+        acts = model.layers[0].acts
+        replace_layers(model, "layers.0.acts.0", fresh)
+        assert model.layers[0].acts is acts
+        assert type(acts[0]) is Holder
+        assert acts[1:] == [None, nn.gelu]
+
+    def test_the_keys_of_dicts_and_modules_keep_their_order(self):
+        model = Model()
+        replace_layers(model, ["heads.a", "embed"], fresh)
+        assert list(model.heads) == ["b", "a", "10"]
+        assert list(dict.keys(model)) == ["embed", "layers", "heads", "scale"]
+
+    def test_a_digit_key_of_a_dict_is_a_key_and_no_index(self):
+        model = Model()
+        before = Snapshot(model)
+        replace_layers(model, "heads.10", fresh)
+        assert before.differences(but={(id(model.heads), "10")}) == []
+
+    def test_the_names_of_all_other_parameters_and_their_arrays_are_the_same(self):
+        model = Model()
+        before = dict(tree_flatten(model.parameters()))
+        replace_layers(model, "layers.1.attn", around)
+        after = dict(tree_flatten(model.parameters()))
+        ours = "layers.1.attn."
+        assert [k for k in before if not k.startswith(ours)] == [
+            k for k in after if not k.startswith(ours)
+        ]
+        assert all(after[k] is before[k] for k in before if not k.startswith(ours))
+        assert [k for k in after if k.startswith(ours)] == [
+            ours + "weight",
+            ours + "inner.weight",
+            ours + "inner.bias",
+        ]
+
+    def test_frozen_and_training_flags_elsewhere_stay(self):
+        model = Model()
+        model.layers[0].freeze()
+        model.layers[2].eval()
+        before = Snapshot(model)
+        replace_layers(model, "layers.*.norm", fresh)
+        assert before.differences(but={(id(layer), "norm") for layer in model.layers}) == []
+
+    def test_a_list_subclass_is_not_rebuilt(self):
+        class Chain(list):
+            pass
+
+        chain = Chain([nn.ReLU(), nn.ReLU()])
+        model = build(chain=chain)
+        replace_layers(model, "chain[-1]", fresh)
+        assert model.chain is chain
+        assert [type(m) for m in chain] == [nn.ReLU, Holder]
+
+    def test_what_the_model_overrides_is_not_asked(self):
+        class Odd(nn.Module):
+            def __len__(self):
+                return 0
+
+            def __iter__(self):
+                raise AssertionError
+
+            def parameters(self):
+                raise AssertionError
+
+        odd = Odd()
+        odd.act = nn.ReLU()
+        model = build(odd=odd, tail=[odd.act, nn.ReLU()])
+        assert list(replace_layers(model, "**", fresh, where=nn.ReLU)) == [
+            "odd.act",
+            "tail.0",
+            "tail.1",
+        ]
+
+    def test_select_and_partial_modules_and_update_modules_are_the_same_by_hand(self):
+        model = Model()
+        originals = select(model, "layers.*.attn")
+        before = Snapshot(model)
+        replace_layers(model, "layers.*.attn", fresh)
+        model.update_modules(partial_modules(model, originals))
+        assert before.differences() == []
+
+    def test_a_partial_dict_names_nothing_but_its_places(self):
+        tanh = nn.Tanh()
+        assert repr(partial_modules(Model(), {"layers.1.acts.0": tanh, "heads.10": tanh})) == (
+            "{'layers': [{}, {'acts': [Tanh()]}], 'heads': {'10': Tanh()}}"
+        )
+
+    def test_the_paths_of_a_partial_dict_may_hold_dotted_and_empty_keys(self):
+        inside = build(a=nn.ReLU(), d={"": build(a=nn.ReLU())})
+        model = build(d={"": inside, "x.y": nn.ReLU()})
+        tanh = nn.Tanh()
+        assert repr(partial_modules(model, {"d..a": tanh, "d.x.y": tanh})) == (
+            "{'d': {'': {'a': Tanh()}, 'x.y': Tanh()}}"
+        )
+
+    def test_update_modules_is_called_once(self, monkeypatch):
+        calls = []
+        original = nn.Module.update_modules
+
+        def counting(self, *arguments, **options):
+            calls.append(arguments)
+            return original(self, *arguments, **options)
+
+        monkeypatch.setattr(nn.Module, "update_modules", counting)
+        replace_layers(Model(), "layers.*.attn", fresh)
+        assert len(calls) == 1
+
+
+class TestAllOrNothing:
+    """2. Every factory runs and every check passes before the model is touched."""
+
+    @pytest.mark.parametrize("good_calls", [0, 1, 2])
+    def test_a_factory_that_raises_changes_nothing(self, good_calls):
+        model = Model()
+        before = Snapshot(model)
+
+        def failing(path, module):
+            if path == f"layers.{good_calls}.attn":
+                raise RuntimeError("out of memory")
+            return Holder()
+
+        with pytest.raises(RuntimeError, match="out of memory") as caught:
+            replace_layers(model, "layers.*.attn", failing)
+        assert before.differences() == []
+        if sys.version_info >= (3, 11):
+            assert caught.value.__notes__ == [
+                f"while replacing 'layers.{good_calls}.attn' (Linear)"
+            ]
+
+    def test_the_error_of_a_factory_comes_out_as_it_is(self):
+        class OwnError(Exception):
+            pass
+
+        error = OwnError()
+
+        def failing(path, module):
+            raise error
+
+        with pytest.raises(OwnError) as caught:
+            replace_layers(Model(), "embed", failing)
+        assert caught.value is error
+
+    @pytest.mark.parametrize(
+        ("returned", "what"),
+        [
+            (None, "None"),
+            (nn.ReLU, "the class ReLU"),
+            (mx.zeros(1), "an array"),
+            (fresh, "a function"),
+            ({}, "a dict"),
+            ([nn.ReLU()], "a list of 1"),
+            (3, "an int"),
+        ],
+    )
+    def test_a_factory_that_returns_no_module_changes_nothing(self, returned, what):
+        model = Model()
+        before = Snapshot(model)
+        last = "layers.2.attn"
+        with pytest.raises(TypeError) as caught:
+            replace_layers(model, "layers.*.attn", lambda p, m: returned if p == last else Holder())
+        assert str(caught.value) == (
+            f"the factory returned {what} for 'layers.2.attn' (Linear); it must return an "
+            "mlx.nn.Module, the one it was given to change nothing"
+        )
+        assert before.differences() == []
+
+    def test_an_empty_module_is_as_good_as_any(self):
+        model = Model()
+        replace_layers(model, "layers.*.acts.*", lambda path, module: nn.Tanh())
+        assert all(type(layer.acts[0]) is nn.Tanh for layer in model.layers)
+        assert all(layer.acts[1:] == [None, nn.gelu] for layer in model.layers)
+
+    @pytest.mark.parametrize("factory", [None, 3, nn.ReLU(), "Linear", {}])
+    def test_what_is_no_factory_is_refused_before_anything_else(self, factory):
+        model = Model()
+        before = Snapshot(model)
+        with pytest.raises(TypeError, match="factory must be a function of path and module"):
+            replace_layers(model, "embed", factory)
+        with pytest.raises(TypeError, match=r"rule 'embed' must be a function|leave the factory"):
+            replace_layers(model, {"embed": factory or 3})  # pyright: ignore[reportArgumentType]
+        assert before.differences() == []
+
+    def test_when_update_modules_fails_half_way_all_is_put_back(self):
+        class Locked(nn.Module):
+            def __setitem__(self, key, value):
+                raise KeyError("locked")
+
+        locked = Locked()
+        dict.__setitem__(locked, "act", nn.ReLU())
+        model = build(first=nn.ReLU(), locked=locked, last=nn.ReLU())
+        assert refuses(model, ["first", "locked.act", "last"], fresh) == (
+            "MLX's update_modules failed, and nothing was changed: 'locked'"
+        )
+
+    def test_when_update_modules_does_nothing_somewhere_all_is_put_back(self):
+        class Deaf(nn.Module):
+            def __setitem__(self, key, value):
+                pass
+
+        deaf = Deaf()
+        dict.__setitem__(deaf, "act", nn.ReLU())
+        model = build(first=nn.ReLU(), deaf=deaf, last=nn.ReLU())
+        assert "left 'deaf.act' as it was" in refuses(model, ["first", "deaf.act", "last"], fresh)
+
+    def test_a_keyboard_interrupt_during_the_update_puts_all_back(self):
+        class Interrupted(nn.Module):
+            def __setitem__(self, key, value):
+                raise KeyboardInterrupt
+
+        inner = Interrupted()
+        dict.__setitem__(inner, "act", nn.ReLU())
+        model = build(first=nn.ReLU(), inner=inner)
+        before = Snapshot(model)
+        with pytest.raises(KeyboardInterrupt):
+            replace_layers(model, ["first", "inner.act"], fresh)
+        assert before.differences() == []
+
+    def test_a_factory_that_changes_a_place_itself_is_noticed(self):
+        model = Model()
+        intruder = nn.ReLU()
+
+        def meddling(path, module):
+            model.layers[0].attn = intruder
+            return Holder()
+
+        with pytest.raises(SelectionError) as caught:
+            replace_layers(model, "layers.*.attn", meddling)
+        assert str(caught.value) == (
+            "'layers.0.attn' was changed by someone else while the factories ran; "
+            "nothing was changed here"
+        )
+        assert model.layers[0].attn is intruder
+        assert type(model.layers[1].attn) is nn.Linear
+
+    def test_a_factory_that_moves_the_places_themselves_is_noticed(self):
+        model = Model()
+        others = [Block() for _ in range(3)]
+
+        def meddling(path, module):
+            model.layers = others
+            return Holder()
+
+        with pytest.raises(SelectionError) as caught:
+            replace_layers(model, "layers.*.attn", meddling)
+        assert str(caught.value) == (
+            "'layers.0.attn' was changed by someone else while the factories ran; "
+            "nothing was changed here"
+        )
+        assert model.layers is others
+        assert [type(layer.attn) for layer in others] == [nn.Linear] * 3
+
+
+class TestOrder:
+    """3. Factories are called in definition order."""
+
+    def test_depth_first_as_the_model_is_written(self):
+        model = build(b=nn.ReLU(), a=build(z=[nn.ReLU(), nn.ReLU()], y=nn.ReLU()), c=nn.ReLU())
+        factory = Recorder(unchanged)
+        replace_layers(model, "**", factory)
+        assert factory.paths == ["b", "a", "a.z.0", "a.z.1", "a.y", "c"]
+
+    def test_the_order_of_the_patterns_does_not_matter(self):
+        factory = Recorder()
+        replace_layers(Model(), ["heads.*", "layers[2].attn", "layers[0].attn", "embed"], factory)
+        assert factory.paths == [
+            "embed",
+            "layers.0.attn",
+            "layers.2.attn",
+            "heads.b",
+            "heads.a",
+            "heads.10",
+        ]
+
+    def test_nor_does_that_of_rules_or_the_direction_of_a_slice(self):
+        factory = Recorder()
+        replace_layers(Model(), {"layers[::-1].norm": factory, "embed": factory})
+        assert factory.paths == ["embed", "layers.0.norm", "layers.1.norm", "layers.2.norm"]
+
+    def test_select_gives_the_same_order_and_so_does_the_report(self):
+        model = Model()
+        factory = Recorder()
+        paths = list(select(model, "**", where=nn.Linear))
+        assert list(replace_layers(model, "**", factory, where=nn.Linear)) == paths
+        assert factory.paths == paths
+
+    def test_random_initialisation_is_reproducible(self):
+        def weights():
+            mx.random.seed(7)
+            report = replace_layers(Model(), "layers.*.attn", lambda p, m: nn.Linear(4, 4))
+            return [module["weight"] for module in report.values()]
+
+        assert all(mx.array_equal(a, b) for a, b in zip(weights(), weights()))
+
+
+class TestTies:
+    """4. One module with parameters in several places changes in all of them or in none."""
+
+    def test_the_factory_runs_once_and_the_tie_is_kept(self):
+        shared = nn.Embedding(8, 4)
+        model = build(shared=shared, encoder=build(embed=shared), other=nn.Linear(1, 1))
+        factory = Recorder()
+        report = replace_layers(model, "**.{shared,embed}", factory)
+        assert factory.paths == ["shared"]
+        assert model.shared is model.encoder.embed
+        assert list(report) == ["shared", "encoder.embed"]
+        assert report["shared"] is report["encoder.embed"] is model.shared
+
+    def test_a_part_of_a_tie_is_refused_with_the_rest_of_it(self):
+        shared = nn.Embedding(8, 4)
+        model = build(shared=shared, encoder=build(embed=shared), decoder=build(embed=shared))
+        assert refuses(model, "encoder.*", fresh) == (
+            "'encoder.embed' is tied: the same Embedding is at 'shared', 'decoder.embed', which "
+            "would not change; select all of them, or leave out with exclude='encoder.embed'"
+        )
+
+    def test_where_cannot_cut_a_tie_either(self):
+        shared = nn.Linear(1, 1)
+        model = build(a=shared, b=shared)
+        message = refuses(model, "**", fresh, where=lambda path, module: path == "a")
+        assert message.startswith("'a' is tied: the same Linear is at 'b', which would not change")
+
+    def test_one_tie_under_two_rules_is_refused(self):
+        shared = nn.Linear(1, 1)
+        model = build(a=shared, b=shared)
+        assert refuses(model, {"a": fresh, "b": around}) == (
+            "'a', 'b' are one and the same Linear, but different rules decide: 'a', 'b'; "
+            "give it to one rule"
+        )
+
+    def test_one_tie_under_a_rule_and_none_is_refused(self):
+        shared = nn.Linear(1, 1)
+        message = refuses(build(a=shared, b=shared), {"a": fresh, "b": None})
+        assert "different rules decide: 'a', 'b'" in message
+        message = refuses(build(a=shared, b=shared), {"a": None, "b": fresh})
+        assert "different rules decide: 'a', 'b'" in message
+
+    def test_a_tie_that_does_not_change_hides_no_other(self):
+        kept, changed = nn.LayerNorm(1), nn.Linear(1, 1)
+        model = build(a=kept, b=kept, c=changed, d=changed)
+        make = Recorder(lambda path, module: module if module is kept else Holder())
+        assert "is tied" in refuses(model, ["a", "c"], make)
+
+    def test_a_tie_that_does_not_change_may_be_under_two_rules_or_half_selected(self):
+        shared = nn.Linear(1, 1)
+        model = build(a=shared, b=shared, c=nn.ReLU())
+        assert not replace_layers(model, {"a": None, "b": unchanged})
+        assert list(replace_layers(model, ["a", "c"], Recorder(self._only_relu))) == ["c"]
+
+    @staticmethod
+    def _only_relu(path, module):
+        return Holder() if type(module) is nn.ReLU else module
+
+    def test_a_module_without_parameters_is_not_tied(self):
+        act = nn.ReLU()
+        model = build(a=act, b=act, c=[act])
+        factory = Recorder()
+        replace_layers(model, ["a", "c.*"], factory)
+        assert factory.paths == ["a", "c.0"]
+        assert model.b is act
+        assert type(model.a) is type(model.c[0]) is Holder
+        assert model.a is not model.c[0]
+
+    def test_an_array_under_an_underscore_makes_no_tie(self):
+        act = nn.ReLU()
+        act._cache = mx.zeros(1)
+        model = build(a=act, b=act)
+        replace_layers(model, "a", fresh)
+        assert model.b is act
+
+    def test_an_array_behind_an_attribute_with_an_underscore_makes_a_tie(self):
+        shared = nn.Module()
+        shared._cache = [nn.Linear(1, 1)]
+        assert list(replace_layers(build(a=shared, b=shared), "a", fresh)) == ["a"]
+        shared.weight = mx.zeros(1)
+        assert "is tied" in refuses(build(a=shared, b=shared), "a", fresh)
+
+    def test_what_parameters_says_decides_whether_a_module_is_tied(self):
+        class Discreet(nn.Linear):
+            def parameters(self):
+                return {}
+
+        shared = Discreet(1, 1)
+        assert list(replace_layers(build(a=shared, b=shared), "a", fresh)) == ["a"]
+
+    def test_none_and_functions_make_no_tie(self):
+        shared = build(acts=[None, nn.gelu, {"x": [nn.ReLU()]}])
+        assert list(replace_layers(build(a=shared, b=shared), "a", fresh)) == ["a"]
+
+    def test_an_array_deep_inside_makes_a_tie(self):
+        shared = build(inner=[{"x": nn.Linear(1, 1)}])
+        message = refuses(build(a=shared, b=shared), "a", fresh)
+        assert message.startswith("'a' is tied: the same Module is at 'b'")
+
+    def test_a_frozen_tie_is_a_tie(self):
+        shared = nn.Linear(1, 1)
+        shared.freeze()
+        assert "is tied" in refuses(build(a=shared, b=shared), "a", fresh)
+
+    def test_the_paths_of_an_aliased_place_go_together(self):
+        block = build(act=nn.ReLU())
+        model = build(a=block, b=block)
+        factory = Recorder()
+        report = replace_layers(model, "*.act", factory)
+        assert factory.paths == ["a.act"]
+        assert list(report) == ["a.act", "b.act"]
+        assert report["a.act"] is report["b.act"] is block.act
+
+    def test_a_part_of_the_paths_of_an_aliased_place_is_refused(self):
+        block = build(act=nn.ReLU())
+        assert refuses(build(a=block, b=block), "a.act", fresh) == (
+            "'a.act' is one place with 'b.act': a module or list around it is shared, which would "
+            "not change; select all of them, or leave out with exclude='a.act'"
+        )
+
+    def test_a_shared_list_is_an_alias_as_well(self):
+        layers = [nn.ReLU()]
+        message = refuses(build(a=layers, b=layers), "a.0", fresh)
+        assert message.startswith("'a.0' is one place with 'b.0'")
+
+    def test_select_does_not_judge(self):
+        shared = nn.Linear(1, 1)
+        assert list(select(build(a=shared, b=shared), "a")) == ["a"]
+
+
+class TestNesting:
+    """5. No place that changes lies inside another that changes."""
+
+    def test_both_are_named(self):
+        assert refuses(Model(), ["layers.1", "layers.1.attn"], fresh) == (
+            "'layers.1.attn' lies inside 'layers.1', and both would change; leave one of them out, "
+            "with exclude='layers.1' for instance"
+        )
+
+    def test_also_when_the_inner_one_is_many_levels_down(self):
+        model = build(a=build(b=[{"c": build(d=[nn.ReLU()])}]))
+        message = refuses(model, ["a", "a.b.0.c.d.0"], fresh)
+        assert message.startswith("'a.b.0.c.d.0' lies inside 'a', and both would change")
+
+    def test_also_by_way_of_an_alias(self):
+        inner = build(x=nn.ReLU())
+        model = build(a=build(inner=inner), b=inner)
+        assert "lies inside" in refuses(model, ["a", "**.x"], fresh)
+
+    def test_also_for_partial_modules(self):
+        model = Model()
+        with pytest.raises(SelectionError, match=r"'layers\.0\.attn' lies inside 'layers\.0'"):
+            partial_modules(model, {"layers.0": nn.ReLU(), "layers.0.attn": nn.ReLU()})
+
+    def test_a_factory_that_returns_what_it_was_given_changes_nothing(self):
+        model = Model()
+        before = Snapshot(model)
+        report = replace_layers(model, "**", unchanged)
+        assert before.differences() == []
+        assert len(report) == 0
+        assert str(report) == "nothing changed"
+
+    def test_two_stars_with_a_choosy_factory_are_fine(self):
+        model = Model()
+        report = replace_layers(model, "**", lambda p, m: Holder() if type(m) is Block else m)
+        assert list(report) == ["layers.0", "layers.1", "layers.2"]
+
+    def test_a_neighbour_whose_name_begins_alike_is_not_inside(self):
+        model = build(a=build(x=nn.ReLU()), a2=build(x=nn.ReLU()))
+        assert list(replace_layers(model, ["a", "a2.x"], fresh)) == ["a", "a2.x"]
+
+
+class TestNothingSilent:
+    """6. Whatever does nothing is an error."""
+
+    def test_a_pattern_that_matches_nothing(self):
+        model = Model()
+        assert misses(model, "attn", fresh) == "'attn' matches nothing; '**.attn' matches 3"
+
+    def test_one_of_several_patterns(self):
+        assert misses(Model(), ["embed", "norm"], fresh).startswith("'norm' matches nothing")
+
+    def test_an_exclude_that_removes_nothing(self):
+        assert misses(Model(), "layers.*.attn", fresh, exclude="embed") == (
+            "exclude 'embed' removes nothing: it matches 1, but none of the 3 that "
+            "'layers.*.attn' matches"
+        )
+
+    def test_an_exclude_that_matches_nothing(self):
+        message = misses(Model(), "layers.*.attn", fresh, exclude=["layers.0.attn", "attn"])
+        assert message.startswith("exclude 'attn' matches nothing")
+
+    def test_an_exclude_is_judged_before_where(self):
+        assert list(
+            select(Model(), "layers.0.*", exclude="layers.0.norm", where=nn.Linear, strict=True)
+        ) == ["layers.0.attn"]
+
+    def test_a_where_that_leaves_nothing(self):
+        assert misses(Model(), "layers.*", fresh, where=nn.Linear) == (
+            "where=Linear leaves nothing of the 3 that 'layers.*' matches: they are 3 Block"
+        )
+
+    def test_a_where_without_a_name_is_shown_as_it_is(self):
+        class Never:
+            def __call__(self, path, module):
+                assert isinstance(module, nn.Module)
+                return False
+
+            def __repr__(self):
+                return "Never()"
+
+        message = misses(Model(), "embed", fresh, where=Never())
+        assert message.startswith("where=Never() leaves nothing of the 1 that 'embed' matches")
+
+    def test_an_index_behind_the_end_of_a_list_matches_nothing(self):
+        assert list(select(Model(), "layers.{0,3}")) == ["layers.0"]
+
+    def test_no_pattern_at_all(self):
+        assert misses(Model(), [], fresh) == (
+            "no pattern was given; '**' matches every module of the model"
+        )
+
+    @pytest.mark.parametrize(
+        ("model", "pattern", "said"),
+        [
+            (build(a=mx.zeros(1)), "a", "it is an array, not a module"),
+            (build(a=fresh), "a", "it is a function, not a module"),
+            (build(a=None), "a", "it is None, not a module"),
+            (build(a=(nn.ReLU(),)), "a.0", "it is in a tuple, and MLX sees modules in lists and"),
+            (build(a=[nn.ReLU()]), "a", "it is a list of 1, not a module"),
+        ],
+    )
+    def test_what_is_no_module_is_said_to_be_none(self, model, pattern, said):
+        assert said in misses(model, pattern, fresh)
+
+    def test_what_is_suggested_matches(self):
+        model = Model()
+        for wrong in ["layer.0.attn", "layers.attn", "layers.9.attn", "Embed"]:
+            message = misses(model, wrong, fresh)
+            *_, suggestion, count = message.rpartition("; ")[2].split("'", 2)
+            assert f" matches {len(select(model, suggestion))}" == count
+
+    def test_not_strict_skips_what_does_not_match(self):
+        model = Model()
+        report = replace_layers(
+            model, ["nothing", "layers.*.attn"], fresh, exclude=["embed", "no"], strict=False
+        )
+        assert len(report) == 3
+        assert not replace_layers(model, "embed", fresh, where=nn.ReLU, strict=False)
+        assert not replace_layers(model, {"nothing": fresh}, strict=False)
+        assert not select(model, "nothing", strict=False)
+
+    def test_a_path_that_leads_nowhere_is_no_place_of_a_partial_dict(self):
+        with pytest.raises(NoMatchError, match=r"there is no module at 'layers\.3'"):
+            partial_modules(Model(), {"layers.3": nn.ReLU()})
+
+    def test_two_places_that_print_the_same_path_are_refused_when_they_would_change(self):
+        model = build(d={0: nn.ReLU(), "0": nn.ReLU()}, other=nn.ReLU())
+        assert "2 places print the path 'd.0'" in refuses(model, "d.*", fresh)
+        with pytest.raises(SelectionError, match=r"2 places print the path 'd\.0'"):
+            partial_modules(model, {"d.0": nn.ReLU()})
+        assert list(replace_layers(model, "other", fresh)) == ["other"]
+
+
+class TestTrainingMode:
+    """7. New modules take the mode of the old ones; frozen state is not carried."""
+
+    @pytest.mark.parametrize("mode", [True, False])
+    def test_all_that_the_swap_brings_in_takes_the_mode_of_what_was_there(self, mode):
+        model = Model()
+        model.train(mode)
+
+        def opposite(path, module):
+            new = Holder([Holder(), {"x": nn.Dropout()}])
+            new.train(not mode)
+            return new
+
+        replace_layers(model, "layers.*.attn", opposite)
+        assert {module.training for module in model.modules()} == {mode}
+
+    def test_a_module_that_sets_its_mode_in_its_own_way_is_asked_to(self):
+        class Own(nn.Module):
+            def _set_training_mode(self, mode):
+                super()._set_training_mode(mode)
+                self.told = mode
+
+        if not hasattr(nn.Module, "_set_training_mode"):
+            pytest.skip("this MLX has no such method")
+        model = Model()
+        model.eval()
+        report = replace_layers(model, "embed", lambda path, module: Own())
+        assert vars(report["embed"])["told"] is False
+
+    def test_each_takes_the_mode_of_its_own_predecessor(self):
+        model = Model()
+        model.layers[1].eval()
+        replace_layers(model, "layers.*.attn", fresh)
+        assert [layer.attn.training for layer in model.layers] == [True, False, True]
+
+    def test_what_was_in_the_model_already_keeps_its_own(self):
+        model = Model()
+        model.embed.eval()
+        model.layers[0].eval()
+        model.layers[0].attn.train()
+        wrapped = model.layers[0].attn
+        replace_layers(model, "layers.0", lambda p, m: Holder([wrapped, model.embed]))
+        assert not model.layers[0].training
+        assert wrapped.training
+        assert not model.embed.training
+
+    def test_a_module_for_two_places_takes_the_mode_of_the_first(self):
+        model = build(a=nn.ReLU(), b=nn.ReLU())
+        model.a.eval()
+        one = Holder()
+        replace_layers(model, "*", lambda path, module: one)
+        assert model.a is model.b is one
+        assert not one.training
+
+    def test_frozen_state_is_not_carried(self):
+        model = Model()
+        model.freeze()
+        replace_layers(model, "layers.0.attn", around)
+        assert [name for name, _ in tree_flatten(model.trainable_parameters())] == [
+            "layers.0.attn.weight"
+        ]
+
+    def test_a_new_module_that_is_frozen_stays_frozen(self):
+        model = Model()
+        frozen = nn.Linear(4, 4)
+        frozen.freeze()
+        replace_layers(model, "layers.0.attn", lambda path, module: frozen)
+        assert frozen._no_grad == {"weight", "bias"}
+
+
+class TestRules:
+    """8. The first rule that matches decides, once."""
+
+    def test_the_first_one_decides(self):
+        model = Model()
+        replace_layers(model, {"layers.0.attn": fresh, "layers.*.attn": around})
+        assert ["inner" in layer.attn for layer in model.layers] == [False, True, True]
+
+    def test_none_leaves_a_place_alone(self):
+        model = Model()
+        last = model.layers[-1].attn
+        report = replace_layers(model, {"layers[-1].**": None, "layers.*.attn": fresh})
+        assert list(report) == ["layers.0.attn", "layers.1.attn"]
+        assert model.layers[-1].attn is last
+
+    def test_no_rule_sees_what_another_put_in(self):
+        model = build(a=nn.ReLU())
+        factory = Recorder(around)
+        replace_layers(model, {"a": factory, "a.inner": factory}, strict=False)
+        assert factory.paths == ["a"]
+        assert type(model.a.inner) is nn.ReLU
+
+    def test_a_rule_that_matches_nothing_is_an_error(self):
+        message = misses(Model(), {"embed": fresh, "nothing": None})
+        assert message.startswith("'nothing' matches nothing")
+
+    def test_a_rule_that_is_wholly_shadowed_is_an_error(self):
+        assert misses(Model(), {"layers.*.attn": fresh, "layers[0].attn": None}) == (
+            "rule 'layers[0].attn' decides nothing: rules before it take all of the 1 that it "
+            "matches ('layers.*.attn' takes 1); drop it, or put it before them"
+        )
+
+    def test_shadowing_is_judged_before_where(self):
+        model = Model()
+        rules = {"layers.0.*": fresh, "layers[0:2].*": fresh}
+        assert list(replace_layers(model, rules, where=lambda p, m: p == "layers.0.attn")) == [
+            "layers.0.attn"
+        ]
+
+    def test_not_strict_allows_both(self):
+        rules = {"layers.*.attn": fresh, "layers[0].attn": fresh, "nothing": fresh}
+        assert len(replace_layers(Model(), rules, strict=False)) == 3
+
+    def test_rules_and_a_factory_do_not_go_together(self):
+        with pytest.raises(TypeError, match="rules hold their own factories"):
+            replace_layers(Model(), {"embed": fresh}, fresh)
+
+
+class TestNoPinning:
+    """9. The library keeps no replaced module; `swapped` does until it puts them back."""
+
+    @pytest.fixture(autouse=True)
+    def _no_collector(self):
+        gc.collect()
+        gc.disable()
+        yield
+        gc.enable()
+
+    def test_a_replaced_module_is_gone_at_once(self):
+        model = Model()
+        old = weakref.ref(model.embed)
+        report = replace_layers(model, "embed", fresh)
+        assert old() is None
+        assert str(report).startswith("embed   Embedding -> Holder   x1")
+
+    def test_swapped_puts_the_identical_modules_back(self):
+        model = Model()
+        before = Snapshot(model)
+        with swapped(model, "layers.*.attn", fresh) as report:
+            assert isinstance(report, Replacement)
+            assert all(type(layer.attn) is Holder for layer in model.layers)
+        assert before.differences() == []
+
+    def test_swapped_puts_them_back_also_on_an_exception(self):
+        model = Model()
+        before = Snapshot(model)
+        with pytest.raises(ZeroDivisionError), swapped(model, "embed", fresh):
+            raise ZeroDivisionError
+        assert before.differences() == []
+
+    def test_swapped_puts_them_back_also_on_a_keyboard_interrupt(self):
+        model = Model()
+        before = Snapshot(model)
+        with pytest.raises(KeyboardInterrupt), swapped(model, "embed", fresh):
+            raise KeyboardInterrupt
+        assert before.differences() == []
+
+    def test_nested_swaps_are_undone_from_the_inside(self):
+        model = Model()
+        before = Snapshot(model)
+        with swapped(model, "layers.0.attn", around), swapped(model, "layers.0.attn.inner", fresh):
+            assert type(model.layers[0].attn.inner) is Holder
+        assert before.differences() == []
+
+    def test_a_mode_set_inside_stays_with_the_layers_that_were_there(self):
+        model = Model()
+        original = model.embed
+        with swapped(model, "embed", fresh):
+            model.eval()
+        assert model.embed is original
+        assert model.embed.training
+        assert not model.layers[0].training
+
+    def test_a_place_changed_by_someone_else_is_left_as_it_is(self):
+        model = Model()
+        intruder = nn.ReLU()
+        with pytest.raises(SelectionError) as caught, swapped(model, "layers.*.attn", fresh):
+            model.layers[1].attn = intruder
+        assert str(caught.value) == (
+            "'layers.1.attn' was changed by someone else inside the block; nothing was changed here"
+        )
+        assert [type(layer.attn) for layer in model.layers] == [Holder, nn.ReLU, Holder]
+
+    def test_a_container_changed_by_someone_else_counts_as_well(self):
+        model = Model()
+        said = "changed by someone else inside the block"
+        with pytest.raises(SelectionError, match=said), swapped(model, "layers.*.attn", fresh):
+            model.layers = list(model.layers)
+        with pytest.raises(SelectionError, match=said), swapped(model, "layers[-1].attn", around):
+            model.layers.pop()
+
+    def test_when_update_modules_cannot_put_back_the_new_modules_stay(self):
+        class Lockable(nn.Module):
+            locked = False
+
+            def __setitem__(self, key, value):
+                if self.locked:
+                    raise KeyError("locked")
+                dict.__setitem__(self, key, value)
+
+        inner = Lockable()
+        inner.act = nn.ReLU()
+        model = build(first=nn.ReLU(), inner=inner)
+
+        def lock() -> None:
+            with swapped(model, ["first", "inner.act"], fresh):
+                snapshots.append(Snapshot(model))
+                Lockable.locked = True
+
+        snapshots: list[Snapshot] = []
+        with pytest.raises(SelectionError, match="update_modules failed, and nothing was changed"):
+            lock()
+        assert snapshots[0].differences() == []
+
+    def test_an_error_raised_in_the_body_wins(self):
+        model = Model()
+
+        def spoil() -> None:
+            with swapped(model, "embed", fresh):
+                model.embed = nn.ReLU()
+                raise ZeroDivisionError
+
+        with pytest.raises(ZeroDivisionError) as caught:
+            spoil()
+        if sys.version_info >= (3, 11):
+            assert caught.value.__notes__ == [
+                "'embed' was changed by someone else inside the block; nothing was changed here"
+            ]
+
+    def test_a_swap_that_fails_at_once_does_not_run_the_body(self):
+        with pytest.raises(NoMatchError), swapped(Model(), "nothing", fresh):
+            raise AssertionError
+
+
+class TestLimits:
+    """10. Cycles, and models that MLX itself cannot go down."""
+
+    def test_a_cycle_is_refused(self):
+        model = build(a=build(b=[nn.ReLU()]))
+        model.a.b.append(model.a)
+        with pytest.raises(SelectionError) as caught:
+            replace_layers(model, "a.b.0", fresh)
+        assert str(caught.value) == "the model holds a cycle: 'a.b.1' is 'a' again"
+
+    def test_a_new_module_that_holds_the_model_is_refused(self):
+        model = build(a=nn.ReLU(), b=nn.ReLU())
+        assert refuses(model, "a", lambda path, module: Holder(model)) == (
+            "the model holds a cycle: 'a.inner' is the model itself again"
+        )
+
+    def test_a_new_module_that_holds_one_around_its_place_is_refused(self):
+        model = build(a=build(b=[nn.ReLU()]))
+        message = refuses(model, "a.b.0", lambda path, module: Holder([model.a]))
+        assert message == "the model holds a cycle: 'a.b.0.inner.0' is 'a' again"
+
+    def test_two_new_modules_that_hold_one_another_are_refused(self):
+        one, two = Holder(), Holder()
+        one.other, two.other = two, one
+        model = build(a=nn.ReLU(), b=nn.ReLU())
+        message = refuses(model, "*", lambda path, module: one if path == "a" else two)
+        assert message == "the model holds a cycle: 'a.other.other' is 'a' again"
+
+    def test_two_places_that_each_take_in_the_other_are_refused(self):
+        model = build(a=build(x=nn.ReLU()), b=build(x=nn.ReLU()))
+        others = {"a.x": model.b, "b.x": model.a}
+        assert "holds a cycle" in refuses(model, "*.x", lambda path, module: others[path])
+
+    def test_a_wrapper_around_the_old_module_is_no_cycle(self):
+        model = Model()
+        assert len(replace_layers(model, "layers.*", around)) == 3
+
+    def test_a_model_deeper_than_update_modules_can_go_is_refused_and_select_still_works(self):
+        model = deep = build(first=nn.ReLU())
+        for _ in range(2000):
+            deep.down = build()
+            deep = deep.down
+        deep.act = nn.ReLU()
+        path = "down." * 2000 + "act"
+        assert list(select(model, "**.act")) == [path]
+        before = Snapshot(model)
+        with pytest.raises(SelectionError) as caught:
+            replace_layers(model, ["first", "**.act"], fresh)
+        assert str(caught.value) == (
+            "a place that is 2001 levels deep cannot be changed: MLX's update_modules goes down "
+            "by recursion, which Python limits (sys.setrecursionlimit); nothing was changed"
+        )
+        assert before.differences() == []
+        assert list(replace_layers(model, "first", fresh)) == ["first"]
+
+    def test_a_place_behind_the_limit_is_no_obstacle_to_others(self):
+        model = deep = build(first=nn.ReLU())
+        for _ in range(2000):
+            deep.down = [build()]
+            deep = deep.down[0]
+        with swapped(model, "first", around):
+            assert type(model.first) is Holder
+        assert type(model.first) is nn.ReLU

@@ -1,0 +1,276 @@
+"""The pattern language, as a table that a person can read."""
+
+import re
+
+import mlx.nn as nn
+import pytest
+
+from mlx_modswap import PatternError, select
+
+
+def attention() -> nn.Module:
+    module = nn.Module()
+    module.q_proj, module.k_proj, module.v_proj = (nn.Linear(2, 2) for _ in range(3))
+    return module
+
+
+def build() -> nn.Module:
+    """Twelve blocks, a list of lists, dicts with all kinds of keys, and a few odd names."""
+    model = nn.Module()
+    model.q_proj = nn.Linear(2, 2)
+    model.layers = [attention() for _ in range(12)]
+    model.grid = [[nn.ReLU(), nn.Tanh()], [nn.GELU(), nn.SiLU(), nn.Mish()]]
+    model.keyed = {
+        "0": nn.ReLU(),
+        7: nn.ReLU(),
+        "2-1": nn.ReLU(),
+        "a.b": nn.ReLU(),
+        "st*r": nn.ReLU(),
+        "star": nn.ReLU(),
+        "wh?t": nn.ReLU(),
+    }
+    model._private = nn.ReLU()
+    model.encoder = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+    return model
+
+
+def layers(*indices: int) -> list[str]:
+    return [f"layers.{index}" for index in indices]
+
+
+TABLE = [
+    # A path is itself and nothing else.
+    ("q_proj", ["q_proj"]),
+    ("layers.1", layers(1)),
+    ("layers.1.q_proj", ["layers.1.q_proj"]),
+    ("_private", ["_private"]),
+    ("Q_proj", []),
+    ("layers.01", []),
+    ("layers", []),
+    # '*' and '?' stay inside one segment.
+    ("layers.*", layers(*range(12))),
+    ("layers.?", layers(*range(10))),
+    ("layers.1?", layers(10, 11)),
+    ("layers.1*", layers(1, 10, 11)),
+    ("layers.0.?_proj", ["layers.0.q_proj", "layers.0.k_proj", "layers.0.v_proj"]),
+    ("*_proj", ["q_proj"]),
+    ("*", ["q_proj", "_private", "encoder"]),
+    ("*.q_proj", []),
+    ("l*s.*1.*q*", ["layers.1.q_proj", "layers.11.q_proj"]),
+    # Braces choose inside one segment.
+    ("layers.0.{q,v}_proj", ["layers.0.q_proj", "layers.0.v_proj"]),
+    ("layers.{0,11}", layers(0, 11)),
+    ("layers.{0,1?}", layers(0, 10, 11)),
+    ("layers.0.{v,q}{_,-}proj", ["layers.0.q_proj", "layers.0.v_proj"]),
+    ("{,q}_proj", ["q_proj"]),
+    ("layers.0.{q_proj}", ["layers.0.q_proj"]),
+    # '**' is any number of segments, none included; at the end it means what is inside.
+    ("**.q_proj", ["q_proj", *(f"layers.{i}.q_proj" for i in range(12))]),
+    ("layers.**.q_proj", [f"layers.{i}.q_proj" for i in range(12)]),
+    ("encoder.**", ["encoder.layers.0", "encoder.layers.1"]),
+    ("**.encoder.**", ["encoder.layers.0", "encoder.layers.1"]),
+    ("encoder.**.**", ["encoder.layers.0", "encoder.layers.1"]),
+    ("**.layers.0", ["layers.0", "encoder.layers.0"]),
+    ("**.layers.**.1", ["layers.1", "encoder.layers.1"]),
+    # Indices and slices of lists, as in Python.
+    ("layers[0]", layers(0)),
+    ("layers[-1]", layers(11)),
+    ("layers[-12]", layers(0)),
+    ("layers[12]", []),
+    ("layers[-13]", []),
+    ("layers[-4:]", layers(8, 9, 10, 11)),
+    ("layers[:2]", layers(0, 1)),
+    ("layers[2:4]", layers(2, 3)),
+    ("layers[::5]", layers(0, 5, 10)),
+    ("layers[::-5]", layers(1, 6, 11)),
+    ("layers[9:100]", layers(9, 10, 11)),
+    ("layers[100:]", []),
+    ("layers[:]", layers(*range(12))),
+    ("layers[-1].{q,k}_proj", ["layers.11.q_proj", "layers.11.k_proj"]),
+    ("grid[0]", []),
+    ("grid[0][1:]", ["grid.0.1"]),
+    ("grid[1][-2:]", ["grid.1.1", "grid.1.2"]),
+    ("grid[:][0]", ["grid.0.0", "grid.1.0"]),
+    ("grid.*[0]", ["grid.0.0", "grid.1.0"]),
+    ("*[0]", layers(0)),
+    ("{grid,layers}[0]", layers(0)),
+    ("**.layers[0]", ["layers.0", "encoder.layers.0"]),
+    ("keyed[0]", []),
+    # Keys of dicts: digits, ints, dots, and names that hold signs of the language.
+    ("keyed.0", ["keyed.0"]),
+    ("keyed.7", ["keyed.7"]),
+    ("keyed.2-1", ["keyed.2-1"]),
+    ("keyed.a.b", ["keyed.a.b"]),
+    ("keyed.*.b", ["keyed.a.b"]),
+    ("keyed.a.*", ["keyed.a.b"]),
+    ("keyed.?", ["keyed.0", "keyed.7"]),
+    ("keyed.st*r", ["keyed.st*r", "keyed.star"]),
+    ("keyed.wh?t", ["keyed.wh?t"]),
+    # Regular expressions match the whole path.
+    (re.compile(r"layers\.\d\.q_proj"), [f"layers.{i}.q_proj" for i in range(10)]),
+    (re.compile(r"q_proj"), ["q_proj"]),
+    (re.compile(r"(?i)ENCODER"), ["encoder"]),
+    (re.compile(re.escape("keyed.st*r")), ["keyed.st*r"]),
+    # Several patterns are a union, in the order of the model.
+    (["layers[1]", "q_proj", "layers[0:2]"], ["q_proj", *layers(0, 1)]),
+    (("layers[1]", re.compile("q_proj")), ["q_proj", *layers(1)]),
+]
+
+
+@pytest.mark.parametrize(("pattern", "paths"), TABLE, ids=str)
+def test_a_pattern_matches_these_paths(pattern, paths):
+    assert list(select(build(), pattern, strict=False)) == paths
+
+
+def test_two_stars_match_everything_but_the_model_itself():
+    model = build()
+    everything = select(model, "**")
+    named = dict(model.named_modules())
+    del named[""]
+    assert everything.keys() == named.keys()
+    assert all(everything[path] is named[path] for path in named)
+
+
+def test_every_path_is_a_pattern_that_selects_its_place():
+    model = build()
+    for path, module in select(model, "**").items():
+        assert select(model, path)[path] is module
+
+
+@pytest.mark.parametrize(
+    "pattern", ["**." * 50 + "x", "*a" * 50, "{" + ",".join("abc" * 400) + "}z"]
+)
+def test_a_hard_pattern_is_no_harder_to_match(pattern):
+    model = nn.Module()
+    model["a" * 10_000] = nn.ReLU()
+    inner = model
+    for _ in range(200):
+        inner.a = nn.Module()
+        inner = inner.a
+    select(model, pattern, strict=False)
+
+
+PARSE_ERRORS = [
+    (
+        "layers[0-9]",
+        "[0-9] is no index or slice of a list; write [0:10] for the entries 0 to 9\n"
+        "    layers[0-9]\n"
+        "          ^^^^^",
+    ),
+    (
+        "layers.0.[qk]_proj",
+        "[qk] is no index or slice of a list; write {q,k} for one of several characters\n"
+        "    layers.0.[qk]_proj\n"
+        "             ^^^^",
+    ),
+    (
+        "layers[0,3]",
+        "[0,3] is no index or slice of a list; write .{0,3} for some of the entries\n"
+        "    layers[0,3]\n"
+        "          ^^^^^",
+    ),
+    (
+        "layers[::0]",
+        "[::0] is no index or slice of a list; "
+        "write [0], [-1], [2:6], [-4:] or [::2], as for a Python list\n"
+        "    layers[::0]\n"
+        "          ^^^^^",
+    ),
+    (
+        "layers[-0:]",
+        "-0 counts from the start, not from the end; write [0:] if you mean that\n"
+        "    layers[-0:]\n"
+        "          ^^^^^",
+    ),
+    (
+        "layers[]",
+        "[] is no index or slice of a list; "
+        "write [0], [-1], [2:6], [-4:] or [::2], as for a Python list\n"
+        "    layers[]\n"
+        "          ^^",
+    ),
+    (
+        "a**",
+        "'**' is a whole segment of its own; write 'a*', or 'a.**' for what is inside\n"
+        "    a**\n"
+        "    ^^^",
+    ),
+    ("***", "'**' is a whole segment of its own; write '*' or '**'\n    ***\n    ^^^"),
+    ("", "'' is an empty pattern; '**' matches every module of the model"),
+    ("a..b", "an empty segment; write 'a.b'\n    a..b\n      ^"),
+    ("a.", "an empty segment; write 'a'\n    a.\n      ^"),
+    (".", "an empty segment; write '**'\n    .\n    ^"),
+    ("a.b[0", "'[' is not closed; write 'layers[0]'\n    a.b[0\n       ^"),
+    ("a]", "']' closes nothing; write 'layers[0]'\n    a]\n     ^"),
+    ("[0]", "an index follows the name of a list; write 'layers[0]'\n    [0]\n    ^^^"),
+    ("a[0]b", "an index ends its segment; write 'a[0].b'\n    a[0]b\n        ^"),
+    (
+        "{q,k",
+        "'{' is not closed in its segment; write '{q,k,v}', or several patterns for more\n"
+        "    {q,k\n"
+        "    ^",
+    ),
+    (
+        "a.{b.c,d}",
+        "'{' is not closed in its segment; write '{q,k,v}', or several patterns for more\n"
+        "    a.{b.c,d}\n"
+        "      ^",
+    ),
+    ("a}", "'}' closes nothing; write '{q,k,v}'\n    a}\n     ^"),
+    ("{a,{b}}", "braces do not nest; write '{a,b,c}'\n    {a,{b}}\n    ^"),
+    ("a{}", "no alternatives; write '{q,k,v}'\n    a{}\n     ^^"),
+    ("x.a{}b", "no alternatives; write '{q,k,v}'\n    x.a{}b\n       ^^"),
+    ("x.a}b", "'}' closes nothing; write '{q,k,v}'\n    x.a}b\n       ^"),
+    ("{a,b}c}d", "'}' closes nothing; write '{q,k,v}'\n    {a,b}c}d\n          ^"),
+    ("x.a{b{c}}", "braces do not nest; write '{a,b,c}'\n    x.a{b{c}}\n       ^"),
+    ("ab[0]c]", "']' closes nothing; write 'layers[0]'\n    ab[0]c]\n          ^"),
+    ("a[0]bc.d", "an index ends its segment; write 'a[0].bc'\n    a[0]bc.d\n        ^^"),
+    (
+        "x.a{b",
+        "'{' is not closed in its segment; write '{q,k,v}', or several patterns for more\n"
+        "    x.a{b\n"
+        "       ^",
+    ),
+    (
+        "b" * 60 + ".[" + "a" * 30 + "]" + "c" * 60,
+        "[" + "a" * 30 + "] is no index or slice of a list; "
+        "write [0], [-1], [2:6], [-4:] or [::2], as for a Python list\n"
+        "    " + "b" * 49 + ".[" + "a" * 30 + "]" + "c" * 18 + "\n"
+        "    " + " " * 50 + "^" * 20,
+    ),
+]
+
+
+@pytest.mark.parametrize(("pattern", "message"), PARSE_ERRORS, ids=[p for p, _ in PARSE_ERRORS])
+def test_a_wrong_pattern_shows_the_place_and_the_right_form(pattern, message):
+    with pytest.raises(PatternError) as error:
+        select(build(), pattern)
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    ("length", "shown"), [(80, "x" * 80), (81, "x" * 77 + "..."), (82, "x" * 77 + "...")]
+)
+def test_what_is_longer_than_80_characters_is_cut_short(length, shown):
+    with pytest.raises(PatternError) as error:
+        select(build(), f".{'x' * (length - 2)}")
+    quoted = repr("x" * (length - 2))
+    assert str(error.value).startswith(f"an empty segment; write {quoted}\n")
+    with pytest.raises(PatternError) as error:
+        select(build(), f"{'x' * length}**")
+    assert f"or '{shown}.**' for what is inside" in str(error.value)
+
+
+@pytest.mark.parametrize("pattern", ["x" * 10_000 + "**", "a[" + "9" * 10_000 + "]", "a." * 5000])
+def test_a_long_wrong_pattern_has_a_short_message(pattern):
+    with pytest.raises(PatternError) as error:
+        select(build(), pattern)
+    assert len(str(error.value)) < 600
+
+
+@pytest.mark.parametrize(
+    "pattern", [3, None, b"layers", ["layers.*", 3], re.compile(b"x")], ids=str
+)
+def test_what_is_no_pattern_is_a_type_error(pattern):
+    with pytest.raises(TypeError, match="a pattern is a str or a compiled regular expression"):
+        select(build(), pattern)

@@ -1,0 +1,263 @@
+"""The picture of a replacement is short, true, and made of patterns that work."""
+
+from __future__ import annotations
+
+import gc
+import random
+import re
+import weakref
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+import zoo
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import Leaf, Net, swaps
+
+from mlx_modswap import Replacement, replace_layers, select
+from mlx_modswap._fold import fold, outline, pattern_of, segments
+
+
+class LoRA(nn.Module):
+    def __init__(self, linear: Any, rank: int = 4):
+        super().__init__()
+        outputs, inputs = linear.weight.shape
+        self.linear = linear
+        self.lora_a = mx.zeros((inputs, rank))
+        self.lora_b = mx.zeros((rank, outputs))
+
+
+class Attention(nn.Module):
+    def __init__(self, dims: int):
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(dims, dims) for _ in range(3))
+
+
+class Model(nn.Module):
+    def __init__(self, layers: int = 4, dims: int = 64):
+        super().__init__()
+        self.embed = nn.Embedding(100, dims)
+        self.layers = [Net() for _ in range(layers)]
+        for layer in self.layers:
+            layer.self_attn = Attention(dims)
+            layer.norm = nn.RMSNorm(dims)
+
+
+def lora(path: str, layer: nn.Module) -> nn.Module:
+    return LoRA(layer)
+
+
+def nothing(path: str, layer: nn.Module) -> nn.Module:
+    return nn.Identity()
+
+
+def places_of(replacement: Replacement) -> list[str]:
+    """The patterns that stand at the beginning of each line."""
+    return [row[0] for row in replacement._rows()]
+
+
+def read(place: str) -> Any:
+    """The pattern that was printed."""
+    if place.startswith("re.compile("):
+        return re.compile(eval(place.removeprefix("re.compile(").removesuffix(")")))
+    return place
+
+
+# ---------------------------------------------------------------- whole texts
+
+
+def test_adapters_in_a_frozen_model_in_bfloat16():
+    model = Model()
+    model.set_dtype(mx.bfloat16)
+    model.freeze()
+    assert str(replace_layers(model, "**.self_attn.{q,v}_proj", lora)) == (
+        "layers[0:4].self_attn.{q,v}_proj   Linear -> LoRA   x8   33.3K -> 37.4K params"
+        "   0 -> 4.1K trainable   66.6 KB -> 82.9 KB   bfloat16 -> bfloat16, float32"
+    )
+
+
+def test_quantization_keeps_the_number_of_parameters():
+    model = Model()
+    rules = {
+        "layers[-1].**": None,
+        "embed": lambda path, layer: layer.to_quantized(bits=8),
+        "**": lambda path, layer: layer.to_quantized(bits=4),
+    }
+    where = (nn.Linear, nn.Embedding)
+    assert str(replace_layers(model, rules, where=where)).splitlines() == [
+        "embed                                Embedding -> QuantizedEmbedding(bits=8)   x1"
+        "   6.4K params    25.6 KB -> 7.2 KB     float32 -> float32, uint32",
+        "layers[0:3].self_attn.{q,k,v}_proj   Linear -> QuantizedLinear(bits=4)         x9"
+        "   37.4K params   149.8 KB -> 25.3 KB   float32 -> float32, uint32",
+    ]
+
+
+def test_trainable_parameters_are_told_where_they_are_not_what_one_expects():
+    def half_frozen(path: str, layer: nn.Module) -> nn.Module:
+        new = nn.Linear(64, 64)
+        new.freeze(keys="weight")
+        return new
+
+    assert str(replace_layers(Model(), "layers[0].self_attn.q_proj", half_frozen)) == (
+        "layers.0.self_attn.q_proj   Linear   x1   4.2K params   4.2K -> 64 trainable"
+        "   16.6 KB   float32"
+    )
+
+
+def test_columns_that_say_nothing_are_left_out():
+    model = nn.Sequential(nn.ReLU(), nn.Linear(2, 2), nn.ReLU())
+    assert str(replace_layers(model, "**", lambda path, layer: nn.Tanh(), where=nn.ReLU)) == (
+        "layers.{0,2}   ReLU -> Tanh   x2"
+    )
+
+
+def test_what_is_taken_out_leaves_no_arrays():
+    assert str(replace_layers(Model(), "layers[::2].norm", nothing)) == (
+        "layers.{0,2}.norm   RMSNorm -> Identity   x2   128 -> 0 params   512 B -> 0 B"
+        "   float32 -> no arrays"
+    )
+
+
+def test_a_small_change_of_a_big_number_is_visible():
+    class Big(nn.Module):
+        def __init__(self, more: int = 0):
+            super().__init__()
+            self.weight = mx.zeros((10_000_000 + more,), mx.float16)
+
+    model = nn.Sequential(Big())
+    assert str(replace_layers(model, "**", lambda path, layer: Big(12))) == (
+        "layers.0   Big   x1   10.0M + 12 params   20.0 MB + 24 B   float16"
+    )
+
+
+def test_a_tied_module_counts_once():
+    model = Net()
+    model.a = model.b = nn.Linear(2, 2)
+    assert str(replace_layers(model, "*", lambda path, layer: nn.Linear(2, 2, bias=False))) == (
+        "{a,b}   Linear   x2   6 -> 4 params   24 B -> 16 B   float32"
+    )
+
+
+def test_a_swap_of_nothing():
+    report = replace_layers(Model(), "**", lambda path, layer: layer)
+    assert (str(report), report._repr_html_()) == ("nothing changed", "<p>nothing changed</p>")
+
+
+def test_a_long_picture_is_cut():
+    model = Net()
+    for n in range(120):
+        setattr(model, f"a{n}.b{n}", Leaf())
+    lines = str(replace_layers(model, "**", nothing)).splitlines()
+    assert len(lines) == 101
+    assert lines[-1] == "... 20 more lines"
+
+
+def test_a_notebook_gets_a_table_in_which_nothing_is_markup():
+    model = Net()
+    setattr(model, "<b>&", Leaf())
+    assert replace_layers(model, "*", nothing)._repr_html_() == (
+        "<table><tr><td>&lt;b&gt;&amp;</td><td>Leaf -&gt; Identity</td><td>x1</td>"
+        "<td>1 -&gt; 0 params</td><td>4 B -&gt; 0 B</td>"
+        "<td>float32 -&gt; no arrays</td></tr></table>"
+    )
+
+
+# ---------------------------------------------------------------- folding
+
+
+@pytest.mark.parametrize(
+    ("paths", "patterns"),
+    [
+        (["a"], ["a"]),
+        (["a.0.b", "a.1.b", "a.2.b"], ["a[0:3].b"]),
+        (["a.0.b", "a.2.b", "a.4.b"], ["a[0:5:2].b"]),
+        (["a.0.b", "a.2.b"], ["a.{0,2}.b"]),
+        (["a.7"], ["a.7"]),
+        (["a.0.0", "a.0.1", "a.1.0", "a.1.1"], ["a[0:2][0:2]"]),
+        (["a.0.q_proj", "a.0.v_proj", "a.1.q_proj", "a.1.v_proj"], ["a[0:2].{q,v}_proj"]),
+        (["a.0.q", "a.0.k", "a.1.q"], ["a[0:2].q", "a.0.k"]),
+        (["conv1", "conv2"], ["conv{1,2}"]),
+        (["norm", "norm1"], ["{norm,norm1}"]),
+        (["w_in", "w_out", "w_up"], ["w_{in,out,up}"]),
+        (["gate_up_proj", "gate_down_proj"], ["gate_{up,down}_proj"]),
+        (["encoder", "decoder"], ["{encoder,decoder}"]),
+        (["a_a", "a_a_a"], ["a_{a,a_a}"]),
+        (["st*r", "stir"], [r"re.compile('st\\*r')", "stir"]),
+        (["a.0.x[1]", "a.1.x[1]"], [r"re.compile('a\\.(0|1)\\.x\\[1\\]')"]),
+        (["line\nbreak"], [r"re.compile('line\\\nbreak')"]),
+        (["a.", "b."], [r"re.compile('(a|b)\\.')"]),
+        (
+            [f"a.{n}" for n in (*range(3, 40), 50, 52, *range(60, 99))],
+            ["a[3:40]", "a[60:99]", "a.{50,52}"],
+        ),
+        (
+            [f"{n}_layernorm" for n in ("input", "output", "post_attention", "pre_attention")],
+            ["{input,output,post_attention}_layernorm", "pre_attention_layernorm"],
+        ),
+    ],
+)
+def test_paths_fold_into_patterns(paths, patterns):
+    folded = fold([segments(path, slices=True) for path in paths])
+    assert [pattern_of(product) for product, _ in folded] == patterns
+
+
+def test_without_slices_a_number_is_a_name():
+    folded = fold([segments(f"a.{n}", slices=False) for n in range(3)])
+    assert [pattern_of(product) for product, _ in folded] == ["a.{0,1,2}"]
+
+
+@given(swaps())
+def test_the_places_of_a_picture_select_what_has_changed_each_place_once(swap):
+    replacement = replace_layers(swap.model, swap.patterns, nothing)
+    found = [path for place in places_of(replacement) for path in select(swap.model, read(place))]
+    assert sorted(found) == sorted(replacement)
+
+
+@given(st.integers(0, 2**32), st.integers(1, 12), st.floats(0, 1))
+def test_any_choice_of_layers_folds_into_patterns_that_select_it(seed, layers, share):
+    model, chance = Model(layers, 2), random.Random(seed)
+    chosen = {path for path in select(model, "layers.**") if chance.random() < share}
+    folded = fold([segments(path, slices=True) for path in chosen])
+    found = [path for product, _ in folded for path in select(model, pattern_of(product))]
+    assert sorted(found) == sorted(chosen)
+
+
+@pytest.mark.parametrize("name", zoo.ZOO)
+def test_the_picture_of_a_swap_in_a_model_of_mlx_lm_selects_what_has_changed(name):
+    pytest.importorskip("mlx_lm", reason="the model is one of mlx-lm")
+    model, chance = built(name), random.Random(name)
+    replacement = replace_layers(
+        model, "**", nothing, where=lambda path, layer: is_leaf(layer) and chance.random() < 0.7
+    )
+    found = [path for place in places_of(replacement) for path in select(model, read(place))]
+    assert sorted(found) == sorted(replacement)
+
+
+def is_leaf(module: nn.Module) -> bool:
+    return not module.children() and bool(module.parameters())
+
+
+def built(name: str) -> nn.Module:
+    if zoo.ZOO[name].get("module", name) not in zoo.installed():
+        pytest.skip("not in this mlx-lm")
+    return zoo.build(name)
+
+
+# ---------------------------------------------------------------- what else it keeps
+
+
+def test_a_picture_keeps_no_replaced_module_alive():
+    model = Model()
+    olds = [weakref.ref(module) for module in select(model, "**.q_proj").values()]
+    replacement = replace_layers(model, "**.q_proj", nothing)
+    gc.collect()
+    assert [old() for old in olds] == [None] * 4
+    assert str(replacement).startswith("layers[0:4].self_attn.q_proj   Linear -> Identity   x4")
+
+
+def test_an_outline_names_the_modules_right_inside():
+    assert outline(Model()) == ["'embed'", "'layers[0:4]' (4 Net)"]
+    assert outline(Attention(2)) == ["'{q,k,v}_proj' (3 Linear)"]
+    assert outline(nn.ReLU()) == []

@@ -1,0 +1,395 @@
+"""Long random histories of one model: swaps, failures, blocks inside blocks, other people's edits.
+
+A plain-Python `Mirror` says after each step what the model has to look like. What the library does
+to it is foretold with the reference in `oracle.py`; other people's edits are simply looked at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import oracle
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from mlx.utils import tree_flatten
+from oracle import Location, Place
+from strategies import Leaf, Net, exactly, lists_of_patterns, models, one_place, patterns, wheres
+
+from mlx_modswap import (
+    Replacement,
+    SelectionError,
+    partial_modules,
+    replace_layers,
+    select,
+    swapped,
+)
+
+MOST_BLOCKS = 3  # `swapped` blocks inside one another
+MOST_PLACES = 60
+
+
+class Boom(Exception):
+    pass
+
+
+class Around(nn.Module):
+    """A new module that holds the one that it replaces."""
+
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.scale = mx.ones(1)
+        self.inner = [inner]
+
+
+class Parts(nn.Module):
+    """A new module with modules of its own, not all in one mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = mx.zeros(1)
+        self.parts = {"0": Leaf(), "act": nn.ReLU().eval()}
+
+
+MAKERS: dict[str, Callable[[str, nn.Module], nn.Module]] = {
+    "a leaf": lambda path, module: Leaf(),
+    "no parameters": lambda path, module: nn.Identity(),
+    "parts": lambda path, module: Parts(),
+    "a wrapper": lambda path, module: Around(module),
+    "a leaf for some": lambda path, module: module if len(path) % 3 else Leaf(),
+    "in eval mode": lambda path, module: nn.Dropout().eval(),
+}
+ONE = "the one factory for all"
+NO_MODULES = [None, nn.ReLU, mx.zeros(1), "module", {}, [Leaf()]]
+
+
+def makers() -> st.SearchStrategy[Any]:
+    return st.sampled_from(list(MAKERS)).map(MAKERS.__getitem__)
+
+
+class Factory:
+    """Remembers what it made for which path; may fail at one of its calls."""
+
+    def __init__(
+        self, make: Callable[[str, nn.Module], nn.Module], fail_at: int = -1, bad: Any = 0
+    ):
+        self.make = make
+        self.fail_at = fail_at
+        self.bad = bad
+        self.made: dict[str, Any] = {}
+
+    def __call__(self, path: str, module: nn.Module) -> Any:
+        assert path not in self.made
+        failing = len(self.made) == self.fail_at
+        if failing and self.bad is Boom:
+            raise Boom
+        self.made[path] = self.bad if failing else self.make(path, module)
+        return self.made[path]
+
+
+class Mirror:
+    """What the model has to look like: what each container holds, and its flags."""
+
+    def __init__(self, model: nn.Module):
+        self.things: dict[int, Any] = {}
+        self.contents: dict[int, list[tuple[Any, Any]]] = {}
+        self.flags: dict[int, tuple[bool, set[str]]] = {}
+        self.take_in(model)
+
+    def take_in(self, thing: Any, mode: bool | None = None) -> None:
+        """Look at what is not known yet; modules among it are to have this mode."""
+        for one in oracle.everything(thing):
+            if id(one) not in self.things:
+                self.look_at(one)
+                if isinstance(one, nn.Module) and mode is not None:
+                    self.flags[id(one)] = mode, self.flags[id(one)][1]
+
+    def look_at(self, thing: Any) -> None:
+        self.things[id(thing)] = thing
+        self.contents[id(thing)] = oracle.entries(thing)
+        if isinstance(thing, nn.Module):
+            self.flags[id(thing)] = flags(thing)
+
+    def look_again(self, model: nn.Module) -> None:
+        for thing in list(self.things.values()):
+            self.look_at(thing)
+        self.take_in(model)
+
+    def put(self, location: Location, new: nn.Module, mode: bool | None = None) -> None:
+        """Foretell a swap of one location."""
+        container, key = location
+        held = self.contents[container]
+        self.contents[container] = [(k, new if k == key else value) for k, value in held]
+        self.take_in(new, mode)
+
+    def differences(self) -> list[str]:
+        found = []
+        for number, thing in self.things.items():
+            name, then, now = type(thing).__name__, self.contents[number], oracle.entries(thing)
+            if [key for key, _ in then] != [key for key, _ in now]:
+                found.append(f"the keys of a {name}")
+            elif any(old is not new for (_, old), (_, new) in zip(then, now)):
+                found.append(f"what a {name} holds")
+            if number in self.flags and self.flags[number] != flags(thing):
+                found.append(f"the flags of a {name}")
+        return found
+
+
+def flags(module: nn.Module) -> tuple[bool, set[str]]:
+    return module._training, set(module._no_grad)
+
+
+class Block:
+    """A `swapped` block that was entered."""
+
+    def __init__(
+        self, model: nn.Module, manager: AbstractContextManager[Replacement], targets: list[Place]
+    ):
+        self.manager = manager
+        self.targets = targets
+        self.steps = [step for place in targets for step in way(model, place.path)]
+
+    def is_intact(self) -> bool:
+        """Whether what was put in is where it was put, and can be reached as before."""
+        return all(
+            any(k == key and v is value for k, v in oracle.entries(container))
+            for container, key, value in self.steps
+        )
+
+
+def way(container: Any, path: str) -> list[tuple[Any, Any, Any]]:
+    """The steps from a container to what is at a path: where, which key, and what is there."""
+    for key, value in oracle.entries(container):
+        if path == str(key):
+            return [(container, key, value)]
+        if path.startswith(f"{key}.") and isinstance(value, (dict, list)):
+            further = way(value, path[len(f"{key}.") :])
+            if further:
+                return [(container, key, value), *further]
+    return []
+
+
+def parameters(model: nn.Module, but: Iterable[str]) -> dict[str, int]:
+    """The names of the parameters outside of some paths, and which arrays they are."""
+    heads = tuple(f"{path}." for path in but)
+    named = tree_flatten(nn.Module.parameters(model))
+    return {name: id(array) for name, array in named if not name.startswith(heads)}
+
+
+class History(RuleBasedStateMachine):
+    def __init__(self):
+        super().__init__()
+        self.blocks: list[Block] = []
+
+    @initialize(model=models())
+    def begin(self, model: nn.Module) -> None:
+        self.model = model
+        self.mirror = Mirror(model)
+
+    # ------------------------------------------------------------ what the library does
+
+    @rule(data=st.data(), make=makers())
+    def replace_what_some_patterns_match(self, data: st.DataObject, make: Any) -> None:
+        chosen, names, options = self.a_selection(data)
+        factory = Factory(make)
+        call = partial(replace_layers, self.model, names, factory, **options)
+        self.swap(chosen, {ONE: factory}, call)
+        assert list(factory.made) == [place.path for place in oracle.calls(chosen)]
+
+    @rule(data=st.data(), make=makers())
+    def replace_a_place_and_what_goes_with_it(self, data: st.DataObject, make: Any) -> None:
+        chosen, names = self.a_family(data)
+        factory = Factory(make)
+        self.swap(chosen, {ONE: factory}, partial(replace_layers, self.model, names, factory))
+
+    @rule(data=st.data(), make=makers(), other=makers())
+    def replace_by_rules(self, data: st.DataObject, make: Any, other: Any) -> None:
+        names = data.draw(st.lists(patterns(self.model), min_size=2, max_size=3, unique_by=str))
+        factories = [Factory(make), None, Factory(other)]
+        rules = dict(zip(names, data.draw(st.permutations(factories))))
+        chosen = oracle.chosen(self.model, names)
+        call = partial(replace_layers, self.model, rules, strict=False)
+        self.swap(chosen, rules, call, partial(oracle.deciding, names))
+
+    @rule(data=st.data(), make=makers(), bad=st.sampled_from([Boom, *NO_MODULES]))
+    def fail_at_a_call(self, data: st.DataObject, make: Any, bad: Any) -> None:
+        chosen, names, options = self.a_selection(data)
+        if chosen:
+            at = data.draw(st.integers(0, len(oracle.calls(chosen)) - 1))
+            with pytest.raises(Boom if bad is Boom else TypeError):
+                replace_layers(self.model, names, Factory(make, at, bad), **options)
+
+    @rule(data=st.data(), make=st.sampled_from([Leaf, Parts, nn.Identity]))
+    def replace_by_hand(self, data: st.DataObject, make: Any) -> None:
+        chosen, _ = self.a_family(data)
+        paths = [place.path for place in chosen]
+        if oracle.objections(self.model, dict.fromkeys(paths, "new")):
+            return
+        new: Any = make()
+        before = parameters(self.model, paths)
+        news: dict[str, Any] = dict.fromkeys(paths, new)
+        nested = partial_modules(self.model, news)
+        assert self.mirror.differences() == []
+        self.model.update_modules(nested)
+        for place in chosen:
+            self.mirror.put(place.location, new)
+        assert parameters(self.model, paths) == before
+
+    @rule(data=st.data())
+    def look_at_some(self, data: st.DataObject) -> None:
+        chosen, names, options = self.a_selection(data)
+        found = select(self.model, names, **options)
+        assert list(found) == [place.path for place in chosen]
+        assert all(found[place.path] is place.module for place in chosen)
+
+    @precondition(lambda self: len(self.blocks) < MOST_BLOCKS)
+    @rule(data=st.data(), make=makers())
+    def enter_a_block(self, data: st.DataObject, make: Any) -> None:
+        chosen, names = self.a_family(data)
+        factory = Factory(make)
+        manager = swapped(self.model, names, factory)
+        report = self.swap(chosen, {ONE: factory}, manager.__enter__)
+        if report is not None:
+            changed = [place for place in chosen if place.path in report]
+            self.blocks.append(Block(self.model, manager, changed))
+
+    @precondition(lambda self: self.blocks)
+    @rule(fail=st.booleans(), at=st.sampled_from([-1, -1, -1, 0]))
+    def leave_a_block(self, fail: bool, at: int) -> None:
+        """Mostly the innermost; the library can take it in another order as well."""
+        block = self.blocks.pop(at)
+        intact = block.is_intact()
+        if fail:
+            error = Boom()
+            assert not block.manager.__exit__(Boom, error, None)  # so the error goes on
+        elif intact:
+            block.manager.__exit__(None, None, None)
+        else:
+            with pytest.raises(SelectionError, match="changed by someone else inside the block"):
+                block.manager.__exit__(None, None, None)
+        if intact:
+            for place in block.targets:
+                self.mirror.put(place.location, place.module)
+
+    # ------------------------------------------------------------ what someone else does
+
+    @rule(data=st.data(), make=st.sampled_from([Leaf, Parts]))
+    def someone_replaces_a_module(self, data: st.DataObject, make: Any) -> None:
+        data.draw(one_place(self.model)).put(make())
+        self.mirror.look_again(self.model)
+
+    @rule(data=st.data(), what=st.sampled_from(["freeze", "unfreeze", "train", "eval"]))
+    def someone_freezes_a_module_or_sets_its_mode(self, data: st.DataObject, what: str) -> None:
+        getattr(data.draw(one_place(self.model)).module, what)()
+        self.mirror.look_again(self.model)
+
+    @rule(
+        name=st.sampled_from(["added", "0", "q_proj"]),
+        make=st.sampled_from([lambda: [Leaf(), None], lambda: {"0": Leaf()}, Leaf, Net]),
+    )
+    def someone_adds_to_the_model(self, name: str, make: Any) -> None:
+        if len(oracle.places(self.model)) < MOST_PLACES:
+            setattr(self.model, name, make())
+            self.mirror.look_again(self.model)
+
+    @rule(data=st.data())
+    def someone_ties_two_places(self, data: st.DataObject) -> None:
+        first, second = data.draw(one_place(self.model)), data.draw(one_place(self.model))
+        if not oracle.places(first.module):  # so nothing becomes a part of itself
+            second.put(first.module)
+            self.mirror.look_again(self.model)
+
+    @rule(data=st.data())
+    def someone_shortens_a_list(self, data: st.DataObject) -> None:
+        lists = [place.container for place in oracle.places(self.model)]
+        lists = [one for one in lists if isinstance(one, list) and len(one) > 1]
+        if lists:
+            data.draw(st.sampled_from(lists)).pop()
+            self.mirror.look_again(self.model)
+
+    # ------------------------------------------------------------ what has to hold
+
+    @invariant()
+    def the_model_is_what_the_mirror_says(self) -> None:
+        assert self.mirror.differences() == []
+
+    def teardown(self) -> None:
+        while self.blocks:
+            self.leave_a_block(False, -1)
+            self.the_model_is_what_the_mirror_says()
+
+    # ------------------------------------------------------------ helpers
+
+    def a_selection(self, data: st.DataObject) -> tuple[list[Place], list[Any], dict[str, Any]]:
+        names = data.draw(lists_of_patterns(self.model))
+        where = data.draw(st.one_of(st.none(), wheres()))
+        exclude = data.draw(st.lists(patterns(self.model), max_size=1))
+        options = {"where": where, "exclude": exclude, "strict": False}
+        return oracle.chosen(self.model, names, where, exclude), names, options
+
+    def a_family(self, data: st.DataObject) -> tuple[list[Place], list[Any]]:
+        """A place and all those that have to change with it, and patterns for just these."""
+        paths = {data.draw(one_place(self.model)).path}
+        while True:
+            chosen = [place for place in oracle.places(self.model) if place.path in paths]
+            more = {other.path for place in chosen for other in oracle.brothers(self.model, place)}
+            if more == paths:
+                return chosen, [exactly(place.path) for place in chosen]
+            paths = more
+
+    def swap(
+        self,
+        chosen: list[Place],
+        factories: Mapping[Any, Factory | None],
+        call: Callable[[], Replacement],
+        deciding: Callable[[Place], Any] = lambda place: ONE,
+    ) -> Replacement | None:
+        """Make a swap that may be refused, and compare with what was foretold of it."""
+        before = parameters(self.model, [place.path for place in chosen])
+        calls = self.calls(chosen, deciding)
+        rules = {place.path: deciding(place) for place in chosen}
+        changing = [
+            place for place in chosen if will_change(factories[rules[place.path]], calls, place)
+        ]
+        objections = oracle.objections(self.model, {p.path: rules[p.path] for p in changing})
+        if objections:
+            with pytest.raises(SelectionError):
+                call()
+            return None
+        report = call()
+        assert list(report) == [place.path for place in changing]
+        for place in changing:
+            factory = factories[rules[place.path]]
+            new = factory.made[calls[place.path].path] if factory else None
+            assert report[place.path] is new
+            assert isinstance(new, nn.Module)
+            self.mirror.put(place.location, new, flags(place.module)[0])
+        assert parameters(self.model, [place.path for place in chosen]) == before
+        return report
+
+    @staticmethod
+    def calls(chosen: list[Place], deciding: Callable[[Place], Any]) -> dict[str, Place]:
+        """For each path the place with which its factory is called."""
+        first: dict[Any, Place] = {}
+        calls = {}
+        for place in chosen:
+            unit = id(place.module) if oracle.tied(place.module) else place.location
+            calls[place.path] = first.setdefault((unit, deciding(place)), place)
+        return calls
+
+
+def will_change(factory: Factory | None, calls: Mapping[str, Place], place: Place) -> bool:
+    """What the makers do is no secret, so one can try."""
+    return factory is not None and factory.make(calls[place.path].path, place.module) is not (
+        place.module
+    )
+
+
+class TestHistory(History.TestCase):
+    settings = settings(stateful_step_count=25)

@@ -1,0 +1,591 @@
+# ruff: noqa: E501
+"""The picture of a model is short, true, and quickly drawn."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import io
+import re
+import sys
+import time
+import weakref
+from html.parser import HTMLParser
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import oracle
+import pytest
+import zoo
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from strategies import Leaf, Net, Secret, lists_of_patterns, models
+
+from mlx_modswap import NoMatchError, PatternError, SelectionError, select, tree
+from mlx_modswap._measure import measure
+
+
+class Attention(nn.Module):
+    def __init__(self, dims: int, heads: int, kv_heads: int):
+        super().__init__()
+        self.n_heads, self.n_kv_heads = heads, kv_heads
+        self.q_proj = nn.Linear(dims, dims, bias=False)
+        self.k_proj = nn.Linear(dims, dims * kv_heads // heads, bias=False)
+        self.v_proj = nn.Linear(dims, dims * kv_heads // heads, bias=False)
+        self.o_proj = nn.Linear(dims, dims, bias=False)
+        self.rope = nn.RoPE(dims // heads)
+
+
+class MLP(nn.Module):
+    def __init__(self, dims: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(dims, 2 * dims, bias=False)
+        self.up_proj = nn.Linear(dims, 2 * dims, bias=False)
+        self.down_proj = nn.Linear(2 * dims, dims, bias=False)
+
+
+class Block(nn.Module):
+    def __init__(self, dims: int, number: int):
+        super().__init__()
+        self.layer_idx = number
+        self.self_attn = Attention(dims, 4, 2)
+        self.mlp = MLP(dims)
+        self.norm = nn.RMSNorm(dims)
+
+
+class Llama(nn.Module):
+    def __init__(self, layers: int = 4, dims: int = 64):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(1000, dims)
+        self.layers = [Block(dims, number) for number in range(layers)]
+        self.lm_head = self.embed_tokens
+
+
+class Expert(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w1, self.w2, self.w3 = (nn.Linear(8, 8, bias=False) for _ in range(3))
+
+
+class Mixture(nn.Module):
+    def __init__(self, layers: int, experts: int):
+        super().__init__()
+        self.layers = [Net() for _ in range(layers)]
+        for layer in self.layers:
+            layer.gate = nn.Linear(8, experts, bias=False)
+            layer.experts = [Expert() for _ in range(experts)]
+
+
+def net(**held: Any) -> nn.Module:
+    module = Net()
+    for name, value in held.items():
+        setattr(module, name, value)
+    return module
+
+
+# ---------------------------------------------------------------- whole texts
+
+
+def test_a_model():
+    assert (
+        str(tree(Llama()))
+        == """\
+Llama                                                            211.7K params   846.8 KB   float32
+  {embed_tokens,lm_head}   Embedding(1000, 64)              x2   64.0K           256.0 KB   float32   tied, one module
+  layers[0:4]              Block                            x4   147.7K          590.8 KB   float32
+    self_attn              Attention(4 heads, 2 kv heads)   x4   49.2K           196.6 KB   float32
+      {q,o}_proj           Linear(64 -> 64)                 x8   32.8K           131.1 KB   float32
+      {k,v}_proj           Linear(64 -> 32)                 x8   16.4K           65.5 KB    float32
+      rope                 RoPE(16)                         x4
+    mlp                    MLP                              x4   98.3K           393.2 KB   float32
+      {gate,up}_proj       Linear(64 -> 128)                x8   65.5K           262.1 KB   float32
+      down_proj            Linear(128 -> 64)                x4   32.8K           131.1 KB   float32
+    norm                   RMSNorm(64, eps=1e-05)           x4   256             1.0 KB     float32"""
+    )
+
+
+def test_a_selection_is_marked_and_splits_what_looked_the_same():
+    assert (
+        str(tree(Llama(layers=6), "layers[-2:].**.{q,v}_proj"))
+        == """\
+  Llama                                                            285.6K params   1.1 MB     float32
+    {embed_tokens,lm_head}   Embedding(1000, 64)              x2   64.0K           256.0 KB   float32   tied, one module
+    layers[0:4]              Block                            x4   147.7K          590.8 KB   float32
+      self_attn              Attention(4 heads, 2 kv heads)   x4   49.2K           196.6 KB   float32
+        {q,o}_proj           Linear(64 -> 64)                 x8   32.8K           131.1 KB   float32
+        {k,v}_proj           Linear(64 -> 32)                 x8   16.4K           65.5 KB    float32
+        rope                 RoPE(16)                         x4
+      mlp                    MLP                              x4   98.3K           393.2 KB   float32
+        {gate,up}_proj       Linear(64 -> 128)                x8   65.5K           262.1 KB   float32
+        down_proj            Linear(128 -> 64)                x4   32.8K           131.1 KB   float32
+      norm                   RMSNorm(64, eps=1e-05)           x4   256             1.0 KB     float32
+    layers[4:6]              Block                            x2   73.9K           295.4 KB   float32
+      self_attn              Attention(4 heads, 2 kv heads)   x2   24.6K           98.3 KB    float32
+*       q_proj               Linear(64 -> 64)                 x2   8.2K            32.8 KB    float32
+        k_proj               Linear(64 -> 32)                 x2   4.1K            16.4 KB    float32
+*       v_proj               Linear(64 -> 32)                 x2   4.1K            16.4 KB    float32
+        o_proj               Linear(64 -> 64)                 x2   8.2K            32.8 KB    float32
+        rope                 RoPE(16)                         x2
+      mlp                    MLP                              x2   49.2K           196.6 KB   float32
+        {gate,up}_proj       Linear(64 -> 128)                x4   32.8K           131.1 KB   float32
+        down_proj            Linear(128 -> 64)                x2   16.4K           65.5 KB    float32
+      norm                   RMSNorm(64, eps=1e-05)           x2   128             512 B      float32
+'layers[-2:].**.{q,v}_proj' selects 4 of 74 modules"""
+    )
+
+
+def test_nothing_is_split_where_a_pattern_selects_all_alike():
+    assert (
+        str(tree(Mixture(2, 4), "**.experts[::2].w*"))
+        == """\
+  Mixture                                    1.6K params   6.4 KB   float32
+    layers[0:2]       Net              x2    1.6K          6.4 KB   float32
+      gate            Linear(8 -> 4)   x2    64            256 B    float32
+      experts.{0,2}   Expert           x4    768           3.1 KB   float32
+*       w{1,2,3}      Linear(8 -> 8)   x12   768           3.1 KB   float32
+      experts.{1,3}   Expert           x4    768           3.1 KB   float32
+        w{1,2,3}      Linear(8 -> 8)   x12   768           3.1 KB   float32
+'**.experts[::2].w*' selects 12 of 36 modules"""
+    )
+
+
+def test_a_quantized_model_says_how():
+    model = Llama(layers=2)
+    nn.quantize(model.layers[0], 32, 8)
+    nn.quantize(model.layers[1].mlp, 64, 4)
+    assert (
+        str(tree(model))
+        == """\
+Llama                                                                               137.9K params   367.1 KB   float32, uint32
+  {embed_tokens,lm_head}   Embedding(1000, 64)                                 x2   64.0K           256.0 KB   float32           tied, one module
+  layers.0                 Block                                                    36.9K           46.3 KB    float32, uint32
+    self_attn              Attention(4 heads, 2 kv heads)                           12.3K           15.4 KB    float32, uint32
+      {q,o}_proj           QuantizedLinear(64 -> 64, group_size=32, bits=8)    x2   8.2K            10.2 KB    float32, uint32
+      {k,v}_proj           QuantizedLinear(64 -> 32, group_size=32, bits=8)    x2   4.1K            5.1 KB     float32, uint32
+      rope                 RoPE(16)
+    mlp                    MLP                                                      24.6K           30.7 KB    float32, uint32
+      {gate,up}_proj       QuantizedLinear(64 -> 128, group_size=32, bits=8)   x2   16.4K           20.5 KB    float32, uint32
+      down_proj            QuantizedLinear(128 -> 64, group_size=32, bits=8)        8.2K            10.2 KB    float32, uint32
+    norm                   RMSNorm(64, eps=1e-05)                                   64              256 B      float32
+  layers.1                 Block                                                    36.9K           64.8 KB    float32, uint32
+    self_attn              Attention(4 heads, 2 kv heads)                           12.3K           49.2 KB    float32
+      {q,o}_proj           Linear(64 -> 64)                                    x2   8.2K            32.8 KB    float32
+      {k,v}_proj           Linear(64 -> 32)                                    x2   4.1K            16.4 KB    float32
+      rope                 RoPE(16)
+    mlp                    MLP                                                      24.6K           15.4 KB    float32, uint32
+      {gate,up}_proj       QuantizedLinear(64 -> 128, group_size=64, bits=4)   x2   16.4K           10.2 KB    float32, uint32
+      down_proj            QuantizedLinear(128 -> 64, group_size=64, bits=4)        8.2K            5.1 KB     float32, uint32
+    norm                   RMSNorm(64, eps=1e-05)                                   64              256 B      float32"""
+    )
+
+
+def test_a_half_frozen_model_says_what_is_trainable():
+    model = Llama(layers=2)
+    model.freeze()
+    model.layers[1].mlp.unfreeze()
+    assert (
+        str(tree(model))
+        == """\
+Llama                                                            137.9K params   24.6K trainable   551.4 KB   float32
+  {embed_tokens,lm_head}   Embedding(1000, 64)              x2   64.0K           0                 256.0 KB   float32   tied, one module
+  layers.0                 Block                                 36.9K           0                 147.7 KB   float32
+    self_attn              Attention(4 heads, 2 kv heads)        12.3K           0                 49.2 KB    float32
+      {q,o}_proj           Linear(64 -> 64)                 x2   8.2K            0                 32.8 KB    float32
+      {k,v}_proj           Linear(64 -> 32)                 x2   4.1K            0                 16.4 KB    float32
+      rope                 RoPE(16)
+    mlp                    MLP                                   24.6K           0                 98.3 KB    float32
+      {gate,up}_proj       Linear(64 -> 128)                x2   16.4K           0                 65.5 KB    float32
+      down_proj            Linear(128 -> 64)                     8.2K            0                 32.8 KB    float32
+    norm                   RMSNorm(64, eps=1e-05)                64              0                 256 B      float32
+  layers.1                 Block                                 36.9K           24.6K             147.7 KB   float32
+    self_attn              Attention(4 heads, 2 kv heads)        12.3K           0                 49.2 KB    float32
+      {q,o}_proj           Linear(64 -> 64)                 x2   8.2K            0                 32.8 KB    float32
+      {k,v}_proj           Linear(64 -> 32)                 x2   4.1K            0                 16.4 KB    float32
+      rope                 RoPE(16)
+    mlp                    MLP                                   24.6K           24.6K             98.3 KB    float32
+      {gate,up}_proj       Linear(64 -> 128)                x2   16.4K           16.4K             65.5 KB    float32
+      down_proj            Linear(128 -> 64)                     8.2K            8.2K              32.8 KB    float32
+    norm                   RMSNorm(64, eps=1e-05)                64              0                 256 B      float32"""
+    )
+
+
+def test_what_is_no_module_to_mlx_is_shown_as_what_it_is():
+    model = net(
+        activation=nn.gelu,
+        parts=(nn.Linear(2, 2), [nn.ReLU()]),
+        layers=[None, nn.Linear(2, 2), nn.silu, None],
+        sizes=[1, 2, None],
+        strides=(1, 1),
+        cache=None,
+    )
+    assert (
+        str(tree(model))
+        == """\
+Net                                                                       6 params   24 B   float32
+  parts          tuple of 1 Linear, 1 ReLU, which MLX does not see
+  layers.{0,3}   None                                                x2
+  layers.1       Linear(2 -> 2, bias)                                     6          24 B   float32
+  layers.2       function silu
+  activation     function gelu"""
+    )
+
+
+def test_modules_in_several_places_count_once():
+    shared, twin = nn.Linear(2, 2), net(inner=nn.Linear(2, 2))
+    model = net(
+        a=shared,
+        layers=[net(own=nn.Linear(2, 2), shared=shared) for _ in range(3)],
+        twins=[twin, twin],
+        again=[twin],
+        activations=[nn.ReLU()] * 3,
+    )
+    assert (
+        str(tree(model))
+        == """\
+Net                                              30 params   120 B   float32
+  a                  Linear(2 -> 2, bias)        6           24 B    float32   tied
+  layers[0:3]        Net                    x3   18          72 B    float32
+    own              Linear(2 -> 2, bias)   x3   18          72 B    float32
+    shared           Linear(2 -> 2, bias)   x3                                 tied to a
+  {twins,again}.0    Net                    x2   6           24 B    float32   tied, one module
+    inner            Linear(2 -> 2, bias)        6           24 B    float32
+  twins.1            Net                                                       tied to {twins,again}.0
+  activations[0:3]   ReLU                   x3"""
+    )
+
+
+def test_modules_under_a_private_name_are_no_parameters():
+    assert (
+        str(tree(net(_hidden=nn.Linear(2, 2), a=nn.Linear(2, 2), secret=Secret())))
+        == """\
+Net                                6 params   24 B   float32
+  _hidden   Linear(2 -> 2, bias)   6          24 B   float32   not in parameters()
+  a         Linear(2 -> 2, bias)   6          24 B   float32
+  secret    Secret"""
+    )
+
+
+def test_names_that_are_no_patterns():
+    model = net(**{"a[b]": net(x=Leaf(), y=Leaf()), "dot.ted": Leaf(), "0": Leaf(), "": Leaf()})
+    assert (
+        str(tree(model))
+        == """\
+Net                                              5 params   20 B   float32
+  re.compile('a\\\\[b\\\\]')   Net                   2          8 B    float32
+    {x,y}                  Leaf(weight 1)   x2   2          8 B    float32
+  dot.ted                  Leaf(weight 1)        1          4 B    float32
+  0                        Leaf(weight 1)        1          4 B    float32
+  re.compile('')           Leaf(weight 1)        1          4 B    float32"""
+    )
+
+
+def test_a_module_alone():
+    assert str(tree(nn.Linear(2, 2))) == "Linear(2 -> 2, bias)   6 params   24 B   float32"
+    assert repr(tree(nn.ReLU())) == "ReLU"
+
+
+def test_more_brothers_than_fit():
+    assert (
+        str(tree(net(layers=[nn.Linear(n, 1) for n in range(1, 51)]), "layers[40]"))
+        == """\
+  Net                                     1.3K params   5.3 KB   float32
+    layers.0      Linear(1 -> 1, bias)    2             8 B      float32
+    layers.1      Linear(2 -> 1, bias)    3             12 B     float32
+    layers.2      Linear(3 -> 1, bias)    4             16 B     float32
+    layers.3      Linear(4 -> 1, bias)    5             20 B     float32
+    layers.4      Linear(5 -> 1, bias)    6             24 B     float32
+    layers.5      Linear(6 -> 1, bias)    7             28 B     float32
+    layers.6      Linear(7 -> 1, bias)    8             32 B     float32
+    layers.7      Linear(8 -> 1, bias)    9             36 B     float32
+    layers.8      Linear(9 -> 1, bias)    10            40 B     float32
+    layers.9      Linear(10 -> 1, bias)   11            44 B     float32
+    layers.10     Linear(11 -> 1, bias)   12            48 B     float32
+    layers.11     Linear(12 -> 1, bias)   13            52 B     float32
+    layers.12     Linear(13 -> 1, bias)   14            56 B     float32
+    layers.13     Linear(14 -> 1, bias)   15            60 B     float32
+    layers.14     Linear(15 -> 1, bias)   16            64 B     float32
+    layers.15     Linear(16 -> 1, bias)   17            68 B     float32
+    layers.16     Linear(17 -> 1, bias)   18            72 B     float32
+    layers.17     Linear(18 -> 1, bias)   19            76 B     float32
+    layers.18     Linear(19 -> 1, bias)   20            80 B     float32
+    layers.19     Linear(20 -> 1, bias)   21            84 B     float32
+    layers.20     Linear(21 -> 1, bias)   22            88 B     float32
+    layers.21     Linear(22 -> 1, bias)   23            92 B     float32
+*   layers.40     Linear(41 -> 1, bias)   42            168 B    float32
+    ... 27 more
+'layers[40]' selects 1 of 50 modules"""
+    )
+
+
+def test_lists_of_lists_and_dicts():
+    model = net(grid=[[Leaf(), nn.ReLU()], [Leaf(), nn.ReLU()]], by={"a": Leaf(), 1: Leaf()})
+    assert (
+        str(tree(model))
+        == """\
+Net                                   4 params   16 B   float32
+  grid[0:2].0   Leaf(weight 1)   x2   2          8 B    float32
+  grid[0:2].1   ReLU             x2
+  by.{a,1}      Leaf(weight 1)   x2   2          8 B    float32"""
+    )
+
+
+# ---------------------------------------------------------------- what fits
+
+
+def test_a_big_mixture_of_experts_is_five_lines_and_takes_no_time():
+    model = Mixture(60, 256)
+    start = time.perf_counter()
+    lines = str(tree(model)).splitlines()
+    assert time.perf_counter() - start < 1.5
+    assert [line.split()[0] for line in lines] == [
+        "Mixture", "layers[0:60]", "gate", "experts[0:256]", "w{1,2,3}"
+    ]  # fmt: skip
+    assert " x46080 " in lines[-1]
+
+
+def test_a_deep_model_is_drawn_without_recursion():
+    model = inner = Net()
+    for _ in range(2000):
+        inner.inner, inner.w = Net(), nn.Linear(2, 2)
+        inner = inner.inner
+    picture = tree(model, "**.w")
+    lines = str(picture).splitlines()
+    assert len(lines) == 40
+    assert lines[19].endswith("3962 modules inside, 1981 selected")
+    assert lines[-1] == "'**.w' selects 2000 of 4000 modules"
+    assert picture._repr_html_().count("<details") == 100
+    assert len(picture.data()["places"]) == 4001
+
+
+@pytest.mark.parametrize("name", zoo.ZOO)
+def test_every_model_of_mlx_lm_fits_on_a_screen(name):
+    model = built(name)
+    picture = tree(model)
+    lines = str(picture).splitlines()
+    assert len(lines) <= 40
+    assert max(map(len, lines)) <= 180
+    assert picture._rows[0].params == params(model)
+
+
+@functools.cache
+def built(name: str) -> nn.Module:
+    pytest.importorskip("mlx_lm", reason="the model is one of mlx-lm")
+    if zoo.ZOO[name].get("module", name) not in zoo.installed():
+        pytest.skip("not in this mlx-lm")
+    return zoo.build(name)
+
+
+def params(model: nn.Module) -> int:
+    """How many parameters all modules hold that can be reached, each module once."""
+    seen: set[int] = set()
+
+    def visit(holder: Any, owner: nn.Module) -> int:
+        count = 0
+        for key, value in oracle.entries(holder):
+            if holder is owner and str(key).startswith("_"):
+                continue
+            if isinstance(value, mx.array):
+                bare = net()
+                vars(bare).update(vars(owner))
+                if "scales" in owner:
+                    bare.scales = mx.zeros(0)
+                dict.__setitem__(bare, str(key).lstrip("_"), value)
+                count += measure([bare])[0].params
+            elif isinstance(value, nn.Module):
+                if id(value) not in seen:
+                    seen.add(id(value))
+                    count += visit(value, value)
+            elif isinstance(value, (dict, list)):
+                count += visit(value, owner)
+        return count
+
+    return visit(model, model)
+
+
+# ---------------------------------------------------------------- what holds for any model
+
+
+@given(models(shared=False))
+def test_the_lines_name_every_place_once(model):
+    rows = [row for row in tree(model)._rows[1:] if row.is_module]
+    assert sorted(path for row in rows for path in paths_of(model, row)) == sorted(
+        place.path for place in oracle.places(model)
+    )
+    assert [row.count for row in rows] == [len(paths_of(model, row)) for row in rows]
+
+
+@given(models(shared=False), st.data())
+def test_the_marked_lines_are_what_select_returns(model, data):
+    patterns = data.draw(lists_of_patterns(model))
+    places = oracle.chosen(model, patterns)
+    assume(not oracle.idle(model, patterns))
+    picture = tree(model, patterns)
+    marked = [row for row in picture._rows if row.marked]
+    assert sorted(path for row in marked for path in paths_of(model, row)) == sorted(
+        place.path for place in places
+    )
+    assert picture.data()["selected"] == len(places)
+    assert picture.data()["modules"] == len(oracle.places(model))
+
+
+@given(models(shared=True))
+def test_each_module_is_counted_once(model):
+    picture = tree(model)
+    assert picture._rows[0].params == params(model)
+    assert picture.data()["modules"] == len(oracle.places(model))
+
+
+def paths_of(model: nn.Module, row: Any) -> list[str]:
+    """The places of a line, looked up by its pattern."""
+    path = row.path
+    if path.startswith("re.compile("):
+        path = re.compile(eval(path.removeprefix("re.compile(").removesuffix(")")))
+    return [place.path for place in oracle.chosen(model, [path])]
+
+
+# ---------------------------------------------------------------- terminals and notebooks
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("terminal", "environment", "in_colour"),
+    [
+        (Terminal(), {}, True),
+        (Terminal(), {"NO_COLOR": "1"}, False),
+        (Terminal(), {"NO_COLOR": ""}, True),
+        (Terminal(), {"TERM": "dumb"}, False),
+        (io.StringIO(), {}, False),
+        (None, {}, False),
+    ],
+)
+def test_only_a_terminal_that_wants_it_gets_colour(monkeypatch, terminal, environment, in_colour):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    picture = tree(nn.Sequential(nn.ReLU(), nn.Tanh()), "layers[1]")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    drawn = str(picture)
+    monkeypatch.undo()
+    green, plain = ("\x1b[1;32m", "\x1b[0m") if in_colour else ("", "")
+    assert drawn == (
+        f"  Sequential\n    layers.0   ReLU\n{green}*   layers.1   Tanh{plain}\n"
+        "'layers[1]' selects 1 of 2 modules"
+    )
+
+
+class Page(HTMLParser):
+    """Reads what a browser would show, and fails for tags that do not match."""
+
+    def __init__(self, html: str):
+        super().__init__()
+        self.open: list[str] = []
+        self.lines: list[str] = []
+        self.marked: list[str] = []
+        self.tags: set[str] = set()
+        self.feed(html)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        self.open.append(tag)
+        if tag in ("p", "summary", "footer"):
+            self.lines.append("")
+            if ("class", "marked") in attrs:
+                self.marked.append("")
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if "style" not in self.open and self.lines:
+            self.lines[-1] += data
+
+
+def test_a_notebook_gets_a_tree_to_open_and_close():
+    page = Page(tree(Llama(), "**.{q,v}_proj")._repr_html_())
+    assert page.tags == {
+        "div", "style", "details", "summary", "p", "span", "b", "i", "small", "footer"
+    }  # fmt: skip
+    assert len(page.marked) == 2
+    assert [line.split()[0] for line in page.lines] == [
+        "Llama", "{embed_tokens,lm_head}", "layers[0:4]", "self_attn", "q_proj", "k_proj",
+        "v_proj", "o_proj", "rope", "mlp", "{gate,up}_proj", "down_proj", "norm",
+        "'**.{q,v}_proj'",
+    ]  # fmt: skip
+
+
+def test_in_a_notebook_nothing_is_markup():
+    model = net(**{"<script>": Leaf(), "a": type("<b>", (nn.Module,), {})()})
+    page = Page(tree(model, "<script>")._repr_html_())
+    assert page.tags.isdisjoint({"script"})
+    assert [line.split()[:2] for line in page.lines] == [
+        ["Net", "1"], ["<script>", "Leaf(weight"], ["a", "<b>"], ["'<script>'", "selects"]
+    ]  # fmt: skip
+
+
+@given(models())
+def test_every_page_is_well_formed(model):
+    Page(tree(model)._repr_html_())
+
+
+# ---------------------------------------------------------------- what else
+
+
+def test_it_takes_what_select_takes():
+    model = Llama()
+    picture = tree(model, ["**"], where=nn.Linear, exclude="**.mlp.*")
+    assert str(picture).splitlines()[-1] == "'**' with where and exclude selects 16 of 50 modules"
+    assert str(tree(model, re.compile(".*proj"))).splitlines()[-1] == (
+        "re.compile('.*proj') selects 28 of 50 modules"
+    )
+    assert str(tree(model, "**", exclude=[])) == str(tree(model))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ({"pattern": "q_proj"}, NoMatchError),
+        ({"pattern": "**", "exclude": "x"}, NoMatchError),
+        ({"pattern": "a**"}, PatternError),
+        ({"pattern": 3}, TypeError),
+        ({"pattern": "**", "where": 3}, TypeError),
+    ],
+)
+def test_what_select_refuses_is_refused_in_the_same_words(arguments, error):
+    with pytest.raises(error) as of_select:
+        select(Llama(), **arguments)
+    with pytest.raises(error, match=re.escape(str(of_select.value))):
+        tree(Llama(), **arguments)
+
+
+def test_a_cycle_is_an_error():
+    inner = Net()
+    model = net(a=inner)
+    inner.b = model
+    with pytest.raises(
+        SelectionError, match=r"the model holds a cycle: 'a\.b' is the model itself"
+    ):
+        tree(model)
+
+
+def test_a_picture_keeps_no_module_alive():
+    model = Llama()
+    alive = weakref.ref(model.layers[0])
+    picture = tree(model, "**.q_proj")
+    del model
+    gc.collect()
+    assert alive() is None
+    assert str(picture).endswith("selects 4 of 50 modules")
+
+
+def test_drawing_computes_nothing_and_changes_nothing():
+    model = Llama()
+    before = oracle.Snapshot(model)
+    str(tree(model, "**.q_proj"))
+    assert before.differences() == []

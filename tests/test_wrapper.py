@@ -1,0 +1,592 @@
+"""A wrapper is its layer to everyone who asks, and costs nothing of what the layer can do."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import pickle
+import re
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import pytest
+import zoo
+from mlx.utils import tree_flatten
+
+from mlx_modswap import (
+    SelectionError,
+    Wrapper,
+    partial_modules,
+    replace_layers,
+    select,
+    swapped,
+    tree,
+)
+
+
+class Block(nn.Module):
+    def __init__(self, width: int = 4):
+        super().__init__()
+        self.scale = 0.5
+        self.attn = nn.Linear(width, width)
+        self.mlp = [nn.Linear(width, width), nn.ReLU()]
+        self.by_name = {"norm": nn.LayerNorm(width), "0": nn.Identity()}
+        self._hidden = nn.Linear(1, 1)
+
+    def __call__(self, x: mx.array, *, twice: bool = False) -> mx.array:
+        x = x + self.scale * self.attn(x)
+        for layer in self.mlp:
+            x = layer(x)
+        x = self.by_name["norm"](x)
+        return 2 * x if twice else x
+
+    @property
+    def width(self) -> int:
+        return self.attn.weight.shape[0]
+
+
+class Peculiar(nn.Module):
+    """Overrides what MLX itself calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = [nn.Linear(2, 2), nn.Linear(2, 2)]
+        vars(self)["values"] = 3
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self[1](self[0](x))
+
+    def __getitem__(self, key: Any) -> Any:
+        return self.layers[key] if isinstance(key, int) else super().__getitem__(key)
+
+    def __len__(self) -> int:
+        return 7
+
+    def parameters(self):
+        return {"all": [layer.weight for layer in self.layers]}
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        self._training = False
+        return self
+
+
+class Recorder(Wrapper):
+    """A wrapper as a user writes one."""
+
+    names = ("a", "b")
+
+    def __init__(self, layer: nn.Module, scale: Any = None):
+        super().__init__(layer)
+        self.scale = scale
+        self.outputs: list[Any] = []
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.outputs.append(super().__call__(*args, **kwargs))
+        return self.outputs[-1]
+
+    def last(self) -> Any:
+        return self.outputs[-1]
+
+
+def quantized() -> nn.Module:
+    return nn.Linear(64, 64).to_quantized(32, 4)
+
+
+LAYERS = {
+    "Linear": lambda: nn.Linear(4, 4),
+    "Embedding": lambda: nn.Embedding(8, 4),
+    "QuantizedLinear": quantized,
+    "BatchNorm": lambda: nn.BatchNorm(4),
+    "ReLU": nn.ReLU,
+    "Sequential": lambda: nn.Sequential(nn.Linear(4, 4), nn.Tanh()),
+    "Block": Block,
+    "Peculiar": Peculiar,
+    "a wrapper": lambda: Wrapper(Block()),
+}
+each_layer = pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
+
+
+def wrap(path: str, layer: nn.Module) -> nn.Module:
+    return Wrapper(layer)
+
+
+def unwrap(path: str, wrapper: Any) -> nn.Module:
+    return wrapper.__wrapped__
+
+
+def arrays(parameters: Any) -> Any:
+    return tree_flatten(parameters)
+
+
+def names(parameters: Any) -> list[str]:
+    return [name for name, _ in arrays(parameters)]
+
+
+def flat(parameters: Any) -> list[tuple[str, int]]:
+    return [(name, id(value)) for name, value in arrays(parameters)]
+
+
+# What a wrapper answers
+
+QUESTIONS = {
+    "its class": lambda layer: layer.__class__,
+    "whether it is of a class": lambda layer: [isinstance(layer, c) for c in (nn.Linear, Block)],
+    "its attributes": lambda layer: {k: id(v) for k, v in vars(layer).items()},
+    "the names of its attributes": dir,
+    "a plain attribute": lambda layer: (getattr(layer, "scale", None), hasattr(layer, "scale")),
+    "a property": lambda layer: getattr(layer, "width", None),
+    "a method": lambda layer: getattr(layer, "to_quantized", None),
+    "an attribute named as a method of dict": lambda layer: getattr(layer, "values", None) == 3,
+    "an array": lambda layer: id(getattr(layer, "weight", None)),
+    "what it lacks": lambda layer: hasattr(layer, "no_such_name"),
+    "its keys": lambda layer: list(layer.keys()),
+    "its items": lambda layer: [(key, id(value)) for key, value in layer.items()],
+    "its entries by key": lambda layer: [id(layer[key]) for key in layer],
+    "its entries by get": lambda layer: [id(layer.get(key)) for key in ("weight", "nothing")],
+    "its entries as another dict": lambda layer: {k: id(v) for k, v in dict(layer).items()},
+    "whether it has a key": lambda layer: ["weight" in layer, "mlp" in layer, "nothing" in layer],
+    "what iterating gives": list,
+    "its length": len,
+    "whether it is true": bool,
+    "its parameters": lambda layer: flat(layer.parameters()),
+    "its trainable parameters": lambda layer: flat(layer.trainable_parameters()),
+    "its children": lambda layer: flat(layer.children()),
+    "its leaf modules": lambda layer: flat(layer.leaf_modules()),
+    "the modules inside": lambda layer: [(p, id(m)) for p, m in layer.named_modules() if p],
+    "its training mode": lambda layer: layer.training,
+    "its frozen keys": lambda layer: layer._no_grad,
+    "its signature": inspect.signature,
+}
+
+
+@pytest.mark.parametrize("question", QUESTIONS.values(), ids=QUESTIONS)
+@each_layer
+def test_a_wrapper_answers_as_its_layer(make, question):
+    layer = make()
+
+    assert question(Wrapper(layer)) == question(layer)
+    assert question(Wrapper(Wrapper(layer))) == question(layer)
+
+
+def test_a_wrapper_is_a_wrapper_and_has_its_layer():
+    layer = nn.Linear(2, 2)
+    wrapper = Wrapper(layer)
+
+    assert type(wrapper) is Wrapper
+    assert isinstance(wrapper, Wrapper)
+    assert wrapper.__wrapped__ is layer
+    assert inspect.unwrap(Recorder(wrapper)) is layer
+    assert repr(wrapper) == "Wrapper(Linear(input_dims=2, output_dims=2, bias=True))"
+
+
+def test_what_the_layer_lacks_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'no_such_name'"):
+        Wrapper(nn.Linear(2, 2)).no_such_name  # noqa: B018
+
+
+def test_arguments_and_outputs_go_through():
+    block, x = Block(), mx.ones((1, 4))
+
+    assert mx.array_equal(Wrapper(block)(x, twice=True), block(x, twice=True))
+
+
+# What is done to a wrapper
+
+
+def zeros_for(layer: nn.Module) -> list[tuple[str, mx.array]]:
+    return [(name, mx.zeros_like(array)) for name, array in arrays(nn.Module.parameters(layer))]
+
+
+DEEDS = {
+    "set an array": lambda layer: setattr(layer, "weight", mx.zeros(3)),
+    "set a new array": lambda layer: setattr(layer, "fresh", mx.zeros(3)),
+    "set an attribute": lambda layer: setattr(layer, "scale", 7),
+    "set a new attribute": lambda layer: setattr(layer, "flag", True),
+    "set a child": lambda layer: setattr(layer, "attn", nn.Identity()),
+    "delete an attribute": lambda layer: [setattr(layer, "flag", 1), delattr(layer, "flag")],
+    "delete an array": lambda layer: [setattr(layer, "flag", mx.zeros(1)), delattr(layer, "flag")],
+    "set an entry": lambda layer: layer.__setitem__("key", mx.zeros(1)),
+    "delete an entry": lambda layer: [layer.__delitem__(key) for key in list(layer.keys())],
+    "take out an entry": lambda layer: [layer.pop(key) for key in list(layer.keys())],
+    "freeze": lambda layer: layer.freeze(),
+    "freeze a key": lambda layer: layer.freeze(keys="bias"),
+    "freeze and unfreeze": lambda layer: layer.freeze().unfreeze(),
+    "eval": lambda layer: layer.eval(),
+    "train": lambda layer: layer.train(),
+    "set the dtype": lambda layer: nn.Module.set_dtype(layer, mx.float16),
+    "update": lambda layer: nn.Module.update(layer, nn.Module.parameters(layer)),
+    "load weights": lambda layer: nn.Module.load_weights(layer, zeros_for(layer), strict=False),
+}
+
+
+def state(container: Any) -> Any:
+    """All that a container holds, to compare."""
+    if isinstance(container, nn.Module):
+        attributes = vars(container).items()
+        plain = {key: value for key, value in attributes if not isinstance(value, mx.Dtype)}
+        return type(container), str(plain), state(dict(dict.items(container)))
+    if isinstance(container, dict):
+        return {key: state(value) for key, value in container.items()}
+    if isinstance(container, list):
+        return [state(value) for value in container]
+    if isinstance(container, mx.array):
+        return container.dtype, container.tolist()
+    return container
+
+
+@pytest.mark.parametrize("deed", DEEDS.values(), ids=DEEDS)
+@each_layer
+def test_what_is_done_to_a_wrapper_is_done_to_its_layer(make, deed):
+    mx.random.seed(0)
+    expected = make()
+    mx.random.seed(0)
+    layer = make()
+    wrapper = Wrapper(layer)
+    deed(expected)
+    deed(wrapper)
+
+    assert state(layer) == state(expected)
+    assert dict.__len__(wrapper) == 1
+    assert object.__getattribute__(wrapper, "__dict__").keys() == {"(sealed)"}
+
+
+@each_layer
+def test_what_a_model_does_to_all_of_its_modules_is_done_to_the_wrapped_ones(make):
+    model, plain = nn.Sequential(Wrapper(make())), nn.Sequential(make())
+    for deed in (nn.Module.freeze, nn.Module.eval, nn.Module.unfreeze, nn.Module.train):
+        deed(model)
+        deed(plain)
+
+        assert names(model.trainable_parameters()) == names(plain.trainable_parameters())
+        assert [m.training for m in model.modules()] == [m.training for m in plain.modules()]
+
+
+def test_what_unfreeze_of_the_layer_leaves_frozen_stays_frozen():
+    wrapper = Wrapper(nn.BatchNorm(4))
+    wrapper.unfreeze()
+
+    assert names(wrapper.trainable_parameters()) == ["weight", "bias"]
+
+
+# What a subclass keeps for itself
+
+
+def test_what_init_sets_is_no_parameter_and_does_not_touch_the_layer():
+    layer = Block()
+    recorder = Recorder(layer, scale=mx.zeros(3))
+    before = names(layer.parameters())
+    x = mx.ones((1, 4))
+
+    assert mx.array_equal(recorder(x), layer(x))
+    assert recorder.scale.shape == (3,)
+    assert layer.scale == 0.5
+    assert len(recorder.outputs) == 1
+    assert recorder.last() is recorder.outputs[0]
+    assert not hasattr(layer, "outputs")
+    assert names(recorder.parameters()) == names(layer.parameters()) == before
+
+
+def test_what_is_set_later_on_such_a_name_stays_with_the_wrapper():
+    layer = Block()
+    recorder = Recorder(layer)
+    recorder.scale = 3
+    recorder.names = ("c",)
+    recorder.outputs = [mx.zeros(1)]
+
+    assert (recorder.scale, layer.scale) == (3, 0.5)
+    assert (recorder.names, Recorder.names) == (("c",), ("a", "b"))
+    assert "outputs" not in layer
+    del recorder.scale
+    assert recorder.scale == 0.5
+
+
+def test_wrappers_of_one_class_around_each_other_keep_their_own():
+    inner = Recorder(nn.Linear(2, 2), scale=1)
+    outer = Recorder(inner, scale=2)
+    outer(mx.ones((1, 2)))
+
+    assert (inner.scale, outer.scale) == (1, 2)
+    assert len(inner.outputs) == len(outer.outputs) == 1
+    assert inner.outputs is not outer.outputs
+
+
+def test_slots_belong_to_the_wrapper():
+    class Slotted(Wrapper):
+        __slots__ = ("scale",)
+
+    layer = Block()
+    wrapper = Slotted(layer)
+    wrapper.scale = 3
+
+    assert (wrapper.scale, layer.scale) == (3, 0.5)
+
+
+def test_a_copy_is_a_wrapper_of_a_copy():
+    recorder = Recorder(nn.Linear(2, 2), scale=[1])
+    deep, shallow = copy.deepcopy(recorder), copy.copy(recorder)
+
+    assert [type(c) for c in (deep, shallow)] == [Recorder, Recorder]
+    assert shallow.__wrapped__ is recorder.__wrapped__
+    assert deep.__wrapped__ is not recorder.__wrapped__
+    assert deep.scale == [1]
+    assert deep.scale is not recorder.scale
+    deep.flag = True
+    assert deep.__wrapped__.flag
+    assert not hasattr(recorder, "flag")
+
+
+def test_a_wrapper_can_be_pickled():
+    pytest.importorskip("numpy", reason="MLX pickles arrays by way of NumPy")
+    recorder = Recorder(nn.Linear(2, 2), scale=[1])
+    again = pickle.loads(pickle.dumps(recorder))
+
+    assert type(again) is Recorder
+    assert again.scale == [1]
+    assert mx.array_equal(again.weight, recorder.weight)
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("layer", "what"),
+    [
+        (nn.Linear, "the class Linear"),
+        (None, "None"),
+        (nn.relu, "a function"),
+        ([nn.ReLU()], "a list of 1"),
+        ({}, "a dict"),
+    ],
+)
+def test_only_a_module_can_be_wrapped(layer, what):
+    with pytest.raises(TypeError) as error:
+        Wrapper(layer)
+
+    assert str(error.value) == f"layer must be an mlx.nn.Module, not {what}"
+
+
+def test_an_init_that_does_not_hand_on_the_layer_is_told_so():
+    class Forgetful(Wrapper):
+        def __init__(self, layer: nn.Module):
+            self.layer = layer
+
+    with pytest.raises(TypeError) as error:
+        Forgetful(nn.ReLU())
+
+    assert str(error.value) == "Forgetful.__init__ must call super().__init__(layer)"
+
+
+# Training
+
+
+class Net(nn.Module):
+    """Has a layer that changes its own entries, a tied one, and a frozen one."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(8, 4)
+        self.norm = nn.BatchNorm(4)
+        self.blocks = [Block(), Block()]
+        self.frozen = nn.Linear(4, 4).freeze()
+        self.again = self.embed
+
+    def __call__(self, ids: mx.array) -> mx.array:
+        x = self.frozen(self.norm(self.embed(ids)))
+        for block in self.blocks:
+            x = block(x)
+        return self.again.as_linear(x)
+
+
+def trained(pattern: Any, compiled: bool, factory: Any = wrap) -> tuple[Net, list[float]]:
+    mx.random.seed(0)
+    model = Net()
+    ids = mx.random.randint(0, 8, (16,))
+    if pattern is not None:
+        replace_layers(model, pattern, factory)
+    optimizer = optim.AdamW(1e-2)
+
+    def loss(model: Net, ids: mx.array) -> mx.array:
+        return nn.losses.cross_entropy(model(ids), ids).mean()
+
+    def step(ids: mx.array) -> mx.array:
+        value, gradients = nn.value_and_grad(model, loss)(model, ids)
+        optimizer.update(model, gradients)
+        return value
+
+    everything = [model.state, optimizer.state]
+    if compiled:
+        step = mx.compile(step, inputs=everything, outputs=everything)
+    losses = []
+    for _ in range(4):
+        losses.append(step(ids).item())
+        mx.eval(everything)
+    return model, losses
+
+
+WHOLE = ["embed", "again", "norm", "blocks.*", "frozen"]
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("pattern", [WHOLE, "norm", "blocks[0]", "blocks.**.{attn,norm}"], ids=str)
+@pytest.mark.parametrize("factory", [wrap, lambda path, layer: Wrapper(Wrapper(layer))])
+def test_training_is_that_of_the_model_without_wrappers(factory, pattern, compiled):
+    plain, losses = trained(None, compiled)
+    model, losses_wrapped = trained(pattern, compiled, factory)
+
+    assert losses_wrapped == losses
+    assert losses[-1] < losses[0]
+    for parameters in (nn.Module.parameters, nn.Module.trainable_parameters):
+        expected, found = arrays(parameters(plain)), arrays(parameters(model))
+        assert [name for name, _ in found] == [name for name, _ in expected]
+        assert all(mx.array_equal(a, b) for (_, a), (_, b) in zip(found, expected))
+
+
+def test_what_is_trained_inside_a_swap_stays():
+    model = nn.Sequential(nn.Linear(2, 2))
+    with swapped(model, "layers.0", wrap):
+        model.update({"layers": [{"weight": mx.ones((2, 2))}]})
+
+    assert mx.array_equal(model.layers[0].weight, mx.ones((2, 2)))
+
+
+def test_weights_are_saved_and_strictly_loaded_with_and_without_wrappers(tmp_path):
+    for wrapped in (Net(), Net()):
+        replace_layers(wrapped, WHOLE, wrap)
+        plain = Net()
+        for a, b in ((wrapped, plain), (plain, wrapped)):
+            a.update({"embed": {"weight": mx.random.normal((8, 4))}})
+            a.save_weights(str(tmp_path / "weights.safetensors"))
+            b.load_weights(str(tmp_path / "weights.safetensors"), strict=True)
+
+            assert mx.array_equal(plain.embed.weight, wrapped.embed.weight)
+
+
+# In a model
+
+
+def test_wrapping_by_pattern_is_undone_by_a_swap_and_by_hand():
+    model = Net()
+    before = [(path, id(module)) for path, module in model.named_modules()]
+    with swapped(model, WHOLE, wrap) as wrapped:
+        assert list(wrapped) == ["embed", "norm", "blocks.0", "blocks.1", "frozen", "again"]
+        assert wrapped["embed"] is wrapped["again"]
+        assert [path for path, _ in model.named_modules()] == [path for path, _ in before]
+    assert [(path, id(module)) for path, module in model.named_modules()] == before
+
+    replace_layers(model, WHOLE, wrap)
+    replace_layers(model, "**", unwrap, where=Wrapper)
+    assert [(path, id(module)) for path, module in model.named_modules()] == before
+
+
+def test_a_wrapped_tied_layer_is_still_tied():
+    model = Net()
+    replace_layers(model, WHOLE, wrap)
+
+    with pytest.raises(SelectionError, match="'embed' is tied: the same Wrapper is at 'again'"):
+        replace_layers(model, "embed", wrap)
+
+
+def test_a_wrapper_has_the_mode_of_its_layer_and_gives_it_back():
+    model = Net().eval()
+    replace_layers(model, "blocks.*", wrap)
+    assert not any(module.training for module in model.modules())
+    model.train()
+    replace_layers(model, "blocks.*", unwrap)
+    assert all(module.training for module in model.modules())
+
+
+def test_paths_inside_a_wrapper_are_those_that_mlx_prints():
+    model = Net()
+    before = list(select(model, "**"))
+    replace_layers(model, "blocks.*", lambda path, layer: Wrapper(Wrapper(layer)))
+
+    assert list(select(model, "**")) == before
+    assert sorted(before) == sorted(path for path, _ in model.named_modules())[1:]
+    assert list(select(Wrapper(model), "**")) == before
+
+
+def test_layers_inside_a_wrapper_are_swapped_and_put_back():
+    model = Net()
+    replace_layers(model, "blocks[0]", lambda path, layer: Wrapper(Wrapper(layer)))
+    layer = model.blocks[0].attn
+    with swapped(model, "blocks.*.attn", lambda path, layer: nn.Identity()) as swap:
+        assert list(swap) == ["blocks.0.attn", "blocks.1.attn"]
+        assert model.blocks[0].attn is swap["blocks.0.attn"]
+    assert model.blocks[0].attn is layer
+
+    new = nn.Tanh()
+    model.update_modules(partial_modules(model, {"blocks.0.mlp.1": new}))
+    assert model.blocks[0].mlp[1] is new
+
+
+def test_a_picture_of_a_model_shows_what_is_inside_of_a_wrapper():
+    model = nn.Sequential(nn.Sequential(nn.Linear(2, 2), nn.ReLU()))
+    replace_layers(model, "layers[0]", wrap)
+    picture = str(tree(model))
+
+    assert "Wrapper" in picture
+    assert "Linear" in picture
+    assert "(wrapped)" not in picture
+
+
+# The models of mlx-lm
+
+RUNNING = [name for name, entry in zoo.ZOO.items() if "no_forward" not in entry]
+WITHOUT = {("olmo", "attention"), ("prism_hadamard_qwen35", "embedding")}
+ATTENTION = re.compile(r".*(attn|attention|mixer|temporal_block|self_attn\.\d+)")
+
+
+def is_leaf(module: nn.Module) -> bool:
+    return not module.children()
+
+
+def is_attention(path: str, module: nn.Module) -> bool:
+    outermost = not path.endswith("attn.attention")
+    return outermost and not is_leaf(module) and ATTENTION.fullmatch(path) is not None
+
+
+def is_linear(path: str, module: nn.Module) -> bool:
+    return is_leaf(module) and "Linear" in type(module).__name__
+
+
+@functools.lru_cache(maxsize=1)
+def built_and_run(name: str) -> tuple[Any, mx.array]:
+    model = zoo.build(name)
+    return model, zoo.run(name, model)
+
+
+@pytest.fixture
+def on_the_cpu():
+    before = mx.default_device()
+    mx.set_default_device(mx.cpu)
+    yield
+    mx.set_default_device(before)
+
+
+@pytest.mark.parametrize("kind", ["linear", "embedding", "attention", "block"])
+@pytest.mark.parametrize("name", RUNNING)
+def test_a_language_model_does_not_notice_wrappers(name, kind, on_the_cpu):
+    pytest.importorskip("mlx_lm", reason="the models are those of mlx-lm")
+    if zoo.ZOO[name].get("module", name) not in zoo.installed():
+        pytest.skip("the installed mlx-lm has no such model")
+    if (name, kind) in WITHOUT:
+        pytest.skip(f"has no {kind} of its own")
+    model, output = built_and_run(name)
+    blocks = set(map(id, model.layers))
+    where = {
+        "linear": is_linear,
+        "embedding": nn.Embedding,
+        "attention": is_attention,
+        "block": lambda path, module: id(module) in blocks,
+    }[kind]
+    parameters = names(model.parameters())
+
+    with swapped(model, "**", wrap, where=where):
+        assert zoo.same(zoo.run(name, model), output)
+        assert names(model.parameters()) == parameters
+        model.load_weights(arrays(model.parameters()), strict=True)
+    assert zoo.same(zoo.run(name, model), output)

@@ -1,0 +1,232 @@
+"""Every architecture of mlx-lm: select, swap, run and put back."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+import zoo
+
+from mlx_modswap import Wrapper, capture, partial_modules, select, swapped
+
+pytest.importorskip("mlx_lm", reason="the zoo is made of the models of mlx-lm")
+
+INSTALLED = zoo.installed()
+BUILT = [name for name in zoo.ZOO if zoo.ZOO[name].get("module", name) in INSTALLED]
+RUNNING = [name for name in BUILT if "no_forward" not in zoo.ZOO[name]]
+every_model = pytest.mark.parametrize("name", BUILT)
+
+
+class Recorder(Wrapper):
+    """Stands in for a layer, and counts its calls."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__(layer)
+        self.calls = 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.calls += 1
+        return super().__call__(*args, **kwargs)
+
+
+class Frame:
+    """All that a model holds, by container and key, to see later where it has changed."""
+
+    def __init__(self, model: nn.Module):
+        self.then = list(contents(model))
+
+    def changes(self, model: nn.Module) -> set[tuple[int, Any]]:
+        """The place ``(id(container), key)`` of everything that is another object than before.
+
+        Whatever else has changed fails here: which containers there are, the order and number of
+        keys, what is frozen, plain attributes and training flags.
+        """
+        replaced = set()
+        for container, items, state in self.then:
+            now, state_now = items_of(container), state_of(container)
+            assert state_now == state
+            assert [key for key, _ in now] == [key for key, _ in items]
+            for (key, old), (_, new) in zip(items, now):
+                if new is not old:
+                    replaced.add((id(container), key))
+        if not replaced:
+            assert [id(c) for c, *_ in contents(model)] == [id(c) for c, *_ in self.then]
+        return replaced
+
+
+def contents(container: Any) -> Iterator[tuple[Any, list[tuple[Any, Any]], Any]]:
+    """Every container of a model, with what it holds, once for each way to it."""
+    yield container, items_of(container), state_of(container)
+    for _, value in items_of(container):
+        if isinstance(value, (dict, list)):
+            yield from contents(value)
+
+
+def items_of(container: Any) -> list[tuple[Any, Any]]:
+    return list(container.items() if isinstance(container, dict) else enumerate(container))
+
+
+def state_of(container: Any) -> Any:
+    if not isinstance(container, nn.Module):
+        return type(container)
+    attributes = {key: id(value) for key, value in vars(container).items()}
+    return type(container), attributes, set(vars(container).get("_no_grad", ()))
+
+
+def places(container: Any, prefix: str = "") -> Iterator[tuple[str, nn.Module, Any, Any]]:
+    """The path, module, container and key of each place, as the model is written."""
+    for key, value in items_of(container):
+        if isinstance(value, nn.Module):
+            yield f"{prefix}{key}", value, container, key
+        if isinstance(value, (dict, list)):
+            yield from places(value, f"{prefix}{key}.")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def on_the_cpu():
+    with mx.stream(mx.cpu):
+        yield
+
+
+@functools.cache
+def model_of(name: str) -> Any:
+    return zoo.build(name)
+
+
+@functools.cache
+def output_of(name: str) -> mx.array:
+    return zoo.run(name, model_of(name))
+
+
+def is_leaf(path: str, module: nn.Module) -> bool:
+    return not module.children()
+
+
+def is_linear_leaf(path: str, module: nn.Module) -> bool:
+    return is_leaf(path, module) and "Linear" in type(module).__name__
+
+
+# What the zoo holds
+
+
+def test_the_zoo_knows_every_architecture_of_the_installed_mlx_lm():
+    unknown = set(INSTALLED) - set(zoo.ARCHITECTURES)
+    if unknown:
+        pytest.skip(f"no size is known for {', '.join(sorted(unknown))} of the installed mlx-lm")
+
+
+def test_at_least_120_architectures_are_built_and_118_run():
+    built = [name for name in BUILT if name in zoo.ARCHITECTURES and model_of(name)]
+    ran = [name for name in RUNNING if name in built and output_of(name).size]
+
+    assert len(built) >= 120
+    assert len(ran) >= 118
+
+
+def test_the_architectures_that_cannot_run_here_are_known_by_name():
+    reasons = {name: zoo.ZOO[name]["no_forward"] for name in BUILT if name not in RUNNING}
+
+    assert reasons == {
+        "bitnet": "its BitLinear is a Metal kernel",
+        "deepseek_v3@pipeline": "a pipeline sends its output to the next machine",
+        "muse_spark": "it runs a Metal kernel",
+        "qwen3_next@pipeline": "a pipeline sends its output to the next machine",
+    }
+
+
+# What the library does with each
+
+
+@every_model
+def test_select_finds_every_leaf_in_definition_order(name):
+    model = model_of(name)
+    everything = [(path, module) for path, module, *_ in places(model)]
+    leaves = [(path, module) for path, module in everything if is_leaf(path, module)]
+
+    assert by_identity(select(model, "**").items()) == by_identity(everything)
+    assert by_identity(select(model, "**", where=is_leaf).items()) == by_identity(leaves)
+
+
+@every_model
+def test_every_path_used_as_a_pattern_selects_its_own_place(name):
+    model = model_of(name)
+    for path, module, *_ in places(model):
+        selected = select(model, path)
+
+        assert selected[path] is module
+        assert list(selected) == [path] or "*" in path or "?" in path
+
+
+@every_model
+def test_a_swap_and_its_undo_touch_no_other_place(name):
+    model = model_of(name)
+    frame = Frame(model)
+    targets = linear_places(model)
+
+    with swapped(model, "**", record, where=is_linear_leaf) as news:
+        assert list(news) == [path for path, *_ in targets]
+        assert frame.changes(model) == {(id(c), key) for *_, c, key in targets}
+        assert all(c[key] is news[path] for path, _, c, key in targets)
+    assert frame.changes(model) == set()
+
+
+@every_model
+def test_selected_modules_are_put_in_and_back_by_hand(name):
+    model = model_of(name)
+    frame = Frame(model)
+    targets = linear_places(model)
+    originals = select(model, "**", where=is_linear_leaf)
+    recorders = {path: Recorder(layer) for path, layer in originals.items()}
+
+    model.update_modules(partial_modules(model, recorders))
+    assert frame.changes(model) == {(id(c), key) for *_, c, key in targets}
+    model.update_modules(partial_modules(model, originals))
+    assert frame.changes(model) == set()
+
+
+@pytest.mark.parametrize("name", RUNNING)
+def test_the_output_is_the_same_with_every_linear_layer_wrapped(name):
+    model = model_of(name)
+    output = output_of(name)
+
+    with swapped(model, "**", record, where=is_linear_leaf) as news:
+        assert zoo.same(zoo.run(name, model), output)
+        assert any(layer.calls for layer in news.values())
+    assert zoo.same(zoo.run(name, model), output)
+
+
+@pytest.mark.parametrize("name", RUNNING)
+def test_the_output_is_the_same_while_every_module_is_listened_to(name):
+    model = model_of(name)
+    paths = [path for path, *_ in places(model)]
+
+    with capture(model, "**") as outputs:
+        assert zoo.same(zoo.run(name, model), output_of(name))
+    assert list(outputs) == paths
+    assert any(outputs.values())
+
+
+@every_model
+def test_listening_touches_nothing(name):
+    model = model_of(name)
+    frame = Frame(model)
+    with capture(model, "**"):
+        pass
+
+    assert frame.changes(model) == set()
+
+
+def record(path: str, layer: nn.Module) -> nn.Module:
+    return Recorder(layer)
+
+
+def linear_places(model: nn.Module) -> list[tuple[str, nn.Module, Any, Any]]:
+    return [place for place in places(model) if is_linear_leaf(*place[:2])]
+
+
+def by_identity(modules: Iterable[tuple[str, nn.Module]]) -> list[tuple[str, int]]:
+    return [(path, id(module)) for path, module in modules]
