@@ -1,0 +1,52 @@
+"""Find out which block of all-MiniLM-L6-v2 matters most: take one away at a time.
+
+::
+
+    python examples/ablation.py
+"""
+
+from __future__ import annotations
+
+import minilm
+import mlx.core as mx
+import mlx.nn as nn
+from quantize_minilm import SENTENCES, nearest
+
+from mlx_modswap import select, swapped
+
+SAMPLE = SENTENCES[:12]
+
+
+class Skip(nn.Module):
+    """No block at all. It takes the mask that a block gets, so `nn.Identity` would not do."""
+
+    def __call__(self, x: mx.array, mask: mx.array) -> mx.array:
+        return x
+
+
+def main() -> None:
+    model, tokenizer = minilm.load()
+
+    def embed() -> mx.array:
+        vectors = minilm.embed(model, tokenizer, SAMPLE)
+        mx.eval(vectors)  # now, while the layers that it is about are in the model
+        return vectors
+
+    original = embed()
+    similarity: dict[str, float] = {}
+    print("without           cosine   neighbours kept")
+    for path in select(model, "encoder.layer.*"):
+        with swapped(model, path, lambda path, layer: Skip()):
+            vectors = embed()
+        similarity[path] = float((original * vectors).sum(axis=-1).mean())
+        kept = int((nearest(original) == nearest(vectors)).sum())
+        print(f"{path}   {similarity[path]:.4f}   {kept} of {len(SAMPLE)}")
+
+    equal = "equal" if mx.array_equal(original, embed()) else "different"
+    print()
+    print(f"matters most              {min(similarity, key=similarity.__getitem__)}")
+    print(f"embeddings with all back  {equal}")
+
+
+if __name__ == "__main__":
+    main()
