@@ -1,0 +1,40 @@
+"""How the time of one match grows with the length of a path, for patterns made to be hard.
+
+python benchmarks/match_growth.py
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+fuzz = importlib.import_module("test_fuzz")
+EASY, GROWTH, chain, seconds = fuzz.EASY, fuzz.GROWTH, fuzz.chain, fuzz.seconds
+DEPTH = 2000
+
+
+def main() -> None:
+    print("| pattern | length of the path | ms | times the one before |")
+    print("|---|---|---|---|")
+    for name, (build, pattern, sizes) in GROWTH.items():
+        before = None
+        for size in sizes:
+            took = seconds(build(size), pattern, repeats=7)
+            growth = f"{took / before:.1f}" if before else ""
+            print(f"| {name if before is None else ''} | {size:,} | {1e3 * took:.2f} | {growth} |")
+            before = took
+    print(f"\n| pattern | ms at {DEPTH:,} levels, all of whose paths are looked at |")
+    print("|---|---|")
+    deep = chain(DEPTH)
+    print(f"| an easy one, {EASY!r} | {1e3 * seconds(deep, EASY, repeats=7):.2f} |")
+    for name, (build, pattern, _) in GROWTH.items():
+        if build is chain:
+            print(f"| {name} | {1e3 * seconds(deep, pattern, repeats=7):.2f} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,175 @@
+"""What a whole ``replace_layers`` costs, with all of its checks."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from functools import partial
+from statistics import median
+from tempfile import TemporaryDirectory
+
+from . import models
+from .alone import alone
+from .swaps import SUBJECTS
+from .tables import Row, ms, verdict
+from .turns import ratio, take_turns, timed
+from .ways import Bench, Swap, Way, idiom, ours, quantize
+
+# Where `nn.quantize` does not come to the leaves: it goes by `leaf_modules`, which takes a module
+# whose inner modules hold no arrays for a leaf, and recurses.
+UNSEEN = ("mixture", "chain")
+
+
+def swap(subject: str, name: str) -> list[Row]:
+    """One swap in each way."""
+    title, build, swaps, goal, goal_one, _ = SUBJECTS[subject]
+    asked = swaps[name]
+    bench = Bench(build(), asked)
+    runs = {
+        "ours": lambda: bench.run(ours, asked),
+        "idiom": lambda: bench.run(idiom, asked),
+        "limit": bench.run_limit,
+    }
+    if subject not in UNSEEN:
+        runs["quantize"] = lambda: bench.run(quantize, asked)
+    taken = take_turns(runs)
+    row = {"model": title, "pattern": name, "layers": f"{len(bench.paths):,}"}
+    row |= _times(taken)
+    goal = goal_one if name == "one path" else goal
+    if goal:
+        met = ratio(taken["idiom"], taken["ours"]) >= goal
+        row |= {"goal": f"{goal:g} x", "verdict": verdict(met)}
+    return [row]
+
+
+def _times(taken: dict[str, list[float]]) -> Row:
+    """The ratios first: they are what is claimed."""
+    row = {"idiom / ours": f"**{ratio(taken['idiom'], taken['ours']):.1f}**"}
+    for text, slow, fast in (
+        ("quantize / ours", "quantize", "ours"),
+        ("ours / limit", "ours", "limit"),
+    ):
+        both = slow in taken and fast in taken
+        row[text] = f"{ratio(taken[slow], taken[fast]):.1f}" if both else ""
+    for way in ("ours", "idiom", "quantize", "limit"):
+        row[f"{way}, ms"] = ms(median(taken[way])) if way in taken else ""
+    return row
+
+
+def single() -> list[Row]:
+    """One layer in one model: too short to be timed one by one."""
+    number = 50  # short enough that the median is one of a loop that was not interrupted
+    model, other = models.Single(), models.Linear()
+    layers = [model.linear, other]
+    asked = Swap("linear", "linear")
+
+    def loop(way: Way) -> float:
+        def repeat() -> None:
+            for at in range(number):
+                models.ready.append(layers[(at + 1) % 2])
+                way(model, asked)
+
+        return timed(repeat) / number
+
+    taken = take_turns({w.__name__: partial(loop, w) for w in (ours, idiom, quantize)})
+    more = median(a - b for a, b in zip(taken["ours"], taken["idiom"])) * 1e6
+    row = {"model": "a single Linear", "pattern": "one path", "layers": "1", **_times(taken)}
+    row |= {"goal": "+10 us at most", "verdict": f"{more:+.1f} us, {verdict(more <= 10)}"}
+    return [row]
+
+
+def ten_rules(subject: str) -> list[Row]:
+    """Ten rules, against one that takes the same layers."""
+    title, build, swaps, *_, union = SUBJECTS[subject]
+    ten = swaps["ten rules"]
+    one = Swap([union], ten.regex)
+    bench = Bench(build(), ten)
+    taken = take_turns({"ten": lambda: bench.run(ours, ten), "one": lambda: bench.run(ours, one)})
+    much = ratio(taken["ten"], taken["one"])
+    return [
+        {
+            "what": f"ten rules / one rule, {title}",
+            "ratio": f"**{much:.2f}**",
+            "ms": " / ".join(ms(median(taken[way])) for way in ("ten", "one")),
+            "goal": "1.2 at most",
+            "verdict": verdict(much <= 1.2),
+        }
+    ]
+
+
+# ---------------------------------------------------------------- growth
+
+
+SIZES = {1: "1,003", 10: "10,021", 100: "100,201"}  # blocks, and modules of that
+
+
+def growth() -> list[Row]:
+    """Microseconds a module in models of three sizes, each in processes of its own."""
+    rounds = [{size: alone("times", "growth_at", size) for size in SIZES} for _ in range(11)]
+    rows: list[Row] = []
+    for size, modules in SIZES.items():
+        much = median(r[size] / r[1] for r in rounds)
+        row = {
+            "what": f"time a module, `**.*_proj`, {modules} modules / 1,003 modules",
+            "ratio": f"**{much:.2f}**",
+            "ms": f"{median(r[size] for r in rounds):.3g} us a module",
+        }
+        if size == 100:
+            row |= {"goal": "linear: 1.5 at most", "verdict": verdict(much <= 1.5)}
+        rows.append(row)
+    return rows
+
+
+def growth_at(blocks: int) -> float:
+    """Microseconds a module, in this process."""
+    asked = Swap("**.*_proj", r".*_proj")
+    bench = Bench(models.Mixture(blocks, 250), asked)
+    taken = take_turns({"ours": lambda: bench.run(ours, asked)}, seconds=0.6, least=5)
+    return median(taken["ours"]) / (1 + 1002 * blocks) * 1e6
+
+
+# ---------------------------------------------------------------- import
+
+_IMPORT = """
+from time import perf_counter
+import mlx.nn
+start = perf_counter()
+import mlx_modswap
+print(perf_counter() - start)
+"""
+
+
+def import_time() -> list[Row]:
+    """What ``import mlx_modswap`` adds to ``import mlx.nn``, in fresh processes."""
+    with TemporaryDirectory() as folder:
+        # Compiled to bytecode before, as it is when pip has installed it.
+        environment = os.environ | {"PYTHONPYCACHEPREFIX": folder, "PYTHONDONTWRITEBYTECODE": ""}
+        command = [sys.executable, "-c", _IMPORT]
+
+        def fresh() -> float:
+            return float(subprocess.check_output(command, env=environment, text=True))
+
+        fresh()
+        seconds = median(fresh() for _ in range(21))
+    return [
+        {
+            "what": "`import mlx_modswap` after `import mlx.nn`",
+            "ms": ms(seconds),
+            "goal": "15 ms at most",
+            "verdict": verdict(seconds <= 0.015),
+        }
+    ]
+
+
+SWAP_CASES = {
+    f"{subject}, {name}": ("times", "swap", subject, name)
+    for subject, (_, _, swaps, *_) in SUBJECTS.items()
+    for name in swaps
+} | {"single": ("times", "single")}
+OTHER_CASES = {
+    f"ten rules, {s}": ("times", "ten_rules", s) for s in ("llama", "mixture", "list")
+} | {
+    "growth": ("times", "growth"),
+    "import": ("times", "import_time"),
+}
