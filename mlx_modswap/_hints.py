@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ._fold import outline
-from ._locations import Survey, entries, find, is_container
+from ._locations import entries, find, is_container
 from ._pattern import Matcher, Parsed, parse, shorten
 
 _MOST_NAMES = 8  # in a list of what is there
@@ -23,31 +23,31 @@ _MOST_TOKENS = 40  # of a pattern that is worth mending
 _MOST_CHOICES = 1000  # to look through for a name that is close
 
 
-def no_match(survey: Survey, pattern: Parsed) -> str:
+def no_match(model: nn.Module, pattern: Parsed) -> str:
     """That a pattern matches nothing, what is there instead, and a pattern that matches."""
     if pattern.regex is not None:
-        return _no_match_of_regex(survey, pattern.regex, pattern.text)
+        return _no_match_of_regex(model, pattern.regex, pattern.text)
     message = f"{pattern.text} matches nothing"
     tokens = _TOKENS.findall(pattern.source)
     if len(tokens) > _MOST_TOKENS:
         return message
     anywhere = f"**.{pattern.source}"
-    if count := _count(survey, anywhere):
+    if count := _count(model, anywhere):
         return f"{message}; {shorten(repr(anywhere))} matches {count}"
-    if there := _what_is_there(survey.model, tokens):
+    if there := _what_is_there(model, tokens):
         message += f": {there}"
-    mended = _mended(survey.model, tokens)
-    if mended and (count := _count(survey, mended)):
+    mended = _mended(model, tokens)
+    if mended and (count := _count(model, mended)):
         message += f"; {shorten(repr(mended))} matches {count}"
     return message
 
 
-def _count(survey: Survey, text: str) -> int:
-    return len(find(survey, Matcher([parse(text)])).paths)
+def _count(model: nn.Module, text: str) -> int:
+    return len(find(model, Matcher([parse(text)])).paths)
 
 
-def _no_match_of_regex(survey: Survey, regex: re.Pattern[str], text: str) -> str:
-    paths = find(survey, Matcher([parse("**")])).paths
+def _no_match_of_regex(model: nn.Module, regex: re.Pattern[str], text: str) -> str:
+    paths = find(model, Matcher([parse("**")])).paths
     for wider in (rf"(.*\.)?({regex.pattern})", rf".*({regex.pattern}).*"):
         try:
             candidate = re.compile(wider, regex.flags)

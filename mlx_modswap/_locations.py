@@ -28,7 +28,7 @@ WRAPPED = "(wrapped)"  # the key of the layer in a module that stands in for it
 _MOST_PATHS = 10_000_000
 
 
-_GET: Any = dict.get
+_DICT_GET: Any = dict.get
 
 
 class _Kinds(dict[type, int]):
@@ -91,6 +91,10 @@ class Places:
             the layer, whose keys are those of the paths.
         above (list[int]): For each container the row of the container that holds it.
         named (list): For each container its key there.
+        entered (set[int]): The ``id`` of each of them.
+        leaves (list): Containers that the walk came by, and that hold no others.
+        skipped (list): Containers that it came by, and did not look into.
+        sharing (Sharing, optional): Who shares what, if it had to be found out.
         odd_keys (bool): See :class:`Matcher`.
     """
 
@@ -99,14 +103,18 @@ class Places:
     __slots__ = (
         "above",
         "containers",
+        "entered",
         "holders",
         "keys",
+        "leaves",
         "masks",
         "modules",
         "named",
         "odd_keys",
         "paths",
         "rows",
+        "sharing",
+        "skipped",
     )
 
     def __init__(self, model: nn.Module):
@@ -119,6 +127,10 @@ class Places:
         self.holders: list[Container] = []
         self.above: list[int] = []
         self.named: list[Any] = []
+        self.entered: set[int] = set()
+        self.leaves: list[Container] = []
+        self.skipped: list[Container] = []
+        self.sharing: Sharing | None = None
         self.odd_keys = False
         self.enter(model, -1, None)
 
@@ -129,12 +141,25 @@ class Places:
 
     def enter(self, container: Container, above: int, key: Any) -> Container:
         """Add a container, and return its holder."""
-        holder = opened(container)
+        holder = container
+        while isinstance(holder, dict) and dict.__contains__(holder, WRAPPED):
+            holder = dict.__getitem__(holder, WRAPPED)
+            self.leaves.append(holder)
+        self.entered.add(id(container))
         self.containers.append(container)
         self.holders.append(holder)
         self.above.append(above)
         self.named.append(key)
         return holder
+
+    def around(self) -> list[int]:
+        """The rows of the containers that the places lie in, at any depth, parents first."""
+        around = {0}
+        rows: Iterable[int] = self.rows
+        while rows := set(rows) - around:
+            around |= rows
+            rows = map(self.above.__getitem__, rows)
+        return sorted(around)
 
     def keep(self, selectors: Sequence[bool]) -> None:
         """Forget the places whose selector is false."""
@@ -167,33 +192,42 @@ class Places:
 def _held(all_holders: list[Container], rows: Sequence[int], keys: Sequence[Any]) -> list[Any]:
     """What the holders of some rows hold under some keys, now."""
     holders = list(map(all_holders.__getitem__, rows))
-    try:
-        return list(map(_GET, holders, keys))
-    except TypeError:  # some of them are lists
-        return [
-            dict.get(holder, key) if isinstance(holder, dict) else _entry(holder, key)
-            for holder, key in zip(holders, keys)
-        ]
+    for get in (_DICT_GET, list.__getitem__):  # mostly they are all of one kind
+        try:
+            return list(map(get, holders, keys))
+        except (TypeError, IndexError):
+            continue
+    return list(map(_get, holders, keys))
 
 
-def _entry(entries: list[Any], index: int) -> Any:
-    return list.__getitem__(entries, index) if index < list.__len__(entries) else None
+def _get(holder: Container, key: Any) -> Any:
+    if isinstance(holder, dict):
+        return dict.get(holder, key)
+    return list.__getitem__(holder, key) if key < list.__len__(holder) else None
 
 
-def find(survey: Survey, matcher: Matcher) -> Places:
-    """Walk a model, depth first, to the places that a pattern matches."""
-    places = Places(survey.model)
+def find(model: nn.Module, matcher: Matcher) -> Places:
+    """Walk a model, depth first, to the places that a pattern matches.
+
+    Raises:
+        SelectionError: If the walk comes to a cycle.
+    """
+    places = Places(model)
+    kinds, dead = _Kinds(), matcher.dead
     paths, modules, keys, masks = places.paths, places.modules, places.keys, places.masks
-    rows = places.rows
-    kinds, dead = survey.kinds, matcher.dead
-    leaf = {cls for cls, kind in kinds.items() if kind}.isdisjoint
+    rows, leaves, skipped, entered = places.rows, places.leaves, places.skipped, places.entered
+    kind_of = kinds.__getitem__
+    only_arrays = {mx.array}.issuperset
     row, prefix = 0, ""
     steps = _steps(places.holders[0], matcher.start)
     waiting: list[tuple[int, str, Iterator[tuple[Any, Any, State]]]] = []
     while True:
         for key, value, state in steps:
             kind = kinds[type(value)]
-            if not kind or state is dead:
+            if not kind:
+                continue
+            if state is dead:
+                skipped.append(value)
                 continue
             if kind == _MODULE and state.mask:
                 paths.append(f"{prefix}{key}")
@@ -201,13 +235,20 @@ def find(survey: Survey, matcher: Matcher) -> Places:
                 keys.append(key)
                 rows.append(row)
                 masks.append(state.mask)
-            inside = dict.values(value) if kind > _LIST else list.__iter__(value)
-            if state.goes_on and not leaf(map(type, inside)):
+            if not state.goes_on:
+                skipped.append(value)
+                continue
+            inside = dict.values(value) if kind > _LIST else tuple(list.__iter__(value))
+            holds_more = inside and not only_arrays(map(type, inside))
+            if holds_more and any(map(kind_of, map(type, inside))):
+                if id(value) in entered and places.sharing is None:
+                    places.sharing = Sharing(model)
                 waiting.append((row, prefix, steps))
                 holder = places.enter(value, row, key)
                 row, prefix = len(places.containers) - 1, f"{prefix}{key}."
                 steps = _steps(holder, state)
                 break
+            leaves.append(value)
         else:
             if not waiting:
                 places.odd_keys = matcher.odd_keys
@@ -271,70 +312,49 @@ def _names(container: Container) -> dict[str, list[Any]]:
 def nest(places: Places, modules: Iterable[nn.Module]) -> dict[Any, Any]:
     """The partial module dict that puts ``modules`` into ``places``."""
     partial: dict[int, Any] = {0: {}}  # by the row of its container
-    last, inside = 0, partial[0]
+    for row in places.around()[1:]:
+        outer, key = partial[places.above[row]], places.named[row]
+        if type(outer) is list:
+            _lengthen(outer, key)
+        outer[key] = partial[row] = {} if isinstance(places.containers[row], dict) else []
     for row, key, module in zip(places.rows, places.keys, modules):
-        if row != last:
-            last, inside = row, partial[row] if row in partial else _grow(partial, places, row)
-        if type(inside) is list:
-            # An empty dict tells update_modules to leave an entry of a list alone.
-            inside.extend([{}] * (key + 1 - len(inside)))
-        inside[key] = module
+        outer = partial[row]
+        if type(outer) is list:
+            _lengthen(outer, key)
+        outer[key] = module
     return partial[0]
 
 
-def _grow(partial: dict[int, Any], places: Places, row: int) -> Any:
-    """Add the partial of a container, and of those around it that are missing."""
-    missing: list[int] = []
-    while row not in partial:
-        missing.append(row)
-        row = places.above[row]
-    inside = partial[row]
-    for row in reversed(missing):
-        key = places.named[row]
-        if type(inside) is list:
-            inside.extend([{}] * (key + 1 - len(inside)))
-        inside[key] = partial[row] = {} if isinstance(places.containers[row], dict) else []
-        inside = partial[row]
-    return inside
+def _lengthen(entries: list[Any], index: int) -> None:
+    """Make room: an empty dict tells update_modules to leave an entry of a list alone."""
+    entries.extend([{}] * (index + 1 - len(entries)))
 
 
 # ---------------------------------------------------------------- all containers at once
 
 
-class Survey:
-    """Which containers a model has, and which of them are in more than one place.
+class Sharing:
+    """Who shares what in a model in which something is in several places.
 
     Attributes:
-        model (nn.Module): The model.
-        kinds (dict[type, int]): What each type of value in it is.
-        ids (set[int]): The ``id`` of every container.
         ways (dict[int, int]): How many paths lead to each container, by ``id``.
-            Empty if nothing is shared: one path leads to each then.
         holders (Counter[int]): How many locations hold each, likewise.
 
     Raises:
-        SelectionError: If the model holds a cycle.
+        SelectionError: If the model holds a cycle, or more paths than anyone can walk.
     """
 
-    __slots__ = ("holders", "ids", "kinds", "model", "ways")
+    __slots__ = ("holders", "ways")
 
     def __init__(self, model: nn.Module):
-        self.model = model
-        self.kinds = _Kinds()
-        self.ways: dict[int, int] = {}
-        self.holders: Counter[int] = Counter()
-        self.ids = _ids_of_a_tree(model, self.kinds)
-        if self.ids:
-            return
         order = sort_containers(model, {})
+        self.holders: Counter[int] = Counter()
         self.ways = dict.fromkeys(map(id, order), 0)
         self.ways[id(model)] = 1
         for container in order:
-            for value in _values(container):
-                if self.kinds[type(value)]:
-                    self.ways[id(value)] += self.ways[id(container)]
-                    self.holders[id(value)] += 1
-        self.ids = set(self.ways)
+            for value in filter(is_container, _values(container)):
+                self.ways[id(value)] += self.ways[id(container)]
+                self.holders[id(value)] += 1
         if sum(self.ways.values()) > _MOST_PATHS:
             raise SelectionError(
                 f"more than {_MOST_PATHS:,} paths lead through this model: modules in several "
@@ -342,25 +362,36 @@ class Survey:
             )
 
 
-def _ids_of_a_tree(model: nn.Module, kinds: _Kinds) -> set[int]:
-    """The ids of all containers, or none if one of them is in two places.
+def survey(places: Places) -> tuple[set[int], Sharing | None]:
+    """Go on to all containers that the walk to some places left out.
 
-    Goes level by level with loops in C: the cheapest sound look there is.
+    Level by level with loops in C, which is the cheapest sound look at a whole model.
+
+    Returns:
+        The ``id`` of every container in the model; and who shares what, if something
+        is in several places.
     """
-    ids, places = {id(model)}, 1
-    level: list[Any] = [model]
-    while level:
-        dicts = [container for container in level if isinstance(container, dict)]
-        values = list(chain.from_iterable(map(dict.values, dicts)))
-        if len(dicts) < len(level):
-            lists = [container for container in level if not isinstance(container, dict)]
-            values.extend(chain.from_iterable(map(list.__iter__, lists)))
-        level = list(compress(values, map(kinds.__getitem__, map(type, values))))
-        places += len(level)
+    kinds = _Kinds()
+    known = [places.containers, places.leaves, places.skipped]
+    ids, count = set(map(id, chain(*known))), sum(map(len, known))
+    level = places.skipped
+    while level and len(ids) == count:
+        level = _inner(level, kinds)
         ids.update(map(id, level))
-        if len(ids) < places:
-            return set()
-    return ids
+        count += len(level)
+    if len(ids) == count:
+        return ids, None
+    sharing = places.sharing or Sharing(places.model)
+    return set(sharing.ways), sharing
+
+
+def _inner(containers: Sequence[Any], kinds: _Kinds) -> list[Any]:
+    """What containers hold that is a container itself."""
+    try:
+        values = list(chain.from_iterable(map(dict.values, containers)))
+    except TypeError:  # some of them are lists
+        values = list(chain.from_iterable(map(_values, containers)))
+    return list(compress(values, map(kinds.__getitem__, map(type, values))))
 
 
 def sort_containers(model: nn.Module, swaps: Swaps) -> list[Container]:
@@ -429,31 +460,31 @@ def holds_array(module: nn.Module) -> bool:
     return False
 
 
-def brought_in(modules: Sequence[nn.Module], known: set[int]) -> tuple[list[nn.Module], set[int]]:
+def brought_in(
+    modules: Sequence[nn.Module], known: set[int], seen: set[int]
+) -> tuple[list[nn.Module], set[int]]:
     """What modules that are to be put into a model would bring with them.
 
     Args:
         modules (sequence of nn.Module): The modules to put in.
-        known (set[int]): The ids of containers not to look into. Those that are
-            looked into are added.
+        known (set[int]): The ids of the containers of the model.
+        seen (set[int]): The ids of what was brought in before. This is added to it.
 
     Returns:
-        All modules in and inside ``modules`` that were not known, and the ids of
-        the containers that were known or met twice.
+        All modules in and inside ``modules`` that are new, and the ids of what they
+        lead to that is known or was seen before.
     """
     kinds = _Kinds()
     fresh: list[nn.Module] = []
-    met = set[int]()
-    values: list[Any] = list(dict(zip(map(id, modules), modules)).values())
-    while values:
-        level: list[Any] = []
-        for value in values:
-            if id(value) in known:
-                met.add(id(value))
-            else:
-                known.add(id(value))
-                level.append(value)
-        fresh.extend(value for value in level if kinds[type(value)] == _MODULE)
-        inner = chain.from_iterable(map(_values, level))
-        values = [value for value in inner if kinds[type(value)]]
+    met: set[int] = set()
+    level: Sequence[Any] = modules
+    while level:
+        ids = set(map(id, level))
+        if len(ids) < len(level) or not ids.isdisjoint(known) or not ids.isdisjoint(seen):
+            old = ids & known | ids & seen
+            met |= old
+            level = [v for key, v in dict(zip(map(id, level), level)).items() if key not in old]
+        fresh += level if level is modules else (v for v in level if kinds[type(v)] == _MODULE)
+        seen |= ids
+        level = _inner(level, kinds)
     return fresh, met

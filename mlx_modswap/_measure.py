@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain, islice
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -11,6 +13,8 @@ import mlx.nn as nn
 from ._locations import entries, is_container
 
 _ARRAY = mx.array
+_SIZE, _NBYTES, _DTYPE = map(attrgetter, ("size", "nbytes", "dtype"))
+_FROZEN = attrgetter("_no_grad")
 
 
 class Measure(NamedTuple):
@@ -32,32 +36,71 @@ class Measure(NamedTuple):
 
 
 def measure(modules: Sequence[nn.Module]) -> list[Measure]:
-    """Measure modules. One that comes again counts nothing the second time.
-
-    A swap measures all modules that it replaces before they go, so this is
-    written for speed.
-    """
+    """Measure modules. One that comes again counts nothing the second time."""
     known: dict[Any, Measure] = {}  # few differ, so few are made into objects
-    measures: list[Measure] = []
-    for module in modules:
-        found = _measure(module) if dict.__len__(module) else (type(module).__name__, 0, 0, 0, ())
-        try:
-            measures.append(known[found])
-        except KeyError:
-            measures.append(known.setdefault(found, Measure(*found)))
-    if len(set(map(id, modules))) < len(modules):
-        seen: set[int] = set()
-        for at, module in enumerate(modules):
-            if id(module) in seen:
-                measures[at] = Measure(measures[at].name, 0, 0, 0, measures[at].dtypes)
-            seen.add(id(module))
-    return measures
+    found = map(_measure, modules)
+    return _once(map(id, modules), [known.setdefault(one, Measure(*one)) for one in found])
+
+
+def record(modules: Sequence[nn.Module]) -> Callable[[], list[Measure]]:
+    """Note what modules hold, so that they can be measured when they are gone.
+
+    A swap does this with all that it replaces, so it is written for speed: of plain
+    layers it takes the numbers of all arrays, with loops in C, and leaves the rest
+    for later.
+    """
+    arrays = list(chain.from_iterable(map(dict.values, modules)))
+    if not (set(map(type, arrays)) <= {_ARRAY} and _are_plain(modules)):
+        measures = measure(modules)
+        return lambda: measures
+    ids, classes = list(map(id, modules)), list(map(type, modules))
+    lengths = list(map(dict.__len__, modules))
+    sizes, nbytes, dtypes = (list(map(number, arrays)) for number in (_SIZE, _NBYTES, _DTYPE))
+
+    def measures_later() -> list[Measure]:
+        columns = map(iter, (sizes, nbytes, dtypes))
+        return _once(ids, _measures(classes, lengths, *columns))
+
+    return measures_later
+
+
+def _are_plain(modules: Sequence[nn.Module]) -> bool:
+    """Whether nothing is quantized, private or frozen in modules that hold arrays only."""
+    keys = set(chain.from_iterable(map(dict.keys, modules)))
+    if "scales" in keys or any(str(key).startswith("_") for key in keys):
+        return False
+    try:
+        return not keys or not any(map(_FROZEN, modules))
+    except AttributeError:  # a class that does not call `super().__init__()`
+        return False
+
+
+def _measures(
+    classes: list[type],
+    lengths: list[int],
+    sizes: Iterator[int],
+    nbytes: Iterator[int],
+    dtypes: Iterator[mx.Dtype],
+) -> Iterator[Measure]:
+    for cls, length in zip(classes, lengths):
+        size, held = sum(islice(sizes, length)), sum(islice(nbytes, length))
+        different = tuple(dict.fromkeys(islice(dtypes, length)))
+        yield Measure(cls.__name__, size, size, held, different)
+
+
+def _once(ids: Iterable[int], measures: Iterable[Measure]) -> list[Measure]:
+    seen: set[int] = set()
+    counted: list[Measure] = []
+    for key, one in zip(ids, measures):
+        counted.append(one._replace(params=0, trainable=0, nbytes=0) if key in seen else one)
+        seen.add(key)
+    return counted
 
 
 def _measure(module: nn.Module) -> tuple[str, int, int, int, tuple[mx.Dtype, ...]]:
     state = vars(module)
     name = type(module).__name__
-    if "bits" in state:
+    if "bits" in state and "scales" in module:
         name = f"{name}(bits={state['bits']})"
     params = trainable = nbytes = 0
     dtypes: tuple[mx.Dtype, ...] = ()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import Any
 
 from ._errors import PatternError
@@ -149,6 +150,7 @@ _BRACED = re.compile(r"(?:[^{}]|\{[^{}]+\})*")
 _TOKEN = re.compile(r"\*|\?|[^*?]+")
 
 
+@lru_cache(1024)
 def _parse_path(text: str) -> tuple[Any, ...]:
     if not text:
         raise PatternError("'' is an empty pattern; '**' matches every module of the model")

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import compress, groupby
-from operator import is_not, itemgetter
+from operator import attrgetter, is_not, itemgetter
 from typing import Any, NamedTuple, TypeVar, overload
 
 import mlx.nn as nn
@@ -16,13 +16,14 @@ from . import _hints
 from ._errors import NoMatchError, SelectionError
 from ._locations import (
     Places,
-    Survey,
+    Sharing,
     brought_in,
     find,
     holds_array,
     locate,
     nest,
     sort_containers,
+    survey,
 )
 from ._pattern import Matcher, Parsed, Pattern, parse, parse_all
 from ._report import Replacement
@@ -31,6 +32,8 @@ from ._select import Patterns, Where, check_model, choose, first_pattern, note
 Factory = Callable[[str, nn.Module], nn.Module]
 AnyPattern = TypeVar("AnyPattern", str, re.Pattern[str], Pattern)  # a Mapping's keys are invariant
 Rules = Mapping[AnyPattern, Factory | None]
+
+_MODE = attrgetter("_training")
 
 
 @overload
@@ -236,14 +239,14 @@ def _plan(
     """Select, call the factories, and check all that could go wrong. Changes nothing."""
     check_model(model)
     patterns, factories, as_rules = _rules(pattern, factory)
-    survey = Survey(model)
-    places = choose(survey, patterns, where, exclude, strict, as_rules=as_rules)
+    places = choose(model, patterns, where, exclude, strict, as_rules=as_rules)
+    known, sharing = survey(places)
     rules = {mask: first_pattern(mask) if as_rules else 0 for mask in set(places.masks)}
     numbers = list(map(rules.__getitem__, places.masks))
-    if survey.ways:
-        units = _units(places, survey)
+    if sharing:
+        units = _units(places, sharing)
         news = _make_once(units, places, numbers, factories)
-        _check_units(units, places, numbers, news, survey, patterns)
+        _check_units(units, places, numbers, news, sharing, patterns)
     else:
         news = _make(places.paths, places.modules, numbers, factories)
     changes = list(map(is_not, news, places.modules))
@@ -252,7 +255,7 @@ def _plan(
         news = list(compress(news, changes))
     _check_nesting(places)
     _check_names(places)
-    _bring_in(places, news, survey.ids)
+    _bring_in(places, news, known)
     _check_unmoved(places, places.modules, "while the factories ran")
     return _Plan(places, news)
 
@@ -316,12 +319,12 @@ def _make(
 Unit = int | tuple[int, Any]  # the id of a tied module, or a location
 
 
-def _units(places: Places, survey: Survey) -> list[Unit]:
+def _units(places: Places, sharing: Sharing) -> list[Unit]:
     tied: dict[int, bool] = {}
     units: list[Unit] = []
     for module, row, key in zip(places.modules, places.rows, places.keys):
         if id(module) not in tied:
-            tied[id(module)] = survey.holders[id(module)] > 1 and holds_array(module)
+            tied[id(module)] = sharing.holders[id(module)] > 1 and holds_array(module)
         location = id(places.holders[row]), key
         units.append(id(module) if tied[id(module)] else location)
     return units
@@ -349,7 +352,7 @@ def _check_units(
     places: Places,
     numbers: list[int],
     news: list[nn.Module],
-    survey: Survey,
+    sharing: Sharing,
     patterns: list[Parsed],
 ) -> None:
     """Each unit changes as a whole and by one rule, or does not change."""
@@ -360,8 +363,8 @@ def _check_units(
         if all(news[at] is places.modules[at] for at in inside):
             continue
         shared = unit if isinstance(unit, int) else unit[0]
-        if len(inside) < survey.ways[shared]:
-            raise SelectionError(_partly(unit, places, inside, survey))
+        if len(inside) < sharing.ways[shared]:
+            raise SelectionError(_partly(unit, places, inside, sharing))
         rules = dict.fromkeys(numbers[at] for at in inside)
         if len(rules) > 1:
             paths = _hints.listed(repr(places.paths[at]) for at in inside)
@@ -373,13 +376,13 @@ def _check_units(
             )
 
 
-def _partly(unit: Unit, places: Places, inside: list[int], survey: Survey) -> str:
+def _partly(unit: Unit, places: Places, inside: list[int], sharing: Sharing) -> str:
     """That only some paths of a unit were chosen, and which are missing."""
-    everywhere = find(survey, Matcher([parse("**")]))
+    everywhere = find(places.model, Matcher([parse("**")]))
     chosen = {places.paths[at] for at in inside}
     others = [
         path
-        for path, other in zip(everywhere.paths, _units(everywhere, survey))
+        for path, other in zip(everywhere.paths, _units(everywhere, sharing))
         if other == unit and path not in chosen
     ]
     path = places.paths[inside[0]]
@@ -397,24 +400,21 @@ def _partly(unit: Unit, places: Places, inside: list[int], survey: Survey) -> st
 
 def _check_nesting(places: Places) -> None:
     """No place may lie inside another."""
-    if set(map(id, places.containers)).isdisjoint(map(id, places.modules)):
-        return  # none of them holds anything that the walk went through
-    changed = set(map(id, places.modules))
-    clear: set[int] = {0}
-    for row in dict.fromkeys(places.rows):
-        inner = row
+    if places.entered.isdisjoint(map(id, places.modules)):
+        return
+    above, named = places.above, places.named
+    uppers = dict(zip(zip(places.rows, places.keys), places.paths))
+    clear = {0}
+    for path, row in zip(places.paths, places.rows):
         while row not in clear:
-            if id(places.containers[row]) in changed:
-                location = places.above[row], places.named[row]
-                for upper, other in zip(places.paths, zip(places.rows, places.keys)):
-                    if location == other:
-                        path = places.paths[places.rows.index(inner)]
-                        raise SelectionError(
-                            f"{path!r} lies inside {upper!r}, and both would change; leave one "
-                            f"of them out, with exclude={upper!r} for instance"
-                        )
+            upper = uppers.get((above[row], named[row]))
+            if upper is not None:
+                raise SelectionError(
+                    f"{path!r} lies inside {upper!r}, and both would change; leave one "
+                    f"of them out, with exclude={upper!r} for instance"
+                )
             clear.add(row)
-            row = places.above[row]
+            row = above[row]
 
 
 def _check_names(places: Places) -> None:
@@ -439,22 +439,30 @@ def _bring_in(places: Places, news: list[nn.Module], known: set[int]) -> None:
     Raises:
         SelectionError: If the model would hold a cycle.
     """
-    modes = [getattr(old, "training", True) for old in places.modules]
+    olds = places.modules
     met: set[int] = set()
-    for mode, run in _runs(modes, news):
-        fresh, met_here = brought_in(run, known)
+    seen: set[int] = set()
+    for mode, run in _runs(_modes(olds), news):
+        fresh, met_here = brought_in(run, known, seen)
         met |= met_here
-        for module in fresh:
-            if getattr(module, "training", mode) != mode:
+        if set(_modes(fresh)) != {mode}:
+            for module in fresh:
                 _set_mode(module, mode)
     # New modules mostly wrap the module that they replace, which cannot close a cycle.
-    if met and not met <= set(map(id, places.modules)):
+    if met and not met <= set(map(id, olds)):
         locations = zip(places.rows, places.keys)
         holders = places.holders
         sort_containers(
             places.model,
             {(id(holders[row]), key): new for (row, key), new in zip(locations, news)},
         )
+
+
+def _modes(modules: Sequence[nn.Module]) -> list[bool]:
+    try:
+        return list(map(_MODE, modules))
+    except AttributeError:  # a class that does not call `super().__init__()` has none
+        return [getattr(module, "_training", True) for module in modules]
 
 
 def _runs(modes: list[bool], news: list[nn.Module]) -> Iterator[tuple[bool, list[nn.Module]]]:

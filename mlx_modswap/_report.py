@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from html import escape
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from ._fold import fold, pattern_of, segments
-from ._measure import Measure, measure, total
+from ._measure import Measure, measure, record, total
 
 _MOST_LINES = 100
 
@@ -26,8 +27,6 @@ class Replacement(Mapping[str, nn.Module]):
     A notebook shows it as a table.
     """
 
-    __slots__ = ("_has_digit_keys", "_modules", "_olds")
-
     def __init__(
         self,
         paths: Sequence[str],
@@ -35,9 +34,14 @@ class Replacement(Mapping[str, nn.Module]):
         news: Sequence[nn.Module],
         has_digit_keys: bool,
     ):
-        self._modules = dict(zip(paths, news))
-        self._olds = measure(olds)
+        self._paths = paths
+        self._news = news
+        self._olds = record(olds)
         self._has_digit_keys = has_digit_keys
+
+    @cached_property
+    def _modules(self) -> dict[str, nn.Module]:
+        return dict(zip(self._paths, self._news))
 
     def __getitem__(self, path: str) -> nn.Module:
         return self._modules[path]
@@ -67,16 +71,16 @@ class Replacement(Mapping[str, nn.Module]):
         return f"<table>{table}</table>" + _rest(rows, "<p>{}</p>")
 
     def _rows(self) -> list[list[str]]:
-        news = measure(list(self.values()))
+        olds, news = self._olds(), measure(list(self.values()))
         paths = [segments(path, slices=not self._has_digit_keys) for path in self]
         alike: dict[tuple[object, ...], list[int]] = {}
-        for at, (old, new) in enumerate(zip(self._olds, news)):
+        for at, (old, new) in enumerate(zip(olds, news)):
             alike.setdefault((old.name, new.name, old.dtypes, new.dtypes), []).append(at)
         rows: list[list[str]] = []
         for places in alike.values():
             for product, numbers in fold([paths[at] for at in places]):
                 inside = [places[number] for number in numbers]
-                old, new = (total(m[at] for at in inside) for m in (self._olds, news))
+                old, new = (total(m[at] for at in inside) for m in (olds, news))
                 rows.append([pattern_of(product), *_changes(old, new, len(inside))])
         return rows
 

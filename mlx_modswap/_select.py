@@ -11,7 +11,7 @@ import mlx.nn as nn
 
 from . import _hints
 from ._errors import NoMatchError
-from ._locations import Places, Survey, find
+from ._locations import Places, find
 from ._pattern import Matcher, Parsed, Pattern, parse_all, shorten
 
 Patterns = Pattern | Iterable[Pattern]
@@ -63,7 +63,7 @@ def select(
     """
     check_model(model)
     patterns = parse_all(pattern)
-    places = choose(Survey(model), patterns, where, exclude, strict)
+    places = choose(model, patterns, where, exclude, strict)
     chosen: dict[str, nn.Module] = {}
     for path, module in zip(places.paths, places.modules):
         chosen.setdefault(path, module)
@@ -77,7 +77,7 @@ def check_model(model: Any) -> None:
 
 
 def choose(
-    survey: Survey,
+    model: nn.Module,
     patterns: list[Parsed],
     where: Where | None,
     exclude: Patterns,
@@ -91,12 +91,12 @@ def choose(
     """
     excludes = parse_all(exclude)
     _check_where(where)
-    places = _match(survey, patterns + excludes)
+    places = _match(model, patterns + excludes)
     included = (1 << len(patterns)) - 1  # the lower bits; those of the excludes follow
     found = {mask for mask in set(places.masks) if mask & included}
     if strict:
-        _check_patterns(survey, patterns, found)
-        _check_excludes(survey, patterns, excludes, places)
+        _check_patterns(model, patterns, found)
+        _check_excludes(model, patterns, excludes, places)
         if as_rules:
             _check_rules(patterns, places)
     wanted = {mask for mask in found if mask <= included}
@@ -109,8 +109,8 @@ def choose(
     return places
 
 
-def _match(survey: Survey, patterns: list[Parsed]) -> Places:
-    places = find(survey, Matcher(patterns))
+def _match(model: nn.Module, patterns: list[Parsed]) -> Places:
+    places = find(model, Matcher(patterns))
     for number, pattern in enumerate(patterns):
         if pattern.regex is not None:
             fullmatch, rest = pattern.regex.fullmatch, ~(1 << number)
@@ -156,16 +156,16 @@ def note(error: BaseException, text: str) -> None:
 # ---------------------------------------------------------------- nothing silent
 
 
-def _check_patterns(survey: Survey, patterns: list[Parsed], found: set[int]) -> None:
+def _check_patterns(model: nn.Module, patterns: list[Parsed], found: set[int]) -> None:
     if not patterns:
         raise NoMatchError("no pattern was given; '**' matches every module of the model")
     for number, pattern in enumerate(patterns):
         if not any(mask >> number & 1 for mask in found):
-            raise NoMatchError(_hints.no_match(survey, pattern))
+            raise NoMatchError(_hints.no_match(model, pattern))
 
 
 def _check_excludes(
-    survey: Survey, patterns: list[Parsed], excludes: list[Parsed], places: Places
+    model: nn.Module, patterns: list[Parsed], excludes: list[Parsed], places: Places
 ) -> None:
     included = (1 << len(patterns)) - 1
     matches = [mask for mask in places.masks if mask & included] if excludes else []
@@ -173,9 +173,9 @@ def _check_excludes(
     for number, pattern in enumerate(excludes, start=len(patterns)):
         if any(mask >> number & 1 for mask in found):
             continue
-        alone = len(_match(survey, [pattern]).paths)
+        alone = len(_match(model, [pattern]).paths)
         if not alone:
-            raise NoMatchError(f"exclude {_hints.no_match(survey, pattern)}")
+            raise NoMatchError(f"exclude {_hints.no_match(model, pattern)}")
         raise NoMatchError(
             f"exclude {pattern.text} removes nothing: it matches {alone}, but none of the "
             f"{len(matches)} that {_union(patterns)} matches"

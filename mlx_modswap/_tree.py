@@ -10,8 +10,17 @@ import mlx.nn as nn
 from . import _hints
 from ._fold import Entry, Product, fold, inside
 from ._forms import Form, forms_of, functions, stand_in
-from ._locations import Container, Survey, entries, is_container, opened, sort_containers
-from ._pattern import parse_all
+from ._locations import (
+    Container,
+    Sharing,
+    entries,
+    find,
+    is_container,
+    opened,
+    sort_containers,
+    survey,
+)
+from ._pattern import Matcher, parse_all
 from ._picture import Row, Tree
 from ._select import Patterns, Where, check_model, choose
 
@@ -63,23 +72,24 @@ def tree(
     """
     check_model(model)
     patterns = parse_all(pattern)
-    survey = Survey(model)
+    places = find(model, Matcher(()))
     narrowed = ["where"] * (where is not None) + ["exclude"] * (exclude not in ((), []))
     marked: dict[int, set[Any]] = {}  # keys by the id of their container
-    chosen_by, selected = "", 0
+    chosen_by = ""
     if pattern != "**" or narrowed:
-        places = choose(survey, patterns, where, exclude, strict=True)
+        places = choose(model, patterns, where, exclude, strict=True)
         for row, key in zip(places.rows, places.keys):
             marked.setdefault(id(places.containers[row]), set()).add(key)
         chosen_by = _hints.listed(one.text for one in patterns)
         chosen_by += " with " * bool(narrowed) + " and ".join(narrowed)
-        selected = len(places.paths)
-    order = sort_containers(model, {}) if survey.ways else _levels(model)
-    ways = [survey.ways.get(id(one), 1) for one in order if issubclass(type(one), nn.Module)]
-    shared = _shared(order, survey)
+    _, sharing = survey(places)
+    order = sort_containers(model, {}) if sharing else _levels(model)
+    ways = sharing.ways if sharing else {}
+    modules = sum(ways.get(id(one), 1) for one in order if issubclass(type(one), nn.Module)) - 1
+    shared = _shared(order, sharing) if sharing else set[int]()
     forms = forms_of(order, marked, shared)
     frozen = any(map(_is_frozen, set(forms.values())))
-    return Tree(_rows(model, forms, shared), sum(ways) - 1, chosen_by, selected, frozen)
+    return Tree(_rows(model, forms, shared), modules, chosen_by, len(places.paths), frozen)
 
 
 def _is_frozen(form: Form) -> bool:
@@ -96,10 +106,10 @@ def _levels(model: nn.Module) -> list[Container]:
     return order
 
 
-def _shared(order: list[Container], survey: Survey) -> set[int]:
+def _shared(order: list[Container], sharing: Sharing) -> set[int]:
     """The ids of what is in several places, or in a list or dict that is."""
-    shared = {key for key, holders in survey.holders.items() if holders > 1}
-    for container in order if shared else ():
+    shared = {key for key, holders in sharing.holders.items() if holders > 1}
+    for container in order:
         if id(container) in shared and not issubclass(type(container), nn.Module):
             shared.update(id(value) for _, value in entries(container) if is_container(value))
     return shared

@@ -148,34 +148,34 @@ FAULTS = [
     Fault(
         "a list entry in the partial dict is one too low",
         "_locations.py",
-        "            inside.extend([{}] * (key + 1 - len(inside)))\n        inside[key] = module",
-        "            inside.extend([{}] * (key + 1 - len(inside)))\n"
-        "            key = max(key - 1, 0)\n        inside[key] = module",
+        "            _lengthen(outer, key)\n        outer[key] = module",
+        "            _lengthen(outer, key)\n            key = max(key - 1, 0)\n"
+        "        outer[key] = module",
     ),
     # ---------------------------------------------------------------- planning
     Fault(
         "modules without parameters are tied",
         "_replace.py",
-        "survey.holders[id(module)] > 1 and holds_array(module)",
-        "survey.holders[id(module)] > 1",
+        "sharing.holders[id(module)] > 1 and holds_array(module)",
+        "sharing.holders[id(module)] > 1",
     ),
     Fault(
         "nothing is tied",
         "_replace.py",
-        "survey.holders[id(module)] > 1 and holds_array(module)",
+        "sharing.holders[id(module)] > 1 and holds_array(module)",
         "False",
     ),
     Fault(
         "half of a tie or of an alias may change",
         "_replace.py",
-        "        if len(inside) < survey.ways[shared]:",
+        "        if len(inside) < sharing.ways[shared]:",
         "        if False:",
     ),
     Fault(
         "the aliases of a place are not looked at",
         "_replace.py",
-        "        if len(inside) < survey.ways[shared]:",
-        "        if isinstance(unit, int) and len(inside) < survey.ways[shared]:",
+        "        if len(inside) < sharing.ways[shared]:",
+        "        if isinstance(unit, int) and len(inside) < sharing.ways[shared]:",
     ),
     Fault(
         "two rules may share a tie",
@@ -192,7 +192,7 @@ FAULTS = [
     Fault(
         "the factory runs for each place of a tie",
         "_replace.py",
-        "    if survey.ways:\n        units",
+        "    if sharing:\n        units",
         "    if False:\n        units",
     ),
     Fault(
@@ -234,7 +234,7 @@ FAULTS = [
     Fault(
         "the training mode is handed to modules of the model as well",
         "_replace.py",
-        "    _bring_in(places, news, survey.ids)",
+        "    _bring_in(places, news, known)",
         "    _bring_in(places, news, set())",
     ),
     Fault(
@@ -248,7 +248,7 @@ FAULTS = [
     Fault(
         "a new module may close a cycle",
         "_replace.py",
-        "    if met and not met <= set(map(id, places.modules)):",
+        "    if met and not met <= set(map(id, olds)):",
         "    if False:",
     ),
     Fault(
@@ -279,8 +279,8 @@ FAULTS = [
     Fault(
         "the last report keeps the old modules",
         "_report.py",
-        "        self._olds = measure(olds)\n",
-        "        self._olds = measure(olds)\n        Replacement._kept = olds\n",
+        "        self._olds = record(olds)\n",
+        "        self._olds = record(olds)\n        Replacement._kept = olds\n",
     ),
     Fault(
         "the module keeps the last plan",

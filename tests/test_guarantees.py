@@ -322,8 +322,8 @@ class TestAllOrNothing:
 
         locked = Locked()
         dict.__setitem__(locked, "act", nn.ReLU())
-        model = build(first=nn.ReLU(), locked=locked, last=nn.ReLU())
-        assert refuses(model, ["first", "locked.act", "last"], fresh) == (
+        model = build(first=build(act=nn.ReLU()), locked=locked, last=nn.ReLU())
+        assert refuses(model, ["first.act", "locked.act", "last"], fresh) == (
             "MLX's update_modules failed, and nothing was changed: 'locked'"
         )
 
@@ -334,8 +334,9 @@ class TestAllOrNothing:
 
         deaf = Deaf()
         dict.__setitem__(deaf, "act", nn.ReLU())
-        model = build(first=nn.ReLU(), deaf=deaf, last=nn.ReLU())
-        assert "left 'deaf.act' as it was" in refuses(model, ["first", "deaf.act", "last"], fresh)
+        model = build(first=build(act=nn.ReLU()), deaf=deaf, last=nn.ReLU())
+        message = refuses(model, ["first.act", "deaf.act", "last"], fresh)
+        assert "left 'deaf.act' as it was" in message
 
     def test_a_keyboard_interrupt_during_the_update_puts_all_back(self):
         class Interrupted(nn.Module):
@@ -344,10 +345,10 @@ class TestAllOrNothing:
 
         inner = Interrupted()
         dict.__setitem__(inner, "act", nn.ReLU())
-        model = build(first=nn.ReLU(), inner=inner)
+        model = build(first=build(act=nn.ReLU()), inner=inner)
         before = Snapshot(model)
         with pytest.raises(KeyboardInterrupt):
-            replace_layers(model, ["first", "inner.act"], fresh)
+            replace_layers(model, ["first.act", "inner.act"], fresh)
         assert before.differences() == []
 
     def test_a_factory_that_changes_a_place_itself_is_noticed(self):
