@@ -1,4 +1,7 @@
-"""The code in README.md and in docs/ runs, and prints what stands there."""
+"""The code in README.md and in docs/ runs, and prints what stands there.
+
+And what the pages say about patterns, tests and public names is so.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import contextlib
 import doctest
 import io
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -22,9 +25,13 @@ import mlx_modswap
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 DOCUMENTS = sorted(ROOT.glob("docs/*.md"))
+API = ROOT / "docs" / "api.md"
+COOKBOOK = ROOT / "docs" / "cookbook.md"
+GUARANTEES = ROOT / "docs" / "guarantees.md"
+PATTERNS = ROOT / "docs" / "patterns.md"
 PYTORCH = ROOT / "docs" / "coming-from-pytorch.md"
 
-FENCED = re.compile(r"(?ms)^```(\w*)\n(.*?)^```$")
+FENCED = re.compile(r"(?ms)^```(\S*)\n(.*?)^```$")
 OUTPUT = re.compile(r"(?s)\s*```\n(.*?)\n```")
 AS_PRINTED = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
 
@@ -38,14 +45,18 @@ class Block(NamedTuple):
     output: str
 
 
-def blocks(document: Path) -> list[Block]:
+def fenced(document: Path) -> list[Block]:
     text = document.read_text("utf-8")
     found = []
     for block in FENCED.finditer(text):
         output = OUTPUT.match(text, block.end())
         line = text.count("\n", 0, block.start()) + 2
         found.append(Block(block[1], block[2], line, output[1] if output else ""))
-    return [block for block in found if block.language in ("python", "pycon")]
+    return found
+
+
+def blocks(document: Path) -> list[Block]:
+    return [block for block in fenced(document) if block.language in ("python", "pycon")]
 
 
 def needs_mlx_lm(document: Path) -> None:
@@ -62,15 +73,54 @@ def on_the_cpu():
 # ---------------------------------------------------------------- docs
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("document", [README, *DOCUMENTS], ids=lambda path: path.name)
+def test_no_code_of_a_document_is_left_out(document):
+    languages = {block.language for block in fenced(document)}
+
+    assert languages <= {"", "bash", "python", "pycon", "{eval-rst}", "{toctree}"}
+
+
+def test_the_pages_that_the_readme_links_to_are_there():
+    targets = set(re.findall(r"\]\((docs/[\w./-]+)", README.read_text("utf-8")))
+    pages = {f"docs/{page.name}" for page in DOCUMENTS} - {"docs/index.md", "docs/api.md"}
+
+    assert targets == {"docs/images/tree.png", *pages}
+    assert all((ROOT / target).is_file() for target in targets)
+
+
+@pytest.mark.parametrize(
+    "document", [path for path in DOCUMENTS if path != COOKBOOK], ids=lambda path: path.name
+)
 def test_the_code_in_a_document_runs_and_prints_what_stands_there(document):
     needs_mlx_lm(document)
-    names: dict[str, Any] = {"__name__": "document"}
-    for block in blocks(document):
+    run(blocks(document), document, {"__name__": "document"})
+
+
+def run(some: Iterable[Block], document: Path, names: dict[str, Any]) -> None:
+    for block in some:
         if block.language == "pycon":
             run_examples(block, document, names)
-        else:
-            exec(compile("\n" * (block.line - 1) + block.code, str(document), "exec"), names)
+            continue
+        code = compile("\n" * (block.line - 1) + block.code, str(document), "exec")
+        found = output_of(lambda code=code: exec(code, names), block.output)
+        assert not block.output or as_printed(block.output, found), found
+
+
+def output_of(action: Callable[[], object], expected: str) -> str:
+    """What an action prints, or its error if one is expected."""
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(printed):
+            action()
+    except Exception as error:
+        if not re.match(r"\w+Error: ", expected):
+            raise
+        return f"{type(error).__name__}: {error}"
+    return printed.getvalue()
+
+
+def as_printed(expected: str, found: str) -> bool:
+    return doctest.OutputChecker().check_output(f"{expected}\n", f"{found}\n", AS_PRINTED)
 
 
 def run_examples(block: Block, document: Path, names: dict[str, Any]) -> None:
@@ -82,6 +132,118 @@ def run_examples(block: Block, document: Path, names: dict[str, Any]) -> None:
     runner.run(examples, out=report.write, clear_globs=False)
     names.update(examples.globs)
     assert not report.getvalue(), report.getvalue()
+
+
+# ---------------------------------------------------------------- cookbook
+
+
+def recipes() -> Iterator[tuple[str, list[Block]]]:
+    """The headings of the cookbook, and the blocks under each."""
+    headings = dict[str, list[Block]]()
+    text = COOKBOOK.read_text("utf-8").splitlines()
+    for block in blocks(COOKBOOK):
+        above = [line for line in text[: block.line] if line.startswith("## ")]
+        headings.setdefault(above[-1] if above else "", []).append(block)
+    yield from headings.items()
+
+
+(_, COMMON), *RECIPES = recipes()
+
+
+@pytest.mark.parametrize(("heading", "recipe"), RECIPES, ids=[heading for heading, _ in RECIPES])
+def test_a_recipe_runs_on_its_own_with_the_names_at_the_top_of_the_page(heading, recipe):
+    run([*COMMON, *recipe], COOKBOOK, {"__name__": "cookbook"})
+
+
+@pytest.mark.skipif(
+    not mx.metal.is_available() or mx.default_device() != mx.gpu,
+    reason="the kernel needs Metal: DEVICE=gpu pytest",
+)
+def test_the_kernel_of_the_cookbook_is_the_norm_of_mlx():
+    (kernel,) = [recipe for heading, recipe in RECIPES if "kernel" in heading]
+    with mx.stream(mx.gpu):
+        names: dict[str, Any] = {"__name__": "cookbook"}
+        run([*COMMON, *kernel], COOKBOOK, names)
+        for dtype in (mx.float32, mx.float16, mx.bfloat16):
+            norm = nn.RMSNorm(100)
+            norm.weight = mx.random.normal((100,)).astype(dtype)
+            x = mx.random.normal((3, 5, 100)).astype(dtype)
+            assert mx.allclose(names["KernelNorm"](norm)(x), norm(x), rtol=1e-2, atol=1e-2)
+
+
+# ---------------------------------------------------------------- patterns
+
+
+ROWS = re.findall(r"(?m)^\| `(.+)` \| (\d+) \| (.+) \|$", PATTERNS.read_text("utf-8"))
+
+
+@pytest.fixture(scope="module")
+def names_of_patterns():
+    names: dict[str, Any] = {"__name__": "document"}
+    run(blocks(PATTERNS)[:1], PATTERNS, names)
+    return names
+
+
+@pytest.mark.parametrize(("code", "count", "cell"), ROWS, ids=[row[0] for row in ROWS])
+def test_a_pattern_selects_what_its_row_says(code, count, cell, names_of_patterns):
+    if code.startswith("select("):
+        found = list(eval(code, names_of_patterns))
+    else:
+        pattern = eval(code, names_of_patterns) if code.startswith("re.compile(") else code
+        found = list(mlx_modswap.select(names_of_patterns["model"], pattern))
+    shown = found if len(found) <= 4 else [found[0], found[-1]]
+
+    assert cell == (", " if shown is found else " … ").join(f"`{path}`" for path in shown)
+    assert int(count) == len(found)
+
+
+def test_every_row_about_patterns_is_checked():
+    in_tables = re.findall(r"(?m)^\| .* \| \d+ \| .*$", PATTERNS.read_text("utf-8"))
+
+    assert len(ROWS) == len(in_tables) > 30
+
+
+# ---------------------------------------------------------------- guarantees
+
+
+def definitions(file: str) -> set[str]:
+    """The names of all tests in a file, and of their classes."""
+    module = ast.parse((ROOT / "tests" / file).read_text("utf-8"))
+    nodes = [node for node in ast.walk(module) if isinstance(node, (ast.ClassDef, ast.FunctionDef))]
+    return {node.name for node in nodes if node.name.lower().startswith("test")}
+
+
+CITED = [
+    (item[1], name)
+    for item in re.finditer(
+        r"(?m)^- `(test_\w+\.py)`: ((?:.+\n)+?)(?=- |\n|\Z)", GUARANTEES.read_text("utf-8")
+    )
+    for name in re.findall(r"`([Tt]est\w+)`", item[2])
+]
+
+
+@pytest.mark.parametrize(("file", "name"), CITED, ids=[name for _, name in CITED])
+def test_a_test_that_the_guarantees_cite_exists(file, name):
+    assert name in definitions(file)
+
+
+def test_the_guarantees_cite_tests_in_lists_that_are_checked_and_all_that_test_guarantees():
+    text = GUARANTEES.read_text("utf-8")
+    names = re.findall(r"`(Test\w+|test_\w+)`", text)
+    classes = {name for name in definitions("test_guarantees.py") if name.startswith("Test")}
+
+    assert sorted(names) == sorted(name for _, name in CITED)
+    assert classes <= set(names)
+    assert text.count("\n## ") == len(re.findall(r"\n\n- `test_\w+\.py`: ", text))
+
+
+# ---------------------------------------------------------------- API reference
+
+
+def test_the_reference_has_each_public_name_once():
+    directives = r"(?m)^\.\. auto(?:function|class|exception):: (\w+)"
+
+    assert sorted(re.findall(directives, API.read_text("utf-8"))) == sorted(mlx_modswap.__all__)
 
 
 # ---------------------------------------------------------------- coming from PyTorch
@@ -346,31 +508,19 @@ def names_of_the_readme() -> dict[str, Any]:
 
 @pytest.mark.parametrize("block", blocks(README), ids=lambda block: f"line {block.line}")
 def test_the_code_in_the_readme_runs_and_prints_what_stands_there(block):
-    found = output_of(block)
+    found = output_of(lambda: run_statements(block), block.output)
 
     assert not block.output or as_printed(block.output, found), found
 
 
-def output_of(block: Block) -> str:
-    """What a block prints, or its error. Its statements are examples that do not build on another.
+def run_statements(block: Block) -> None:
+    """Run the statements of a block, which are examples that do not build on another.
 
     So each of them gets a model of its own, unless the block makes one.
     """
     names: dict[str, Any] = {"__name__": "readme"}
     makes_one = re.search(r"(?m)^model = ", block.code) is not None
-    printed = io.StringIO()
-    try:
-        with contextlib.redirect_stdout(printed):
-            for statement in ast.parse(block.code).body:
-                if not makes_one:
-                    names.update(names_of_the_readme())
-                exec(compile(ast.Module([statement], []), f"{README}:{block.line}", "exec"), names)
-    except Exception as error:
-        if not re.match(r"\w+Error: ", block.output):
-            raise
-        return f"{type(error).__name__}: {error}"
-    return printed.getvalue()
-
-
-def as_printed(expected: str, found: str) -> bool:
-    return doctest.OutputChecker().check_output(f"{expected}\n", f"{found}\n", AS_PRINTED)
+    for statement in ast.parse(block.code).body:
+        if not makes_one:
+            names.update(names_of_the_readme())
+        exec(compile(ast.Module([statement], []), f"{README}:{block.line}", "exec"), names)
