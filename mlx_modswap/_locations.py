@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import chain, compress
-from operator import is_
-from typing import Any, cast
+from itertools import chain, compress, count
+from operator import is_not
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -48,9 +48,17 @@ _MODULE, _DICT, _LIST = 3, 2, 1  # 0: no container
 
 def opened(container: Container) -> Container:
     """The container itself, or the layer that it stands in for."""
+    layers = _wrapped(container)
+    return layers[-1] if layers else container
+
+
+def _wrapped(container: Container) -> list[Container]:
+    """The layer that a container stands in for; if that does so too, its layer next."""
+    layers: list[Container] = []
     while isinstance(container, dict) and dict.__contains__(container, WRAPPED):
         container = dict.__getitem__(container, WRAPPED)
-    return container
+        layers.append(container)
+    return layers
 
 
 def entries(container: Container) -> Iterator[tuple[Any, Any]]:
@@ -74,130 +82,126 @@ def is_container(value: Any) -> bool:
     return issubclass(type(value), (dict, list))
 
 
-# ---------------------------------------------------------------- one place after the other
+# ---------------------------------------------------------------- some places of a model
 
 
 class Places:
-    """Places of a model, as parallel lists with one entry a place.
+    """Some places of a model, and all that a walk to them went through.
+
+    A table with one row for each location on the way; row 0 is the model itself.
+    What is inside a container comes behind it. The places are some of the rows.
 
     Attributes:
-        paths (list[str]): Their paths, as ``named_modules()`` prints them.
-        modules (list[nn.Module]): The modules that were found there.
-        keys (list): The key of each in its container.
+        values (list): The module, dict or list at each row.
+        above (list[int]): The row that it is inside of.
+        keys (list): Its key there.
+        rows (list[int]): The row of each place.
+        paths (list[str]): The path of each, as ``named_modules()`` prints it.
         masks (list[int]): The patterns that match each: bit ``i`` for pattern ``i``.
-        rows (list[int]): The row of that container in ``containers``.
-        containers (list): The containers that the walk went through, parents first.
-        holders (list): The containers again, but for one that stands in for a layer
-            the layer, whose keys are those of the paths.
-        above (list[int]): For each container the row of the container that holds it.
-        named (list): For each container its key there.
-        entered (set[int]): The ``id`` of each of them.
-        leaves (list): Containers that the walk came by, and that hold no others.
-        skipped (list): Containers that it came by, and did not look into.
+        layers (dict): The layer that a row stands in for, by row.
+        others (list): Containers that the walk came by and that have no row.
+        skipped (list): Containers that it came by and did not look into.
         sharing (Sharing, optional): Who shares what, if it had to be found out.
         odd_keys (bool): See :class:`Matcher`.
     """
 
     # Lists of str, int and objects that exist anyway: a tuple for each place
     # would double the cost of a big swap in garbage collection.
-    __slots__ = (
-        "above",
-        "containers",
-        "entered",
-        "holders",
-        "keys",
-        "leaves",
-        "masks",
-        "modules",
-        "named",
-        "odd_keys",
-        "paths",
-        "rows",
-        "sharing",
-        "skipped",
-    )
 
     def __init__(self, model: nn.Module):
-        self.paths: list[str] = []
-        self.modules: list[nn.Module] = []
-        self.keys: list[Any] = []
-        self.masks: list[int] = []
+        self.values: list[Any] = [model]
+        self.above: list[int] = [0]
+        self.keys: list[Any] = [None]
         self.rows: list[int] = []
-        self.containers: list[Container] = []
-        self.holders: list[Container] = []
-        self.above: list[int] = []
-        self.named: list[Any] = []
-        self.entered: set[int] = set()
-        self.leaves: list[Container] = []
+        self.paths: list[str] = []
+        self.masks: list[int] = []
+        self.layers: dict[int, Container] = {}
+        self.others: list[Container] = []
         self.skipped: list[Container] = []
         self.sharing: Sharing | None = None
         self.odd_keys = False
-        self.enter(model, -1, None)
+        self._around: list[int] | None = None
 
     @property
     def model(self) -> nn.Module:
         """The model that the places are in."""
-        return cast(nn.Module, self.containers[0])
+        return self.values[0]
 
-    def enter(self, container: Container, above: int, key: Any) -> Container:
-        """Add a container, and return its holder."""
-        holder = container
-        while isinstance(holder, dict) and dict.__contains__(holder, WRAPPED):
-            holder = dict.__getitem__(holder, WRAPPED)
-            self.leaves.append(holder)
-        self.entered.add(id(container))
-        self.containers.append(container)
-        self.holders.append(holder)
-        self.above.append(above)
-        self.named.append(key)
-        return holder
+    @property
+    def modules(self) -> list[nn.Module]:
+        """The modules that were found at the places."""
+        return list(map(self.values.__getitem__, self.rows))
 
-    def around(self) -> list[int]:
-        """The rows of the containers that the places lie in, at any depth, parents first."""
-        around = {0}
-        rows: Iterable[int] = self.rows
-        while rows := set(rows) - around:
-            around |= rows
-            rows = map(self.above.__getitem__, rows)
-        return sorted(around)
+    def enter(self, value: Container, row: int, key: Any) -> int:
+        """Add a row, and return its number."""
+        self.values.append(value)
+        self.above.append(row)
+        self.keys.append(key)
+        return len(self.values) - 1
 
-    def keep(self, selectors: Sequence[bool]) -> None:
+    def open(self, row: int) -> Container:
+        """What has the keys that the paths through a row go on with."""
+        layers = _wrapped(self.values[row])
+        if not layers:
+            return self.values[row]
+        self.layers[row] = layers[-1]
+        self.others += layers
+        return layers[-1]
+
+    def keep(self, selectors: Sequence[Any]) -> None:
         """Forget the places whose selector is false."""
         if not all(selectors):
-            for name in ("paths", "modules", "keys", "masks", "rows"):
+            self._around = None
+            for name in ("rows", "paths", "masks"):
                 setattr(self, name, list(compress(getattr(self, name), selectors)))
 
+    def around(self) -> list[int]:
+        """The rows that the places are inside of, at any depth; the model is the first."""
+        if self._around is None:
+            around = {0}
+            rows: Iterable[int] = self.rows
+            while rows:
+                rows = set(map(self.above.__getitem__, rows)) - around
+                around |= rows
+            self._around = sorted(around)
+        return self._around
+
+    def locations(self) -> list[tuple[int, Any]]:
+        """Where each place is: the ``id`` of what holds it, and its key there."""
+        return list(zip(map(id, self._holders(self.rows)), map(self.keys.__getitem__, self.rows)))
+
     def first_moved(self) -> int | None:
-        """The first place whose container is not where the walk found it, if there is one."""
-        containers, above = self.containers, self.above
-        held = _held(self.holders, above[1:], self.named[1:])
-        if all(map(is_, held, containers[1:])):
-            return None
-        moved = {row for row, now in enumerate(held, start=1) if now is not containers[row]}
-        for at, row in enumerate(self.rows):
-            while row:
-                if row in moved:
-                    return at
-                row = above[row]
+        """The number of the first place that is no longer in the model, if there is one."""
+        around = self.around()[1:]
+        expected = map(self.values.__getitem__, around)
+        moved = set(compress(around, map(is_not, self._held(around), expected)))
+        for number, row in enumerate(self.rows if moved else ()):
+            while row and row not in moved:
+                row = self.above[row]
+            if row:
+                return number
         return None
 
-    def first_without(self, modules: Sequence[nn.Module]) -> int | None:
-        """The first place that does not hold its entry of ``modules``, if there is one."""
-        held = _held(self.holders, self.rows, self.keys)
-        if all(map(is_, held, modules)):
-            return None
-        return next(at for at, (now, new) in enumerate(zip(held, modules)) if now is not new)
+    def first_without(self, modules: Iterable[nn.Module]) -> int | None:
+        """The number of the first place that does not hold its entry of ``modules``, likewise."""
+        changed = map(is_not, self._held(self.rows), modules)
+        return next(compress(count(), changed), None)
 
+    def _holders(self, rows: Iterable[int]) -> list[Container]:
+        above = list(map(self.above.__getitem__, rows))
+        if self.layers:
+            return [self.layers[row] if row in self.layers else self.values[row] for row in above]
+        return list(map(self.values.__getitem__, above))
 
-def _held(all_holders: list[Container], rows: Sequence[int], keys: Sequence[Any]) -> list[Any]:
-    """What the holders of some rows hold under some keys, now."""
-    holders = list(map(all_holders.__getitem__, rows))
-    for get in (_DICT_GET, list.__getitem__):  # mostly they are all of one kind
-        try:
-            return list(map(get, holders, keys))
-        except (TypeError, IndexError):
-            continue
-    return list(map(_get, holders, keys))
+    def _held(self, rows: Sequence[int]) -> list[Any]:
+        """What is at some rows now."""
+        holders, keys = self._holders(rows), list(map(self.keys.__getitem__, rows))
+        for get in (_DICT_GET, list.__getitem__):  # mostly they are all of one kind
+            try:
+                return list(map(get, holders, keys))
+            except (TypeError, IndexError):
+                continue
+        return list(map(_get, holders, keys))
 
 
 def _get(holder: Container, key: Any) -> Any:
@@ -213,42 +217,46 @@ def find(model: nn.Module, matcher: Matcher) -> Places:
         SelectionError: If the walk comes to a cycle.
     """
     places = Places(model)
-    kinds, dead = _Kinds(), matcher.dead
-    paths, modules, keys, masks = places.paths, places.modules, places.keys, places.masks
-    rows, leaves, skipped, entered = places.rows, places.leaves, places.skipped, places.entered
-    kind_of = kinds.__getitem__
-    only_arrays = {mx.array}.issuperset
+    values, above, keys = places.values, places.above, places.keys
+    rows, paths, masks = places.rows, places.paths, places.masks
+    others, skipped = places.others, places.skipped
+    kinds = _Kinds()
+    kind_of, only_arrays = kinds.__getitem__, {mx.array}.issuperset
+    entered: set[int] = set()
     row, prefix = 0, ""
-    steps = _steps(places.holders[0], matcher.start)
+    steps = _steps(places.open(0), matcher.start)
     waiting: list[tuple[int, str, Iterator[tuple[Any, Any, State]]]] = []
     while True:
         for key, value, state in steps:
             kind = kinds[type(value)]
             if not kind:
                 continue
-            if state is dead:
-                skipped.append(value)
-                continue
-            if kind == _MODULE and state.mask:
+            is_hit = kind == _MODULE and state.mask
+            if is_hit:
+                rows.append(len(values))
                 paths.append(f"{prefix}{key}")
-                modules.append(value)
-                keys.append(key)
-                rows.append(row)
                 masks.append(state.mask)
+                values.append(value)
+                above.append(row)
+                keys.append(key)
             if not state.goes_on:
                 skipped.append(value)
+                if not is_hit:
+                    others.append(value)
                 continue
             inside = dict.values(value) if kind > _LIST else tuple(list.__iter__(value))
             holds_more = inside and not only_arrays(map(type, inside))
             if holds_more and any(map(kind_of, map(type, inside))):
                 if id(value) in entered and places.sharing is None:
                     places.sharing = Sharing(model)
+                entered.add(id(value))
                 waiting.append((row, prefix, steps))
-                holder = places.enter(value, row, key)
-                row, prefix = len(places.containers) - 1, f"{prefix}{key}."
-                steps = _steps(holder, state)
+                row = len(values) - 1 if is_hit else places.enter(value, row, key)
+                prefix = f"{prefix}{key}."
+                steps = _steps(places.open(row), state)
                 break
-            leaves.append(value)
+            if not is_hit:
+                others.append(value)
         else:
             if not waiting:
                 places.odd_keys = matcher.odd_keys
@@ -271,54 +279,56 @@ def locate(model: nn.Module, paths: Iterable[str]) -> tuple[Places, list[int]]:
         The places, in the order of the paths, and how many there are for each path.
     """
     places = Places(model)
-    rows: dict[tuple[int, Any], int] = {}
-    names: dict[int, dict[str, list[Any]]] = {}
+    rows: dict[tuple[int, Any], int] = {}  # by the row around it, and its key there
+    names: dict[int, _Names] = {}
     counts: list[int] = []
-
     for path in paths:
         segments = path.split(".")
-        before = len(places.paths)
-        reached = [(0, 0)]  # a row of containers, and how many segments lead to it
+        before = len(places.rows)
+        reached = [(0, 0)]  # a row, and how many segments lead to it
         for row, used in reached:
-            container = places.holders[row]
             if row not in names:
-                names[row] = _names(container)
-            for end in range(used + 1, len(segments) + 1):
-                for key in names[row].get(".".join(segments[used:end]), ()):
-                    value = _held([container], [0], [key])[0]
-                    if end == len(segments):
-                        if issubclass(type(value), nn.Module):
-                            places.paths.append(path)
-                            places.modules.append(value)
-                            places.keys.append(key)
-                            places.rows.append(row)
-                    elif is_container(value):
-                        if (row, key) not in rows:
-                            rows[row, key] = len(places.containers)
-                            places.enter(value, row, key)
-                        reached.append((rows[row, key], end))
-        counts.append(len(places.paths) - before)
+                names[row] = _Names(places.open(row))
+            for end, key, value in names[row].next(segments, used):
+                if (row, key) not in rows:
+                    rows[row, key] = places.enter(value, row, key)
+                if end < len(segments):
+                    reached.append((rows[row, key], end))
+                elif issubclass(type(value), nn.Module):
+                    places.rows.append(rows[row, key])
+                    places.paths.append(path)
+        counts.append(len(places.rows) - before)
     return places, counts
 
 
-def _names(container: Container) -> dict[str, list[Any]]:
-    names: dict[str, list[Any]] = {}
-    for key, value in entries(container):
-        if is_container(value):
-            names.setdefault(str(key), []).append(key)
-    return names
+class _Names:
+    """The containers right inside a container, by the text of their key."""
+
+    def __init__(self, container: Container):
+        self.held: dict[str, list[tuple[Any, Any]]] = {}
+        for key, value in _raw_entries(container):
+            if is_container(value):
+                self.held.setdefault(str(key), []).append((key, value))
+        self.longest = max((name.count(".") + 1 for name in self.held), default=0)
+
+    def next(self, segments: list[str], used: int) -> Iterator[tuple[int, Any, Any]]:
+        """What the next segments name: how many are used then, the key, the value."""
+        for end in range(used + 1, min(used + self.longest, len(segments)) + 1):
+            for key, value in self.held.get(".".join(segments[used:end]), ()):
+                yield end, key, value
 
 
 def nest(places: Places, modules: Iterable[nn.Module]) -> dict[Any, Any]:
     """The partial module dict that puts ``modules`` into ``places``."""
-    partial: dict[int, Any] = {0: {}}  # by the row of its container
+    values, above, keys = places.values, places.above, places.keys
+    partial: dict[int, Any] = {0: {}}  # by row
     for row in places.around()[1:]:
-        outer, key = partial[places.above[row]], places.named[row]
+        outer, key = partial[above[row]], keys[row]
         if type(outer) is list:
             _lengthen(outer, key)
-        outer[key] = partial[row] = {} if isinstance(places.containers[row], dict) else []
-    for row, key, module in zip(places.rows, places.keys, modules):
-        outer = partial[row]
+        outer[key] = partial[row] = {} if isinstance(values[row], dict) else []
+    for row, module in zip(places.rows, modules):
+        outer, key = partial[above[row]], keys[row]
         if type(outer) is list:
             _lengthen(outer, key)
         outer[key] = module
@@ -372,14 +382,14 @@ def survey(places: Places) -> tuple[set[int], Sharing | None]:
         is in several places.
     """
     kinds = _Kinds()
-    known = [places.containers, places.leaves, places.skipped]
-    ids, count = set(map(id, chain(*known))), sum(map(len, known))
+    ids = set(map(id, chain(places.values, places.others)))
+    number = len(places.values) + len(places.others)
     level = places.skipped
-    while level and len(ids) == count:
+    while level and len(ids) == number:
         level = _inner(level, kinds)
         ids.update(map(id, level))
-        count += len(level)
-    if len(ids) == count:
+        number += len(level)
+    if len(ids) == number:
         return ids, None
     sharing = places.sharing or Sharing(places.model)
     return set(sharing.ways), sharing
@@ -462,17 +472,17 @@ def holds_array(module: nn.Module) -> bool:
 
 def brought_in(
     modules: Sequence[nn.Module], known: set[int], seen: set[int]
-) -> tuple[list[nn.Module], set[int]]:
+) -> tuple[list[nn.Module], set[int], set[int]]:
     """What modules that are to be put into a model would bring with them.
 
     Args:
         modules (sequence of nn.Module): The modules to put in.
         known (set[int]): The ids of the containers of the model.
-        seen (set[int]): The ids of what was brought in before. This is added to it.
+        seen (set[int]): The ids of what others bring in that were looked at before.
 
     Returns:
-        All modules in and inside ``modules`` that are new, and the ids of what they
-        lead to that is known or was seen before.
+        All modules in and inside ``modules`` that are new; the ids of what they lead
+        to that is known or was seen; and of all that was seen by now.
     """
     kinds = _Kinds()
     fresh: list[nn.Module] = []
@@ -485,6 +495,6 @@ def brought_in(
             met |= old
             level = [v for key, v in dict(zip(map(id, level), level)).items() if key not in old]
         fresh += level if level is modules else (v for v in level if kinds[type(v)] == _MODULE)
-        seen |= ids
+        seen = seen | ids if seen else ids
         level = _inner(level, kinds)
-    return fresh, met
+    return fresh, met, seen

@@ -186,6 +186,8 @@ def _parse_name(text: str, start: int, name: str) -> Any:
     if "**" in name:
         one, bare = re.sub(r"[*]{2,}", "*", name), re.sub(r"[*]{2,}", "", name)
         inside = f", or '{shorten(bare)}.**' for what is inside" if bare else " or '**'"
+        if bare and name.startswith("**"):
+            inside = f", or '**.{shorten(bare)}' for one at any depth"
         right = f"'{shorten(one)}'{inside}"
         raise _error(text, start, len(name), f"'**' is a whole segment of its own; write {right}")
     if not _BRACED.fullmatch(name):

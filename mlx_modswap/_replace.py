@@ -322,10 +322,9 @@ Unit = int | tuple[int, Any]  # the id of a tied module, or a location
 def _units(places: Places, sharing: Sharing) -> list[Unit]:
     tied: dict[int, bool] = {}
     units: list[Unit] = []
-    for module, row, key in zip(places.modules, places.rows, places.keys):
+    for module, location in zip(places.modules, places.locations()):
         if id(module) not in tied:
             tied[id(module)] = sharing.holders[id(module)] > 1 and holds_array(module)
-        location = id(places.holders[row]), key
         units.append(id(module) if tied[id(module)] else location)
     return units
 
@@ -400,21 +399,20 @@ def _partly(unit: Unit, places: Places, inside: list[int], sharing: Sharing) -> 
 
 def _check_nesting(places: Places) -> None:
     """No place may lie inside another."""
-    if places.entered.isdisjoint(map(id, places.modules)):
+    if set(places.around()).isdisjoint(places.rows):
         return
-    above, named = places.above, places.named
-    uppers = dict(zip(zip(places.rows, places.keys), places.paths))
+    uppers = dict(zip(places.rows, places.paths))
     clear = {0}
     for path, row in zip(places.paths, places.rows):
+        row = places.above[row]
         while row not in clear:
-            upper = uppers.get((above[row], named[row]))
-            if upper is not None:
+            if row in uppers:
                 raise SelectionError(
-                    f"{path!r} lies inside {upper!r}, and both would change; leave one "
-                    f"of them out, with exclude={upper!r} for instance"
+                    f"{path!r} lies inside {uppers[row]!r}, and both would change; leave one "
+                    f"of them out, with exclude={uppers[row]!r} for instance"
                 )
             clear.add(row)
-            row = above[row]
+            row = places.above[row]
 
 
 def _check_names(places: Places) -> None:
@@ -443,19 +441,14 @@ def _bring_in(places: Places, news: list[nn.Module], known: set[int]) -> None:
     met: set[int] = set()
     seen: set[int] = set()
     for mode, run in _runs(_modes(olds), news):
-        fresh, met_here = brought_in(run, known, seen)
+        fresh, met_here, seen = brought_in(run, known, seen)
         met |= met_here
         if set(_modes(fresh)) != {mode}:
             for module in fresh:
                 _set_mode(module, mode)
     # New modules mostly wrap the module that they replace, which cannot close a cycle.
     if met and not met <= set(map(id, olds)):
-        locations = zip(places.rows, places.keys)
-        holders = places.holders
-        sort_containers(
-            places.model,
-            {(id(holders[row]), key): new for (row, key), new in zip(locations, news)},
-        )
+        sort_containers(places.model, dict(zip(places.locations(), news)))
 
 
 def _modes(modules: Sequence[nn.Module]) -> list[bool]:

@@ -78,8 +78,8 @@ def tree(
     chosen_by = ""
     if pattern != "**" or narrowed:
         places = choose(model, patterns, where, exclude, strict=True)
-        for row, key in zip(places.rows, places.keys):
-            marked.setdefault(id(places.containers[row]), set()).add(key)
+        for holder, key in places.locations():
+            marked.setdefault(holder, set()).add(key)
         chosen_by = _hints.listed(one.text for one in patterns)
         chosen_by += " with " * bool(narrowed) + " and ".join(narrowed)
     _, sharing = survey(places)
