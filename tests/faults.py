@@ -86,7 +86,7 @@ FAULTS = [
     Fault(
         "exclude may remove nothing",
         "_select.py",
-        "        _check_excludes(survey, patterns, excludes, places)\n",
+        "        _check_excludes(model, patterns, excludes, places)\n",
         "",
     ),
     Fault(
@@ -124,20 +124,20 @@ FAULTS = [
     Fault(
         "an empty container ends the walk",
         "_locations.py",
-        "            if not kind or state is dead:",
-        "            if not value or not kind or state is dead:",
+        "            if not kind:\n",
+        "            if not kind or not value:\n",
     ),
     Fault(
-        "cycles are not looked for",
+        "a cycle is no error of the library's own",
         "_locations.py",
-        "            if id(value) in under_way:",
-        "            if id(value) in under_way and len(under_way) > 99:",
+        'raise SelectionError(f"the model holds a cycle',
+        'raise RecursionError(f"the model holds a cycle',
     ),
     Fault(
         "ties are not looked for",
         "_locations.py",
-        "        if len(ids) < places:\n            return set()\n",
-        "",
+        "    if len(ids) == number:\n        return ids, None\n",
+        "    return ids, None\n",
     ),
     Fault(
         "an attribute with an underscore counts as a parameter",
