@@ -84,7 +84,7 @@ def load(folder: str) -> nn.Module:
 
 def run(model: nn.Module) -> float:
     """One number that stands for all that the model computes."""
-    return model(mx.linspace(-1, 1, WIDTH)).square().mean().item()
+    return model(mx.linspace(-1, 1, WIDTH)[None]).square().mean().item()
 
 
 def progress(layers: list[nn.Module]) -> Iterator[nn.Module]:

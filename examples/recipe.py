@@ -111,7 +111,8 @@ def main(argv: list[str] | None = None) -> None:
         after = load(file)(x, mask)
         print()
         print(f"saved     {file.stat().st_size / 1e3:.1f} KB, with a recipe of {len(recipe)} rules")
-    print(f"rebuilt   the outputs are {'equal' if mx.array_equal(before, after) else 'different'}")
+    same = mx.allclose(before, after, atol=1e-3)  # on a GPU sums can come out a little different
+    print(f"rebuilt   the outputs are {'equal' if same else 'different'}")
 
 
 if __name__ == "__main__":

@@ -276,7 +276,7 @@ def quantize(path: str, module: Any) -> nn.Module:
 
 
 def test_a_lazy_model_is_quantized_with_little_more_memory_than_the_result_needs():
-    layers, size = 16, 512
+    layers, size = 16, 1024  # large beside the pages of a GPU
     weight = size * size * 4
     model = nn.Sequential(*[nn.Linear(size, size, bias=False) for _ in range(layers)])
     before = mx.get_active_memory()

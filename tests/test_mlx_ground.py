@@ -252,6 +252,7 @@ class TestWhatASwapMeansForTheRestOfAProgram:
     def test_a_replaced_layer_is_freed_at_once_when_nobody_else_holds_it(self):
         model = nn.Sequential(nn.Linear(512, 512))
         mx.eval(model.parameters())
+        mx.synchronize()
         before = mx.get_active_memory()
         model.update_modules({"layers": [nn.Identity()]})
         assert before - mx.get_active_memory() >= 512 * 512 * 4
