@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -156,12 +156,13 @@ def test_nothing_is_computed(folder):
 
 
 @needs_mlx_lm
-def test_it_runs_as_a_module(folder):
+def test_it_runs_as_a_module(folder, tmp_path):
     run = subprocess.run(
         [sys.executable, "-m", "mlx_modswap", folder(LLAMA), "**.norm"],
         capture_output=True,
         text=True,
-        cwd=Path(__file__).parent.parent,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        cwd=tmp_path,  # not where the source is
     )
     assert (run.returncode, run.stderr) == (0, "")
     assert run.stdout.splitlines()[-1] == "'**.norm' selects 1 of 42 modules"
