@@ -48,10 +48,13 @@ def _count(model: nn.Module, text: str) -> int:
 
 def _no_match_of_regex(model: nn.Module, regex: re.Pattern[str], text: str) -> str:
     paths = find(model, Matcher([parse("**")])).paths
-    for wider in (rf"(.*\.)?({regex.pattern})", rf".*({regex.pattern}).*"):
+    letters = "".join(letter for letter, flag in _FLAGS.items() if regex.flags & flag)
+    flags = f"(?{letters})" if letters else ""  # only at the beginning, and there they are shown
+    inner = _INLINE_FLAGS.sub("", regex.pattern)
+    for wider in (rf"{flags}(.*\.)?({inner})", rf"{flags}.*({inner}).*"):
         try:
-            candidate = re.compile(wider, regex.flags)
-        except re.error:  # flags inside the text may stand at its beginning only
+            candidate = re.compile(wider)
+        except re.error:  # it ends in a comment, say
             continue
         if count := sum(candidate.fullmatch(path) is not None for path in paths):
             return f"{text} matches no whole path; {parse(candidate).text} matches {count}"
@@ -110,6 +113,8 @@ class _Thing(NamedTuple):
 
 
 _NAME = re.compile(r"(?!\d+$)[^.*?\[\]{}]{1,100}")  # no number, and no pattern
+_FLAGS = {"a": re.ASCII, "i": re.IGNORECASE, "m": re.MULTILINE, "s": re.DOTALL, "x": re.VERBOSE}
+_INLINE_FLAGS = re.compile(r"\A(\(\?[aimsux]+\))+")
 _TOKENS = re.compile(r"\[[^\]]*\]|[^.\[]+")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from itertools import compress, groupby
 from operator import attrgetter, is_not, itemgetter
 from typing import Any, NamedTuple, TypeVar, overload
@@ -29,7 +29,8 @@ from ._pattern import Matcher, Parsed, Pattern, parse, parse_all
 from ._report import Replacement
 from ._select import Patterns, Where, check_model, choose, first_pattern, note
 
-Factory = Callable[[str, nn.Module], nn.Module]
+# Whatever stands at the path is what a factory is given: it may ask for an `nn.Linear`.
+Factory = Callable[[str, Any], nn.Module]
 AnyPattern = TypeVar("AnyPattern", str, re.Pattern[str], Pattern)  # a Mapping's keys are invariant
 Rules = Mapping[AnyPattern, Factory | None]
 
@@ -122,6 +123,29 @@ def replace_layers(
     report = _report(plan)
     _update(plan.places, plan.places.modules, plan.news)
     return report
+
+
+@overload
+def swapped(
+    model: nn.Module,
+    pattern: Rules[AnyPattern],
+    *,
+    where: Where | None = None,
+    exclude: Patterns = (),
+    strict: bool = True,
+) -> AbstractContextManager[Replacement]: ...
+
+
+@overload
+def swapped(
+    model: nn.Module,
+    pattern: Patterns,
+    factory: Factory,
+    *,
+    where: Where | None = None,
+    exclude: Patterns = (),
+    strict: bool = True,
+) -> AbstractContextManager[Replacement]: ...
 
 
 @contextmanager

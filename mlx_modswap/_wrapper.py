@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.nn as nn
 
@@ -15,6 +15,7 @@ from ._select import Patterns, Where, select
 
 Change = Callable[[str, Any], Any]
 Outputs = dict[str, list[Any]]
+T = TypeVar("T")
 
 _SEALED = "(sealed)"  # no name of an attribute, so it hides none of the layer's
 
@@ -22,7 +23,7 @@ _SEALED = "(sealed)"  # no name of an attribute, so it hides none of the layer's
 class _Sealing(type):
     """Knows when the ``__init__`` of a wrapper is over: what is set later is set on the layer."""
 
-    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+    def __call__(cls: type[T], *args: Any, **kwargs: Any) -> T:
         wrapper = super().__call__(*args, **kwargs)
         if not dict.__contains__(wrapper, WRAPPED):
             raise TypeError(f"{cls.__name__}.__init__ must call super().__init__(layer)")

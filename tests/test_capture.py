@@ -470,7 +470,7 @@ def test_the_example_says_in_one_line_that_matplotlib_is_missing(monkeypatch):
 def run_example(*args: Any) -> Any:
     return subprocess.run(
         [sys.executable, "-W", "error", ROOT / "examples" / "block_study.py", *args],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
     )

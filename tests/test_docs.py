@@ -1,4 +1,4 @@
-"""The code in README.md and in docs/ runs, and prints what stands there.
+"""The code in README.md, in docs/ and in the docstrings runs, and prints what stands there.
 
 And what the pages say about patterns, tests and public names is so.
 """
@@ -8,7 +8,9 @@ from __future__ import annotations
 import ast
 import contextlib
 import doctest
+import importlib
 import io
+import pkgutil
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -127,10 +129,14 @@ def run_examples(block: Block, document: Path, names: dict[str, Any]) -> None:
     examples = doctest.DocTestParser().get_doctest(
         block.code, names, document.name, str(document), block.line - 1
     )
-    report = io.StringIO()
-    runner = doctest.DocTestRunner(optionflags=AS_PRINTED)
-    runner.run(examples, out=report.write, clear_globs=False)
+    check(examples, AS_PRINTED)
     names.update(examples.globs)
+
+
+def check(examples: doctest.DocTest, flags: int) -> None:
+    report = io.StringIO()
+    runner = doctest.DocTestRunner(verbose=False, optionflags=flags)
+    runner.run(examples, out=report.write, clear_globs=False)
     assert not report.getvalue(), report.getvalue()
 
 
@@ -244,6 +250,22 @@ def test_the_reference_has_each_public_name_once():
     directives = r"(?m)^\.\. auto(?:function|class|exception):: (\w+)"
 
     assert sorted(re.findall(directives, API.read_text("utf-8"))) == sorted(mlx_modswap.__all__)
+
+
+# ---------------------------------------------------------------- docstrings
+
+
+def docstrings() -> list[doctest.DocTest]:
+    """The examples of the package that is imported, which may be one that was installed."""
+    names = [module.name for module in pkgutil.iter_modules(mlx_modswap.__path__)]
+    modules = [importlib.import_module(f"mlx_modswap.{name}") for name in names]
+    found = [examples for module in modules for examples in doctest.DocTestFinder().find(module)]
+    return [examples for examples in found if examples.examples]
+
+
+@pytest.mark.parametrize("examples", docstrings(), ids=lambda examples: examples.name)
+def test_the_examples_in_a_docstring_print_what_stands_there(examples):
+    check(examples, doctest.ELLIPSIS)
 
 
 # ---------------------------------------------------------------- coming from PyTorch

@@ -122,7 +122,17 @@ NO_MATCH = [
         "re.compile('attn') matches no whole path; re.compile('.*(attn).*') matches 12",
     ),
     (re.compile("zzz"), "re.compile('zzz') matches no whole path"),
-    (re.compile("(?i)zzz"), "re.compile('(?i)zzz') matches no whole path"),
+    (
+        re.compile("(?i)Q_PROJ"),
+        "re.compile('(?i)Q_PROJ') matches no whole path; "
+        "re.compile('(?i)(.*\\\\.)?(Q_PROJ)') matches 4",
+    ),
+    (
+        re.compile("Q_PROJ", re.IGNORECASE | re.DOTALL),
+        "re.compile('Q_PROJ') matches no whole path; "
+        "re.compile('(?is)(.*\\\\.)?(Q_PROJ)') matches 4",
+    ),
+    (re.compile("(?x)zzz #"), "re.compile('(?x)zzz #') matches no whole path"),
     # No pattern at all.
     ([], "no pattern was given; '**' matches every module of the model"),
 ]

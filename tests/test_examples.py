@@ -38,7 +38,7 @@ def environment(tmp_path_factory):
     return {
         **os.environ,
         "PATH": os.pathsep.join([scripts, os.environ.get("PATH", "")]),
-        "PYTHONPATH": os.pathsep.join([str(folder), str(ROOT), *sys.path]),
+        "PYTHONPATH": os.pathsep.join([str(folder), *sys.path]),
     }
 
 

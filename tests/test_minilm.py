@@ -84,7 +84,7 @@ def save(config, folder):
 def run_example(*args):
     return subprocess.run(
         [sys.executable, "-W", "error", ROOT / "examples" / "quantize_minilm.py", *args],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
     )

@@ -77,7 +77,7 @@ class Peculiar(nn.Module):
 class Recorder(Wrapper):
     """A wrapper as a user writes one."""
 
-    names = ("a", "b")
+    names: tuple[str, ...] = ("a", "b")
 
     def __init__(self, layer: nn.Module, scale: Any = None):
         super().__init__(layer)
