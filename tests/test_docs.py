@@ -79,7 +79,7 @@ def on_the_cpu():
 def test_no_code_of_a_document_is_left_out(document):
     languages = {block.language for block in fenced(document)}
 
-    assert languages <= {"", "bash", "python", "pycon", "{eval-rst}", "{toctree}"}
+    assert languages <= {"", "bash", "python", "pycon", "toml", "{eval-rst}", "{toctree}"}
 
 
 def test_the_pages_that_the_readme_links_to_are_there():
