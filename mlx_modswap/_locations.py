@@ -327,8 +327,8 @@ def nest(places: Places, modules: Iterable[nn.Module]) -> dict[Any, Any]:
         if type(outer) is list:
             _lengthen(outer, key)
         outer[key] = partial[row] = {} if isinstance(values[row], dict) else []
-    for row, module in zip(places.rows, modules):
-        outer, key = partial[above[row]], keys[row]
+    outers = map(partial.__getitem__, map(above.__getitem__, places.rows))
+    for outer, key, module in zip(outers, map(keys.__getitem__, places.rows), modules):
         if type(outer) is list:
             _lengthen(outer, key)
         outer[key] = module

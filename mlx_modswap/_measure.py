@@ -50,7 +50,7 @@ def record(modules: Sequence[nn.Module]) -> Callable[[], list[Measure]]:
     for later.
     """
     arrays = list(chain.from_iterable(map(dict.values, modules)))
-    if not (set(map(type, arrays)) <= {_ARRAY} and _are_plain(modules)):
+    if arrays and not (set(map(type, arrays)) == {_ARRAY} and _are_plain(modules)):
         measures = measure(modules)
         return lambda: measures
     ids, classes = list(map(id, modules)), list(map(type, modules))
@@ -70,7 +70,7 @@ def _are_plain(modules: Sequence[nn.Module]) -> bool:
     if "scales" in keys or any(str(key).startswith("_") for key in keys):
         return False
     try:
-        return not keys or not any(map(_FROZEN, modules))
+        return not any(map(_FROZEN, modules))
     except AttributeError:  # a class that does not call `super().__init__()`
         return False
 

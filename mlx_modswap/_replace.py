@@ -315,8 +315,7 @@ def _make(
 ) -> list[nn.Module]:
     """Call the factory of each place."""
     news: list[nn.Module] = []
-    for path, module, number in zip(paths, modules, numbers):
-        factory = factories[number]
+    for path, module, factory in zip(paths, modules, map(factories.__getitem__, numbers)):
         if factory is None:
             news.append(module)
             continue
