@@ -56,6 +56,8 @@ def _print_part(part: str, words: list[str]) -> int:
         rows = [row for name in chosen for row in _run(name, cases[name])]
         if rows:
             print(f"\n## {title}\n\n{markdown(rows)}", flush=True)
+        if cases is times.SWAP_CASES and not words:
+            print(f"\n## {title}, in short\n\n{markdown(times.in_short(rows))}", flush=True)
         count += missed(rows)
     return count
 

@@ -98,6 +98,25 @@ def ten_rules(subject: str) -> list[Row]:
     ]
 
 
+def in_short(rows: list[Row]) -> list[Row]:
+    """A line for each model: how many times as long the others take, at least and at most."""
+    short: list[Row] = []
+    for model in dict.fromkeys(row["model"] for row in rows):
+        line = {"model": model}
+        for others in ("idiom / ours", "quantize / ours"):
+            for what, is_one in (("one path", True), ("many layers", False)):
+                cells = [
+                    row[others].strip("*")
+                    for row in rows
+                    if row["model"] == model and (row["pattern"] == "one path") == is_one
+                ]
+                ends = sorted(filter(None, cells), key=float)
+                ends = ends[:1] + ends[-1:] if ends[:1] != ends[-1:] else ends[:1]
+                line[f"{others}, {what}"] = " to ".join(ends)
+        short.append(line)
+    return short
+
+
 # ---------------------------------------------------------------- growth
 
 

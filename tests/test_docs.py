@@ -12,7 +12,7 @@ import importlib
 import io
 import pkgutil
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -143,17 +143,17 @@ def check(examples: doctest.DocTest, flags: int) -> None:
 # ---------------------------------------------------------------- cookbook
 
 
-def recipes() -> Iterator[tuple[str, list[Block]]]:
-    """The headings of the cookbook, and the blocks under each."""
+def by_heading(document: Path) -> dict[str, list[Block]]:
+    """The headings of a document, and the blocks under each."""
     headings = dict[str, list[Block]]()
-    text = COOKBOOK.read_text("utf-8").splitlines()
-    for block in blocks(COOKBOOK):
+    text = document.read_text("utf-8").splitlines()
+    for block in blocks(document):
         above = [line for line in text[: block.line] if line.startswith("## ")]
         headings.setdefault(above[-1] if above else "", []).append(block)
-    yield from headings.items()
+    return headings
 
 
-(_, COMMON), *RECIPES = recipes()
+(_, COMMON), *RECIPES = by_heading(COOKBOOK).items()
 
 
 @pytest.mark.parametrize(("heading", "recipe"), RECIPES, ids=[heading for heading, _ in RECIPES])
@@ -528,7 +528,18 @@ def names_of_the_readme() -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("block", blocks(README), ids=lambda block: f"line {block.line}")
+TRAPS = by_heading(README)["## Why"]  # these build on one another
+
+
+def test_the_traps_of_the_readme_are_as_it_says():
+    run(TRAPS, README, {**vars(mlx_modswap), "__name__": "readme", "nn": nn})
+
+
+@pytest.mark.parametrize(
+    "block",
+    [block for block in blocks(README) if block not in TRAPS],
+    ids=lambda block: f"line {block.line}",
+)
 def test_the_code_in_the_readme_runs_and_prints_what_stands_there(block):
     found = output_of(lambda: run_statements(block), block.output)
 
