@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import re
 import sys
 import time
@@ -124,7 +123,7 @@ def test_most_of_the_random_patterns_match_something():
         found.append(any(oracle.matches(pattern, place) for place in oracle.places(model)))
 
     look()
-    assert sum(found) / len(found) > 0.7
+    assert sum(found) / len(found) > 0.8
 
 
 @given(st.data())
@@ -440,15 +439,11 @@ def test_a_module_that_was_elsewhere_in_the_model_is_not_touched(swap, data):
     assert before.differences(but=locations(changed)) == []
 
 
-@settings(max_examples=20)
 @given(models())
 def test_nothing_holds_on_to_a_replaced_module(model):
     old = [weakref.ref(module) for module in select(model, "**", where=Leaf, strict=False).values()]
     replacement = replace_layers(model, "**", Recorder().make, where=Leaf, strict=False)
-    gc.collect()
-    reachable = {id(thing) for thing in oracle.everything(model)}
-    left = [ref() for ref in old if ref() is not None]
-    assert all(id(module) in reachable for module in left)
+    assert [ref() for ref in old] == [None] * len(old)
     assert replacement is not None
 
 
