@@ -7,7 +7,7 @@ import re
 import sys
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import mlx.core as mx
@@ -41,6 +41,8 @@ from mlx_modswap import (
     PatternError,
     Replacement,
     SelectionError,
+    Wrapper,
+    capture,
     partial_modules,
     replace_layers,
     select,
@@ -445,6 +447,41 @@ def test_nothing_holds_on_to_a_replaced_module(model):
     replacement = replace_layers(model, "**", Recorder().make, where=Leaf, strict=False)
     assert [ref() for ref in old] == [None] * len(old)
     assert replacement is not None
+
+
+# Wrappers
+
+
+@given(models())
+def test_all_of_a_model_can_be_listened_to_and_is_the_same_afterwards(model):
+    paths = [place.path for place in oracle.places(model)]
+    before = Snapshot(model)
+    with capture(model, "**") as outputs:
+        assert list(outputs) == paths
+    assert before.differences() == []
+
+
+@given(models(), st.data())
+def test_wrappers_do_not_change_the_paths_of_a_model(model, data):
+    for place in data.draw(st.lists(one_place(model), min_size=1, max_size=3)):
+        place.put(Wrapper(place.now()))
+    found = select(model, "**")
+    assert list(found) == [path for path, _ in walked(model)]
+    assert sorted((path, id(module)) for path, module in found.items()) == sorted(
+        (path, id(module)) for path, module in model.named_modules() if path
+    )
+    assert all(path in select(model, path) for path in found if is_speakable(path))
+
+
+def walked(thing: Any, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """The places of a model with wrappers in it, in definition order."""
+    while type(thing) is Wrapper:
+        thing = thing.__wrapped__
+    for key, value in oracle.entries(thing):
+        if isinstance(value, nn.Module):
+            yield f"{prefix}{key}", value
+        if isinstance(value, (dict, list)):
+            yield from walked(value, f"{prefix}{key}.")
 
 
 # Refusals

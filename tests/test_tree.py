@@ -331,9 +331,9 @@ Net                                   4 params   16 B   float32
 
 def test_a_big_mixture_of_experts_is_five_lines_and_takes_no_time():
     model = Mixture(60, 256)
-    start = time.perf_counter()
+    start = time.process_time()
     lines = str(tree(model)).splitlines()
-    assert time.perf_counter() - start < 1.5
+    assert time.process_time() - start < 1.5
     assert [line.split()[0] for line in lines] == [
         "Mixture", "layers[0:60]", "gate", "experts[0:256]", "w{1,2,3}"
     ]  # fmt: skip
