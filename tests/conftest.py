@@ -5,14 +5,21 @@ from __future__ import annotations
 import os
 
 import mlx.core as mx
+import pytest
 from hypothesis import HealthCheck, settings
 
 slow_is_fine = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 # While `CI` is set a profile inherits `derandomize=True`, so each of them says what it wants.
-settings.register_profile("default", max_examples=100, derandomize=False, **slow_is_fine)
+settings.register_profile("default", max_examples=50, derandomize=False, **slow_is_fine)
 settings.register_profile("ci", max_examples=200, derandomize=True, **slow_is_fine)
 settings.register_profile("nightly", max_examples=2000, derandomize=False, **slow_is_fine)
 settings.load_profile("default")
 
 if "DEVICE" in os.environ:
     mx.set_default_device(getattr(mx, os.environ["DEVICE"]))
+
+
+@pytest.fixture(scope="session")
+def nightly(request: pytest.FixtureRequest) -> bool:
+    """Whether the tests may take their time."""
+    return request.config.getoption("--hypothesis-profile") == "nightly"

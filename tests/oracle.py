@@ -61,21 +61,21 @@ def entries(container: Any) -> list[tuple[Any, Any]]:
 
 def places(model: nn.Module) -> list[Place]:
     """Every place of a model in definition order."""
-    found: list[Place] = []
+    return list(places_in(model, (), ()))
 
-    def visit(container: Any, segments: tuple[Segment, ...], around: tuple[Location, ...]) -> None:
-        for key, value in entries(container):
-            inner = (*segments, *segments_of(container, key))
-            if isinstance(value, nn.Module):
-                path = ".".join(segment.text for segment in inner)
-                place = Place(path, container, key, value, inner, around)
-                found.append(place)
-                visit(value, inner, (*around, place.location))
-            elif isinstance(value, (dict, list)):
-                visit(value, inner, around)
 
-    visit(model, (), ())
-    return found
+def places_in(
+    container: Any, segments: tuple[Segment, ...], around: tuple[Location, ...]
+) -> Iterator[Place]:
+    for key, value in entries(container):
+        inner = (*segments, *segments_of(container, key))
+        if isinstance(value, nn.Module):
+            path = ".".join(segment.text for segment in inner)
+            place = Place(path, container, key, value, inner, around)
+            yield place
+            yield from places_in(value, inner, (*around, place.location))
+        elif isinstance(value, (dict, list)):
+            yield from places_in(value, inner, around)
 
 
 def segments_of(container: Any, key: Any) -> list[Segment]:
@@ -310,3 +310,32 @@ def partial_faults(
     }:
         faults.append("not the modules that were asked for")
     return faults
+
+
+def parameters(model: nn.Module) -> int:
+    """How many parameters all modules hold that can be reached, each module once."""
+    seen = [model]
+    return sum(numbers_in(module, module, seen) for module in seen)
+
+
+def numbers_in(container: Any, owner: nn.Module, seen: list[nn.Module]) -> int:
+    """How many numbers a module holds without those inside it, which join the ones to see."""
+    numbers = 0
+    for key, value in entries(container):
+        if container is owner and str(key).startswith("_"):
+            continue
+        if isinstance(value, mx.array):
+            numbers += unpacked(owner, key, value.size)
+        elif isinstance(value, nn.Module):
+            if not any(value is module for module in seen):
+                seen.append(value)
+        elif isinstance(value, (dict, list)):
+            numbers += numbers_in(value, owner, seen)
+    return numbers
+
+
+def unpacked(owner: nn.Module, key: Any, size: int) -> int:
+    """A quantized layer packs several numbers into one, and holds others that are no parameters."""
+    if "scales" not in dict.keys(owner) or "bits" not in vars(owner):
+        return size
+    return {"weight": size * 32 // vars(owner)["bits"], "bias": size}.get(key, 0)

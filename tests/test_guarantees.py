@@ -10,6 +10,7 @@ import gc
 import sys
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -103,6 +104,34 @@ def misses(model: nn.Module, *arguments: Any, **options: Any) -> str:
         replace_layers(model, *arguments, **options)
     assert before.differences() == []
     return str(caught.value)
+
+
+def interrupt_at(line: int, call: Callable[[], Any]) -> bool:
+    """Press Ctrl-C when some line of the library or of MLX is reached; say whether it came so far.
+
+    The lines are counted, in the order in which they run.
+    """
+    count = 0
+
+    def trace(frame: Any, event: str, argument: Any) -> Any:
+        nonlocal count
+        if frame.f_globals["__name__"].partition(".")[0] not in ("mlx", "mlx_modswap"):
+            return None
+        count += event == "line"
+        if count == line:
+            sys.settrace(None)
+            raise KeyboardInterrupt
+        return trace
+
+    tracing = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(tracing)
+    return False
 
 
 class TestFrame:
@@ -228,6 +257,15 @@ class TestFrame:
             "{'d': {'': {'a': Tanh()}, 'x.y': Tanh()}}"
         )
 
+    def test_the_modules_of_the_model_may_change_places(self):
+        model = build(layers=[nn.Linear(1, 1) for _ in range(4)])
+        one, *others = model.layers
+        turned = dict(zip(select(model, "layers.*"), [*others, one]))
+        before = Snapshot(model)
+        with swapped(model, "layers.*", lambda path, module: turned[path]):
+            assert [id(layer) for layer in model.layers] == list(map(id, [*others, one]))
+        assert before.differences() == []
+
     def test_update_modules_is_called_once(self, monkeypatch):
         calls = []
         original = nn.Module.update_modules
@@ -350,6 +388,20 @@ class TestAllOrNothing:
         with pytest.raises(KeyboardInterrupt):
             replace_layers(model, ["first.act", "inner.act"], fresh)
         assert before.differences() == []
+
+    def test_an_interrupt_at_any_line_leaves_all_places_or_none_changed(self):
+        changed = set()
+        for line in range(1, 10_000, 5):
+            model = Model()
+            before = Snapshot(model)
+            call = partial(replace_layers, model, "layers.*.attn", fresh)
+            interrupted = interrupt_at(line, call)
+            differences = before.differences()
+            assert differences in ([], ["'attn' of a Block"] * 3)
+            changed.add(bool(differences))
+            if not interrupted:
+                break
+        assert changed == {True, False}
 
     def test_a_factory_that_changes_a_place_itself_is_noticed(self):
         model = Model()
@@ -980,6 +1032,27 @@ class TestLimits:
         )
         assert before.differences() == []
         assert list(replace_layers(model, "first", fresh)) == ["first"]
+
+    def test_so_it_is_where_little_of_the_stack_is_left(self):
+        model = deep = build(first=nn.ReLU())
+        for _ in range(200):
+            deep.down = build()
+            deep.act = nn.ReLU()
+            deep = deep.down
+
+        def swap_below(frames: int) -> None:
+            if frames:
+                swap_below(frames - 1)
+            else:
+                replace_layers(model, "**.act", lambda path, module: nn.Tanh())
+
+        before = Snapshot(model)
+        for frames in range(sys.getrecursionlimit() - 200, sys.getrecursionlimit(), 10):
+            with pytest.raises((SelectionError, RecursionError)):
+                swap_below(frames)
+            assert before.differences() == []
+        swap_below(0)
+        assert len(select(model, "**.act", where=nn.Tanh)) == 200
 
     def test_a_place_behind_the_limit_is_no_obstacle_to_others(self):
         model = deep = build(first=nn.ReLU())

@@ -6,7 +6,6 @@ import importlib
 import importlib.util
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -49,14 +48,6 @@ def packaged_folder():
 @pytest.fixture(scope="module")
 def loaded(packaged_folder):
     return minilm.load(packaged_folder)
-
-
-@pytest.fixture(scope="module")
-def printed(packaged_folder):
-    """What the example prints for a folder of the user's own."""
-    run = run_example("--model", packaged_folder)
-    assert (run.returncode, run.stderr) == (0, "")
-    return run.stdout
 
 
 @pytest.fixture
@@ -135,32 +126,13 @@ def test_the_model_runs_without_the_tokenizers_package():
 # The example
 
 
-def test_the_example_prints_what_was_swapped(printed):
-    swapped = printed.partition("\n\n")[0]
+def test_the_example_takes_a_folder_of_the_users_own(tiny_folder, monkeypatch, capsys):
+    monkeypatch.setattr(quantize_minilm, "SENTENCES", THREE)
+    quantize_minilm.main(["--model", str(tiny_folder)])
+    printed = capsys.readouterr().out
 
-    assert "Linear -> QuantizedLinear" in swapped
-    assert "Embedding -> QuantizedEmbedding" in swapped
-
-
-def test_the_model_is_well_under_half_its_size(printed):
-    before, after = map(float, re.findall(r"(?m)^size +([\d.]+) MB -> ([\d.]+) MB$", printed)[0])
-
-    assert before == pytest.approx(90.3, abs=0.05)
-    assert after < 0.4 * before
-
-
-def test_the_quantized_embeddings_stay_close_to_the_original_ones(printed):
-    mean, worst = map(float, re.findall(r"([\d.]+) (?:mean|worst)", printed))
-
-    assert mean > 0.98
-    assert worst > 0.96
-
-
-def test_most_sentences_keep_their_nearest_neighbour(printed):
-    same, total = map(int, re.findall(r"the same for (\d+) of (\d+) sentences", printed)[0])
-
-    assert total == len(quantize_minilm.SENTENCES)
-    assert same >= 0.85 * total
+    assert "Linear -> QuantizedLinear" in printed
+    assert "of 3 sentences" in printed
 
 
 def test_the_rules_decide_how_many_bits_a_layer_gets(tiny_folder):

@@ -17,23 +17,23 @@ from mlx_modswap import NoMatchError, PatternError, SelectionError, replace_laye
 
 pytest.importorskip("mlx_lm", reason="mlx-lm is what is compared with")
 
-# One of each kind; `--hypothesis-profile nightly` takes all.
-REPRESENTATIVE = [
-    *("afm7", "bitnet", "deepseek_v3", "gemma3", "gemma3n", "gpt2", "gpt_oss", "jamba", "kimi_k3"),
-    *("llama", "longcat_flash", "mamba2", "mixtral", "olmo", "phi3", "plamo2"),
-    *("prism_hadamard_qwen35", "qwen3_next", "rwkv7", "seed_oss"),
+# One of each kind. Continuous integration takes more, and the nightly profile all.
+SOME = [
+    *("afm7", "bitnet", "deepseek_v3", "gemma3n", "gpt2", "gpt_oss"),
+    *("jamba", "llama", "mixtral", "olmo", "prism_hadamard_qwen35", "rwkv7"),
+]
+MORE = [
+    *SOME,
+    *("gemma3", "kimi_k3", "longcat_flash", "mamba2", "phi3", "plamo2", "qwen3_next", "seed_oss"),
 ]
 INSTALLED = zoo.installed()
 
 
 def pytest_generate_tests(metafunc):
     if "architecture" in metafunc.fixturenames:
-        names = zoo.ARCHITECTURES if is_nightly(metafunc.config) else REPRESENTATIVE
+        profile = metafunc.config.getoption("--hypothesis-profile")
+        names = {"ci": MORE, "nightly": zoo.ARCHITECTURES}.get(profile, SOME)
         metafunc.parametrize("architecture", [name for name in names if name in INSTALLED])
-
-
-def is_nightly(config: pytest.Config) -> bool:
-    return config.getoption("--hypothesis-profile") == "nightly"
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -109,9 +109,9 @@ def test_the_rules_for_a_recipe_choose_the_bits_that_mlx_lm_chooses(lm, recipe, 
     assert {path: layer.bits for path, layer in changed.items()} == expected
 
 
-def test_the_figures_in_the_document_are_those_of_a_full_run(request):
+def test_the_figures_in_the_document_are_those_of_a_full_run(nightly):
     text = parity.DOCUMENT.read_text("utf-8")
-    if not is_nightly(request.config):
+    if not nightly:
         pytest.skip("a full run takes minutes: --hypothesis-profile nightly")
     if f"mlx-lm {version('mlx-lm')}" not in text or f"MLX {version('mlx')}" not in text:
         pytest.skip("the document speaks of another version")

@@ -11,7 +11,6 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
-import zoo
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import Leaf, Net, swaps
@@ -222,27 +221,6 @@ def test_any_choice_of_layers_folds_into_patterns_that_select_it(seed, layers, s
     folded = fold([segments(path, slices=True) for path in chosen])
     found = [path for product, _ in folded for path in select(model, pattern_of(product))]
     assert sorted(found) == sorted(chosen)
-
-
-@pytest.mark.parametrize("name", zoo.ZOO)
-def test_the_picture_of_a_swap_in_a_model_of_mlx_lm_selects_what_has_changed(name):
-    pytest.importorskip("mlx_lm", reason="the model is one of mlx-lm")
-    model, chance = built(name), random.Random(name)
-    replacement = replace_layers(
-        model, "**", nothing, where=lambda path, layer: is_leaf(layer) and chance.random() < 0.7
-    )
-    found = [path for place in places_of(replacement) for path in select(model, read(place))]
-    assert sorted(found) == sorted(replacement)
-
-
-def is_leaf(module: nn.Module) -> bool:
-    return not module.children() and bool(module.parameters())
-
-
-def built(name: str) -> nn.Module:
-    if zoo.ZOO[name].get("module", name) not in zoo.installed():
-        pytest.skip("not in this mlx-lm")
-    return zoo.build(name)
 
 
 # ---------------------------------------------------------------- what else it keeps

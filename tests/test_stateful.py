@@ -6,7 +6,7 @@ to it is foretold with the reference in `oracle.py`; other people's edits are si
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
@@ -39,6 +39,10 @@ class Boom(Exception):
     pass
 
 
+class Stop(KeyboardInterrupt):
+    """What no `except Exception` sees."""
+
+
 class Around(nn.Module):
     """A new module that holds the one that it replaces."""
 
@@ -66,6 +70,7 @@ MAKERS: dict[str, Callable[[str, nn.Module], nn.Module]] = {
     "in eval mode": lambda path, module: nn.Dropout().eval(),
 }
 ONE = "the one factory for all"
+ERRORS: list[Any] = [Boom, Stop]
 NO_MODULES = [None, nn.ReLU, mx.zeros(1), "module", {}, [Leaf()]]
 
 
@@ -74,7 +79,7 @@ def makers() -> st.SearchStrategy[Any]:
 
 
 class Factory:
-    """Remembers what it made for which path; may fail at one of its calls."""
+    """Remembers what it made for which path; may fail at one of its calls, in one of many ways."""
 
     def __init__(
         self, make: Callable[[str, nn.Module], nn.Module], fail_at: int = -1, bad: Any = 0
@@ -87,8 +92,8 @@ class Factory:
     def __call__(self, path: str, module: nn.Module) -> Any:
         assert path not in self.made
         failing = len(self.made) == self.fail_at
-        if failing and self.bad is Boom:
-            raise Boom
+        if failing and self.bad in ERRORS:
+            raise self.bad
         self.made[path] = self.bad if failing else self.make(path, module)
         return self.made[path]
 
@@ -127,6 +132,16 @@ class Mirror:
         held = self.contents[container]
         self.contents[container] = [(k, new if k == key else value) for k, value in held]
         self.take_in(new, mode)
+
+    def parameters(self, thing: Any, prefix: str = "") -> Iterator[tuple[str, int]]:
+        """The names of the parameters in something, and which arrays they are."""
+        for key, value in self.contents[id(thing)]:
+            if isinstance(thing, nn.Module) and key.startswith("_"):
+                continue
+            if isinstance(value, mx.array):
+                yield f"{prefix}{key}", id(value)
+            elif isinstance(value, (dict, list)):
+                yield from self.parameters(value, f"{prefix}{key}.")
 
     def differences(self) -> list[str]:
         found = []
@@ -210,20 +225,23 @@ class History(RuleBasedStateMachine):
 
     @rule(data=st.data(), make=makers(), other=makers())
     def replace_by_rules(self, data: st.DataObject, make: Any, other: Any) -> None:
-        names = data.draw(st.lists(patterns(self.model), min_size=2, max_size=3, unique_by=str))
-        factories = [Factory(make), None, Factory(other)]
-        rules = dict(zip(names, data.draw(st.permutations(factories))))
-        chosen = oracle.chosen(self.model, names)
+        chosen, rules = self.some_rules(data, make, other)
         call = partial(replace_layers, self.model, rules, strict=False)
-        self.swap(chosen, rules, call, partial(oracle.deciding, names))
+        self.swap(chosen, rules, call, partial(oracle.deciding, list(rules)))
 
-    @rule(data=st.data(), make=makers(), bad=st.sampled_from([Boom, *NO_MODULES]))
-    def fail_at_a_call(self, data: st.DataObject, make: Any, bad: Any) -> None:
+    @rule(
+        data=st.data(),
+        make=makers(),
+        bad=st.sampled_from([*ERRORS, *ERRORS, *NO_MODULES]),
+        call=st.sampled_from([replace_layers, lambda *a, **k: swapped(*a, **k).__enter__()]),
+    )
+    def fail_at_a_call(self, data: st.DataObject, make: Any, bad: Any, call: Any) -> None:
         chosen, names, options = self.a_selection(data)
         if chosen:
-            at = data.draw(st.integers(0, len(oracle.calls(chosen)) - 1))
-            with pytest.raises(Boom if bad is Boom else TypeError):
-                replace_layers(self.model, names, Factory(make, at, bad), **options)
+            calls = len(oracle.calls(chosen))
+            factory = Factory(make, data.draw(st.integers(0, calls - 1)), bad)
+            with pytest.raises(bad if bad in ERRORS else TypeError):
+                call(self.model, names, factory, **options)
 
     @rule(data=st.data(), make=st.sampled_from([Leaf, Parts, nn.Identity]))
     def replace_by_hand(self, data: st.DataObject, make: Any) -> None:
@@ -255,19 +273,28 @@ class History(RuleBasedStateMachine):
         factory = Factory(make)
         manager = swapped(self.model, names, factory)
         report = self.swap(chosen, {ONE: factory}, manager.__enter__)
-        if report is not None:
-            changed = [place for place in chosen if place.path in report]
-            self.blocks.append(Block(self.model, manager, changed))
+        self.entered(manager, report, chosen)
+
+    @precondition(lambda self: len(self.blocks) < MOST_BLOCKS)
+    @rule(data=st.data(), make=makers(), other=makers())
+    def enter_a_block_by_rules(self, data: st.DataObject, make: Any, other: Any) -> None:
+        chosen, rules = self.some_rules(data, make, other)
+        manager = swapped(self.model, rules, strict=False)
+        deciding = partial(oracle.deciding, list(rules))
+        self.entered(manager, self.swap(chosen, rules, manager.__enter__, deciding), chosen)
 
     @precondition(lambda self: self.blocks)
-    @rule(fail=st.booleans(), at=st.sampled_from([-1, -1, -1, 0]))
-    def leave_a_block(self, fail: bool, at: int) -> None:
+    @rule(
+        fail=st.sampled_from([None, None, *ERRORS]),
+        at=st.sampled_from([-1, -1, -1, 0]),
+    )
+    def leave_a_block(self, fail: Any, at: int) -> None:
         """Mostly the innermost; the library can take it in another order as well."""
         block = self.blocks.pop(at)
         intact = block.is_intact()
         if fail:
-            error = Boom()
-            assert not block.manager.__exit__(Boom, error, None)  # so the error goes on
+            error = fail()
+            assert not block.manager.__exit__(fail, error, None)  # so the error goes on
         elif intact:
             block.manager.__exit__(None, None, None)
         else:
@@ -319,9 +346,16 @@ class History(RuleBasedStateMachine):
     def the_model_is_what_the_mirror_says(self) -> None:
         assert self.mirror.differences() == []
 
+    @invariant()
+    def the_parameters_have_the_names_that_the_mirror_says(self) -> None:
+        named = tree_flatten(nn.Module.parameters(self.model))
+        assert [(name, id(array)) for name, array in named] == list(
+            self.mirror.parameters(self.model)
+        )
+
     def teardown(self) -> None:
         while self.blocks:
-            self.leave_a_block(False, -1)
+            self.leave_a_block(None, -1)
             self.the_model_is_what_the_mirror_says()
 
     # ------------------------------------------------------------ helpers
@@ -332,6 +366,24 @@ class History(RuleBasedStateMachine):
         exclude = data.draw(st.lists(patterns(self.model), max_size=1))
         options = {"where": where, "exclude": exclude, "strict": False}
         return oracle.chosen(self.model, names, where, exclude), names, options
+
+    def some_rules(
+        self, data: st.DataObject, make: Any, other: Any
+    ) -> tuple[list[Place], dict[Any, Factory | None]]:
+        names = data.draw(st.lists(patterns(self.model), min_size=2, max_size=3, unique_by=str))
+        factories = [Factory(make), None, Factory(other)]
+        rules = dict(zip(names, data.draw(st.permutations(factories))))
+        return oracle.chosen(self.model, names), rules
+
+    def entered(
+        self,
+        manager: AbstractContextManager[Replacement],
+        report: Replacement | None,
+        chosen: list[Place],
+    ) -> None:
+        if report is not None:
+            changed = [place for place in chosen if place.path in report]
+            self.blocks.append(Block(self.model, manager, changed))
 
     def a_family(self, data: st.DataObject) -> tuple[list[Place], list[Any]]:
         """A place and all those that have to change with it, and patterns for just these."""

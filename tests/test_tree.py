@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import functools
 import gc
 import io
 import re
@@ -13,17 +12,14 @@ import weakref
 from html.parser import HTMLParser
 from typing import Any
 
-import mlx.core as mx
 import mlx.nn as nn
 import oracle
 import pytest
-import zoo
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from strategies import Leaf, Net, Secret, lists_of_patterns, models
 
 from mlx_modswap import NoMatchError, PatternError, SelectionError, select, tree
-from mlx_modswap._measure import measure
 
 
 class Attention(nn.Module):
@@ -335,9 +331,9 @@ Net                                   4 params   16 B   float32
 
 def test_a_big_mixture_of_experts_is_five_lines_and_takes_no_time():
     model = Mixture(60, 256)
-    start = time.perf_counter()
+    start = time.process_time()
     lines = str(tree(model)).splitlines()
-    assert time.perf_counter() - start < 1.5
+    assert time.process_time() - start < 1.5
     assert [line.split()[0] for line in lines] == [
         "Mixture", "layers[0:60]", "gate", "experts[0:256]", "w{1,2,3}"
     ]  # fmt: skip
@@ -356,51 +352,6 @@ def test_a_deep_model_is_drawn_without_recursion():
     assert lines[-1] == "'**.w' selects 2000 of 4000 modules"
     assert picture._repr_html_().count("<details") == 100
     assert len(picture.data()["places"]) == 4001
-
-
-@pytest.mark.parametrize("name", zoo.ZOO)
-def test_every_model_of_mlx_lm_fits_on_a_screen(name):
-    model = built(name)
-    picture = tree(model)
-    lines = str(picture).splitlines()
-    assert len(lines) <= 40
-    assert max(map(len, lines)) <= 180
-    assert picture._rows[0].params == params(model)
-
-
-@functools.cache
-def built(name: str) -> nn.Module:
-    pytest.importorskip("mlx_lm", reason="the model is one of mlx-lm")
-    if zoo.ZOO[name].get("module", name) not in zoo.installed():
-        pytest.skip("not in this mlx-lm")
-    return zoo.build(name)
-
-
-def params(model: nn.Module) -> int:
-    """How many parameters all modules hold that can be reached, each module once."""
-    seen: set[int] = set()
-
-    def visit(holder: Any, owner: nn.Module) -> int:
-        count = 0
-        for key, value in oracle.entries(holder):
-            if holder is owner and str(key).startswith("_"):
-                continue
-            if isinstance(value, mx.array):
-                bare = net()
-                vars(bare).update(vars(owner))
-                if "scales" in owner:
-                    bare.scales = mx.zeros(0)
-                dict.__setitem__(bare, str(key).lstrip("_"), value)
-                count += measure([bare])[0].params
-            elif isinstance(value, nn.Module):
-                if id(value) not in seen:
-                    seen.add(id(value))
-                    count += visit(value, value)
-            elif isinstance(value, (dict, list)):
-                count += visit(value, owner)
-        return count
-
-    return visit(model, model)
 
 
 # ---------------------------------------------------------------- what holds for any model
@@ -432,7 +383,7 @@ def test_the_marked_lines_are_what_select_returns(model, data):
 @given(models(shared=True))
 def test_each_module_is_counted_once(model):
     picture = tree(model)
-    assert picture._rows[0].params == params(model)
+    assert picture._rows[0].params == oracle.parameters(model)
     assert picture.data()["modules"] == len(oracle.places(model))
 
 

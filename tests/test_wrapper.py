@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import copy
-import functools
 import inspect
 import pickle
-import re
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import pytest
-import zoo
 from mlx.utils import tree_flatten
 
 from mlx_modswap import (
@@ -531,62 +528,3 @@ def test_a_picture_of_a_model_shows_what_is_inside_of_a_wrapper():
     assert "Wrapper" in picture
     assert "Linear" in picture
     assert "(wrapped)" not in picture
-
-
-# The models of mlx-lm
-
-RUNNING = [name for name, entry in zoo.ZOO.items() if "no_forward" not in entry]
-WITHOUT = {("olmo", "attention"), ("prism_hadamard_qwen35", "embedding")}
-ATTENTION = re.compile(r".*(attn|attention|mixer|temporal_block|self_attn\.\d+)")
-
-
-def is_leaf(module: nn.Module) -> bool:
-    return not module.children()
-
-
-def is_attention(path: str, module: nn.Module) -> bool:
-    outermost = not path.endswith("attn.attention")
-    return outermost and not is_leaf(module) and ATTENTION.fullmatch(path) is not None
-
-
-def is_linear(path: str, module: nn.Module) -> bool:
-    return is_leaf(module) and "Linear" in type(module).__name__
-
-
-@functools.lru_cache(maxsize=1)
-def built_and_run(name: str) -> tuple[Any, mx.array]:
-    model = zoo.build(name)
-    return model, zoo.run(name, model)
-
-
-@pytest.fixture
-def on_the_cpu():
-    before = mx.default_device()
-    mx.set_default_device(mx.cpu)
-    yield
-    mx.set_default_device(before)
-
-
-@pytest.mark.parametrize("kind", ["linear", "embedding", "attention", "block"])
-@pytest.mark.parametrize("name", RUNNING)
-def test_a_language_model_does_not_notice_wrappers(name, kind, on_the_cpu):
-    pytest.importorskip("mlx_lm", reason="the models are those of mlx-lm")
-    if zoo.ZOO[name].get("module", name) not in zoo.installed():
-        pytest.skip("the installed mlx-lm has no such model")
-    if (name, kind) in WITHOUT:
-        pytest.skip(f"has no {kind} of its own")
-    model, output = built_and_run(name)
-    blocks = set(map(id, model.layers))
-    where = {
-        "linear": is_linear,
-        "embedding": nn.Embedding,
-        "attention": is_attention,
-        "block": lambda path, module: id(module) in blocks,
-    }[kind]
-    parameters = names(model.parameters())
-
-    with swapped(model, "**", wrap, where=where):
-        assert zoo.same(zoo.run(name, model), output)
-        assert names(model.parameters()) == parameters
-        model.load_weights(arrays(model.parameters()), strict=True)
-    assert zoo.same(zoo.run(name, model), output)

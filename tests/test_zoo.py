@@ -1,23 +1,33 @@
-"""Every architecture of mlx-lm: select, swap, run and put back."""
+"""Every architecture of mlx-lm: select, swap, wrap, draw, run and put back.
+
+Each model is built once, for all of these tests: none of them leaves it another one.
+"""
 
 from __future__ import annotations
 
 import functools
+import random
+import re
 from collections.abc import Iterable, Iterator
+from importlib.metadata import version
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import oracle
 import pytest
 import zoo
+from mlx.utils import tree_flatten
 
-from mlx_modswap import Wrapper, capture, partial_modules, select, swapped
+from mlx_modswap import Wrapper, capture, partial_modules, select, swapped, tree
 
 pytest.importorskip("mlx_lm", reason="the zoo is made of the models of mlx-lm")
 
 INSTALLED = zoo.installed()
 BUILT = [name for name in zoo.ZOO if zoo.ZOO[name].get("module", name) in INSTALLED]
 RUNNING = [name for name in BUILT if "no_forward" not in zoo.ZOO[name]]
+WITHOUT = {("olmo", "attention"), ("prism_hadamard_qwen35", "embedding")}
+ATTENTION = re.compile(r".*(attn|attention|mixer|temporal_block|self_attn\.\d+)")
 every_model = pytest.mark.parametrize("name", BUILT)
 
 
@@ -110,13 +120,18 @@ def is_linear_leaf(path: str, module: nn.Module) -> bool:
     return is_leaf(path, module) and "Linear" in type(module).__name__
 
 
+def is_attention(path: str, module: nn.Module) -> bool:
+    outermost = not path.endswith("attn.attention")
+    return outermost and not is_leaf(path, module) and ATTENTION.fullmatch(path) is not None
+
+
 # What the zoo holds
 
 
-def test_the_zoo_knows_every_architecture_of_the_installed_mlx_lm():
-    unknown = set(INSTALLED) - set(zoo.ARCHITECTURES)
-    if unknown:
-        pytest.skip(f"no size is known for {', '.join(sorted(unknown))} of the installed mlx-lm")
+def test_the_zoo_knows_every_architecture_of_the_mlx_lm_that_it_was_made_for():
+    if version("mlx-lm") != zoo.MADE_FOR:
+        pytest.skip(f"the zoo was made for mlx-lm {zoo.MADE_FOR}, this is {version('mlx-lm')}")
+    assert set(INSTALLED) == set(zoo.ARCHITECTURES)
 
 
 def test_at_least_120_architectures_are_built_and_118_run():
@@ -144,10 +159,9 @@ def test_the_architectures_that_cannot_run_here_are_known_by_name():
 @every_model
 def test_select_finds_every_leaf_in_definition_order(name):
     model = model_of(name)
-    everything = [(path, module) for path, module, *_ in places(model)]
-    leaves = [(path, module) for path, module in everything if is_leaf(path, module)]
+    leaves = [(path, module) for path, module, *_ in places(model) if is_leaf(path, module)]
 
-    assert by_identity(select(model, "**").items()) == by_identity(everything)
+    assert by_identity(select(model, "**").items()) == modules_in(model)
     assert by_identity(select(model, "**", where=is_leaf).items()) == by_identity(leaves)
 
 
@@ -191,23 +205,50 @@ def test_selected_modules_are_put_in_and_back_by_hand(name):
 @pytest.mark.parametrize("name", RUNNING)
 def test_the_output_is_the_same_with_every_linear_layer_wrapped(name):
     model = model_of(name)
-    output = output_of(name)
+    modules = modules_in(model)
 
     with swapped(model, "**", record, where=is_linear_leaf) as news:
-        assert zoo.same(zoo.run(name, model), output)
+        assert zoo.same(zoo.run(name, model), output_of(name))
         assert any(layer.calls for layer in news.values())
-    assert zoo.same(zoo.run(name, model), output)
+        assert_weights_are_loaded(model, parameters_of(name))
+    assert modules_in(model) == modules
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        (name, kind)
+        for name in RUNNING
+        for kind in ("embedding", "attention", "block")
+        if (name, kind) not in WITHOUT
+    ],
+)
+def test_the_output_is_the_same_with_wrapped_parts_of_other_kinds(name, kind):
+    model = model_of(name)
+    modules = modules_in(model)
+    blocks = set(map(id, model.layers))
+    where = {
+        "embedding": nn.Embedding,
+        "attention": is_attention,
+        "block": lambda path, module: id(module) in blocks,
+    }[kind]
+
+    with swapped(model, "**", lambda path, layer: Wrapper(layer), where=where):
+        assert zoo.same(zoo.run(name, model), output_of(name))
+        assert_weights_are_loaded(model, parameters_of(name))
+    assert modules_in(model) == modules
 
 
 @pytest.mark.parametrize("name", RUNNING)
 def test_the_output_is_the_same_while_every_module_is_listened_to(name):
     model = model_of(name)
-    paths = [path for path, *_ in places(model)]
+    modules = modules_in(model)
 
     with capture(model, "**") as outputs:
         assert zoo.same(zoo.run(name, model), output_of(name))
-    assert list(outputs) == paths
+    assert list(outputs) == [path for path, _ in modules]
     assert any(outputs.values())
+    assert modules_in(model) == modules
 
 
 @every_model
@@ -220,12 +261,63 @@ def test_listening_touches_nothing(name):
     assert frame.changes(model) == set()
 
 
+@every_model
+def test_the_picture_of_a_swap_selects_what_has_changed(name):
+    model, chance = model_of(name), random.Random(name)
+
+    def some_leaves(path: str, layer: nn.Module) -> bool:
+        return is_leaf(path, layer) and bool(layer.parameters()) and chance.random() < 0.7
+
+    with swapped(model, "**", lambda path, layer: nn.Identity(), where=some_leaves) as replacement:
+        places = [row[0] for row in replacement._rows()]
+        found = [path for place in places for path in select(model, read(place))]
+        assert sorted(found) == sorted(replacement)
+
+
+@every_model
+def test_its_picture_fits_on_a_screen_and_counts_every_parameter(name):
+    model = model_of(name)
+    picture = tree(model)
+    lines = str(picture).splitlines()
+
+    assert len(lines) <= 40
+    assert max(map(len, lines)) <= 180
+    assert picture._rows[0].params == oracle.parameters(model)
+
+
+def test_after_all_of_this_each_model_computes_what_it_did():
+    for name in RUNNING:
+        assert zoo.same(zoo.run(name, model_of(name)), output_of(name)), name
+
+
+def read(place: str) -> Any:
+    """The pattern that was printed."""
+    return re.compile(eval(place[len("re.compile(") : -1])) if place.startswith("re.") else place
+
+
+@functools.cache
+def parameters_of(name: str) -> list[str]:
+    return [path for path, _ in tree_flatten(model_of(name).parameters())]
+
+
+def assert_weights_are_loaded(model: nn.Module, names: list[str]) -> None:
+    """The names of the parameters are still these, and such weights are strictly loaded."""
+    weights: Any = tree_flatten(model.parameters())
+    assert [path for path, _ in weights] == names
+    model.load_weights(weights, strict=True)
+
+
 def record(path: str, layer: nn.Module) -> nn.Module:
     return Recorder(layer)
 
 
 def linear_places(model: nn.Module) -> list[tuple[str, nn.Module, Any, Any]]:
     return [place for place in places(model) if is_linear_leaf(*place[:2])]
+
+
+def modules_in(model: nn.Module) -> list[tuple[str, int]]:
+    """What a run of the model leaves alone: some of them keep new arrays each time."""
+    return by_identity((path, module) for path, module, *_ in places(model))
 
 
 def by_identity(modules: Iterable[tuple[str, nn.Module]]) -> list[tuple[str, int]]:

@@ -12,6 +12,7 @@ import functools
 import importlib
 import importlib.util
 import json
+import re
 import sys
 import types
 from pathlib import Path
@@ -25,6 +26,9 @@ ZOO: dict[str, dict[str, Any]] = json.loads(
 )
 VARIANTS = [name for name in ZOO if "module" in ZOO[name]]
 ARCHITECTURES = [name for name in ZOO if "module" not in ZOO[name]]
+MADE_FOR = "0.32.2"  # the mlx-lm that has just these architectures
+
+_HAS_MODEL = re.compile(r"(?m)^(class Model\(|from \S+ import (.*, )?Model\b(?! as))")
 
 
 def installed() -> list[str]:
@@ -32,7 +36,7 @@ def installed() -> list[str]:
     spec = importlib.util.find_spec("mlx_lm.models")
     folders = list(spec.submodule_search_locations or []) if spec else []
     files = [file for folder in folders for file in Path(folder).glob("*.py")]
-    return sorted(file.stem for file in files if "\nclass Model(" in file.read_text("utf-8"))
+    return sorted(file.stem for file in files if _HAS_MODEL.search(file.read_text("utf-8")))
 
 
 def build(name: str, **config: Any) -> Any:
