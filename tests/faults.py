@@ -26,6 +26,13 @@ TESTS = ["guarantees", "memory", "patterns", "errors", "fuzz", "stateful"]
 TIMINGS = "time_of_a_match or hard_pattern"  # fail for no reason when all is busy
 AT_ONCE = 2
 TIMES_AS_LONG = 10  # as the unharmed library takes: then a fault has made it hang
+MOST_MEMORY = 4 << 30  # bytes; a walk without an end takes all that there is
+# pytest with less memory, which macOS does not enforce.
+START = f"""
+import resource, sys, pytest
+resource.setrlimit(resource.RLIMIT_AS, ({MOST_MEMORY}, resource.getrlimit(resource.RLIMIT_AS)[1]))
+sys.exit(pytest.main())
+"""
 
 
 class Fault(NamedTuple):
@@ -359,7 +366,7 @@ def copy(folder: Path) -> Path:
 
 def first_failure(folder: Path, patience: float | None = None) -> str:
     """The name of the first test that fails, if one does."""
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-rf", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-c", START, "-x", "-q", "-rf", "-p", "no:cacheprovider"]
     command += ["-o", "addopts=", "-k", f"not ({TIMINGS})"]
     command += [f"tests/test_{name}.py" for name in TESTS]
     environment = {**os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
@@ -370,6 +377,8 @@ def first_failure(folder: Path, patience: float | None = None) -> str:
     except subprocess.TimeoutExpired:
         return f"taking {TIMES_AS_LONG} times as long"
     output = run.stdout.decode()
+    if run.returncode < 0 or "MemoryError" in output:
+        return "taking all the memory there is"
     failed = re.search(r"^FAILED \S+::(\w+)", output, re.MULTILINE)
     if bool(run.returncode) != bool(failed):  # nothing was tested: the fault is broken
         raise RuntimeError(output + run.stderr.decode())
