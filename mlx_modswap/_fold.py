@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Iterator, Sequence
+from itertools import chain
+from itertools import product as each_of
 from typing import Any, NamedTuple
 
 import mlx.nn as nn
@@ -27,31 +28,41 @@ def fold(paths: Sequence[Sequence[Segment]]) -> Iterator[tuple[Product, list[int
     """
     # Two products that differ in one segment only are one product; so nothing but
     # the paths is matched.
-    products: dict[Product, list[int]] = {}
+    by_length: dict[int, dict[Product, list[int]]] = {}
     for number, path in enumerate(paths):
-        products.setdefault(tuple((segment,) for segment in path), []).append(number)
-    for at in range(max(map(len, products), default=0)):
-        merged: dict[Any, list[Product]] = {}
+        product = tuple((segment,) for segment in path)
+        by_length.setdefault(len(path), {}).setdefault(product, []).append(number)
+    merged = chain.from_iterable(_merged(some).items() for some in by_length.values())
+    products = sorted(merged, key=lambda item: min(item[1]))
+    for product, numbers in products:
+        narrow = list(each_of(*map(_narrowed, product)))
+        for part in narrow if len(narrow) > 1 else ():
+            choices = list(map(set, part))
+            yield part, [n for n in sorted(numbers) if all(map(_is_in, paths[n], choices))]
+        if len(narrow) == 1:
+            yield product, sorted(numbers)
+
+
+def _merged(products: dict[Product, list[int]]) -> dict[Product, list[int]]:
+    """Few products for many of one length."""
+    for at in range(len(next(iter(products)))):
+        if len(products) == 1:
+            break
+        alike: dict[Any, list[Product]] = {}
         for product in products:
             key = product
-            if at < len(product) and _is_plain(product[at]):
+            if _is_plain(product[at]):
                 key = product[:at], product[at + 1 :], type(product[at][0])
-            merged.setdefault(key, []).append(product)
+            alike.setdefault(key, []).append(product)
         folded: dict[Product, list[int]] = {}
-        for group in merged.values():
+        for group in alike.values():
             first = group[0]
             if len(group) > 1:
                 choice = tuple(name for product in group for name in product[at])
                 first = (*first[:at], choice, *first[at + 1 :])
             folded[first] = [number for product in group for number in products[product]]
         products = folded
-    for product, numbers in products.items():
-        narrow = list(itertools.product(*map(_narrowed, product)))
-        for part in narrow if len(narrow) > 1 else ():
-            choices = list(map(set, part))
-            yield part, [n for n in sorted(numbers) if all(map(_is_in, paths[n], choices))]
-        if len(narrow) == 1:
-            yield product, sorted(numbers)
+    return products
 
 
 def _is_in(segment: Segment, choices: set[Segment]) -> bool:

@@ -97,10 +97,12 @@ def described(value: Any) -> str:
         return f"a module ({type(value).__name__})"
     if callable(value):
         return "a function"
-    if isinstance(value, (list, tuple)):
-        return f"a {type(value).__name__} of {len(value)}"
     name = type(value).__name__
-    return f"an {name}" if name[0].lower() in "aeiou" else f"a {name}"
+    if isinstance(value, list):
+        return f"a {name} of {list.__len__(value)}"
+    if isinstance(value, tuple):
+        return f"a {name} of {tuple.__len__(value)}"
+    return f"an {name}" if name[:1].lower() in "aeiou" else f"a {name}"
 
 
 # ---------------------------------------------------------------- a walk that sees everything

@@ -48,11 +48,11 @@ _MODULE, _DICT, _LIST = 3, 2, 1  # 0: no container
 
 def opened(container: Container) -> Container:
     """The container itself, or the layer that it stands in for."""
-    layers = _wrapped(container)
+    layers = wrapped(container)
     return layers[-1] if layers else container
 
 
-def _wrapped(container: Container) -> list[Container]:
+def wrapped(container: Container) -> list[Container]:
     """The layer that a container stands in for; if that does so too, its layer next."""
     layers: list[Container] = []
     while isinstance(container, dict) and dict.__contains__(container, WRAPPED):
@@ -141,7 +141,7 @@ class Places:
 
     def open(self, row: int) -> Container:
         """What has the keys that the paths through a row go on with."""
-        layers = _wrapped(self.values[row])
+        layers = wrapped(self.values[row])
         if not layers:
             return self.values[row]
         self.layers[row] = layers[-1]
@@ -154,6 +154,11 @@ class Places:
             self._around = None
             for name in ("rows", "paths", "masks"):
                 setattr(self, name, list(compress(getattr(self, name), selectors)))
+
+    def forget(self) -> None:
+        """Let go of what was only looked at."""
+        self.others.clear()
+        self.skipped.clear()
 
     def around(self) -> list[int]:
         """The rows that the places are inside of, at any depth; the model is the first."""
@@ -387,6 +392,7 @@ def survey(places: Places) -> tuple[set[int], Sharing | None]:
     level = places.skipped
     while level and len(ids) == number:
         level = _inner(level, kinds)
+        places.others += level  # held, so that no other object gets the id of one
         ids.update(map(id, level))
         number += len(level)
     if len(ids) == number:
@@ -454,7 +460,8 @@ def holds_array(module: nn.Module) -> bool:
     As in MLX, an attribute whose name starts with ``_`` is no parameter.
     """
     # The method of MLX recurses, which a deep model does not bear.
-    own = type(module).parameters is not nn.Module.parameters
+    layer: Any = opened(module)
+    own = type(layer).parameters is not nn.Module.parameters
     waiting: list[Container] = [module.parameters() if own else module]
     seen: set[int] = set()
     for container in waiting:

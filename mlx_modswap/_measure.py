@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
-from ._locations import entries, is_container
+from ._locations import entries, is_container, opened
 
 _ARRAY = mx.array
 _SIZE, _NBYTES, _DTYPE = map(attrgetter, ("size", "nbytes", "dtype"))
@@ -98,25 +98,24 @@ def _once(ids: Iterable[int], measures: Iterable[Measure]) -> list[Measure]:
 
 
 def _measure(module: nn.Module) -> tuple[str, int, int, int, tuple[mx.Dtype, ...]]:
-    state = vars(module)
-    name = type(module).__name__
-    if "bits" in state and "scales" in module:
-        name = f"{name}(bits={state['bits']})"
+    bits = _bits(module)
+    name = f"{type(module).__name__}(bits={bits})" if bits else type(module).__name__
     params = trainable = nbytes = 0
     dtypes: tuple[mx.Dtype, ...] = ()
     # An owner names its frozen arrays by their path inside it.
+    seen: set[int] = set()
     waiting: list[tuple[nn.Module, str, Any]] = [(module, "", module)]
     for owner, prefix, container in waiting:
         frozen = vars(owner).get("_no_grad", ())
-        quantized = "scales" in owner
+        bits = _bits(owner)
         for key, value in entries(container):
             path = f"{prefix}{key}"
             if type(value) is _ARRAY:
                 if path[:1] == "_":
                     continue
                 numbers = value.size
-                if quantized:
-                    numbers = _unpacked(owner, path, numbers)
+                if bits:  # the numbers that the packed ones stand for, and no scales
+                    numbers = {"weight": numbers * 32 // bits, "bias": numbers}.get(path, 0)
                 params += numbers
                 if path not in frozen:
                     trainable += numbers
@@ -124,18 +123,18 @@ def _measure(module: nn.Module) -> tuple[str, int, int, int, tuple[mx.Dtype, ...
                 dtype = value.dtype
                 if dtype not in dtypes:
                     dtypes += (dtype,)
-            elif is_container(value) and path[:1] != "_":
+            elif is_container(value) and path[:1] != "_" and id(value) not in seen:
+                seen.add(id(value))
                 inside = issubclass(type(value), nn.Module)
                 waiting.append((value, "", value) if inside else (owner, f"{path}.", value))
     return name, params, trainable, nbytes, dtypes
 
 
-def _unpacked(owner: nn.Module, path: str, numbers: int) -> int:
-    """How many numbers an array of a quantized layer stands for."""
-    bits = vars(owner).get("bits")
-    if bits is None:
-        return numbers
-    return {"weight": numbers * 32 // bits, "bias": numbers}.get(path, 0)
+def _bits(module: nn.Module) -> int:
+    """The bits of a quantized layer, 0 for another one."""
+    layer: Any = opened(module)
+    bits = vars(layer).get("bits") if dict.__contains__(layer, "scales") else 0
+    return bits if isinstance(bits, int) and 0 < bits <= 32 else 0
 
 
 def total(measures: Iterable[Measure]) -> Measure:

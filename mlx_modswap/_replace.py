@@ -22,12 +22,14 @@ from ._locations import (
     holds_array,
     locate,
     nest,
+    opened,
     sort_containers,
     survey,
+    wrapped,
 )
-from ._pattern import Matcher, Parsed, Pattern, parse, parse_all
+from ._pattern import Matcher, Parsed, Pattern, parse
 from ._report import Replacement
-from ._select import Patterns, Where, check_model, choose, first_pattern, note
+from ._select import Patterns, Where, check_model, choose, first_pattern, note, parse_argument
 
 # Whatever stands at the path is what a factory is given: it may ask for an `nn.Linear`.
 Factory = Callable[[str, Any], nn.Module]
@@ -263,7 +265,8 @@ def _plan(
     """Select, call the factories, and check all that could go wrong. Changes nothing."""
     check_model(model)
     patterns, factories, as_rules = _rules(pattern, factory)
-    places = choose(model, patterns, where, exclude, strict, as_rules=as_rules)
+    excludes = parse_argument("exclude", exclude)
+    places = choose(model, patterns, where, excludes, strict, as_rules=as_rules)
     known, sharing = survey(places)
     rules = {mask: first_pattern(mask) if as_rules else 0 for mask in set(places.masks)}
     numbers = list(map(rules.__getitem__, places.masks))
@@ -281,21 +284,20 @@ def _plan(
     _check_names(places)
     _bring_in(places, news, known)
     _check_unmoved(places, places.modules, "while the factories ran")
+    places.forget()
     return _Plan(places, news)
 
 
 def _rules(pattern: Any, factory: Any) -> tuple[list[Parsed], list[Factory | None], bool]:
     """The patterns, the factories, and whether they are rules with a factory each."""
-    if isinstance(pattern, nn.Module):
-        raise TypeError(f"pattern must be a path pattern, not {_hints.described(pattern)}")
-    if not isinstance(pattern, (str, re.Pattern)) and isinstance(pattern, Mapping):
+    if isinstance(pattern, Mapping) and not isinstance(pattern, nn.Module):
         if factory is not None:
             raise TypeError("rules hold their own factories: leave the factory out")
         for rule, made_by in pattern.items():
             if made_by is not None:
                 _check_factory(f"the factory of rule {parse(rule).text}", made_by)
         return [parse(rule) for rule in pattern], list(pattern.values()), True
-    patterns = parse_all(pattern)
+    patterns = parse_argument("pattern", pattern)
     _check_factory("factory", factory)
     return patterns, [factory], False
 
@@ -346,9 +348,11 @@ def _units(places: Places, sharing: Sharing) -> list[Unit]:
     tied: dict[int, bool] = {}
     units: list[Unit] = []
     for module, location in zip(places.modules, places.locations()):
+        layers = [module, *wrapped(module)]  # it may be in one place itself and wrapped in another
         if id(module) not in tied:
-            tied[id(module)] = sharing.holders[id(module)] > 1 and holds_array(module)
-        units.append(id(module) if tied[id(module)] else location)
+            is_shared = any(sharing.holders[id(layer)] > 1 for layer in layers)
+            tied[id(module)] = is_shared and holds_array(module)
+        units.append(id(layers[-1]) if tied[id(module)] else location)
     return units
 
 
@@ -356,7 +360,7 @@ def _make_once(
     units: list[Unit], places: Places, numbers: list[int], factories: Sequence[Factory | None]
 ) -> list[nn.Module]:
     """Call the factory of each unit, at its first place."""
-    calls = list(zip(units, numbers))
+    calls = list(zip(units, map(id, places.modules), numbers))
     firsts = {call: at for at, call in reversed(list(enumerate(calls)))}
     order = sorted(firsts.values())
     made = _make(
@@ -468,7 +472,8 @@ def _bring_in(places: Places, news: list[nn.Module], known: set[int]) -> None:
         met |= met_here
         if set(_modes(fresh)) != {mode}:
             for module in fresh:
-                _set_mode(module, mode)
+                if id(opened(module)) not in known:
+                    _set_mode(module, mode)
     # New modules mostly wrap the module that they replace, which cannot close a cycle.
     if met and not met <= set(map(id, olds)):
         sort_containers(places.model, dict(zip(places.locations(), news)))
@@ -522,9 +527,13 @@ def _update(places: Places, olds: Sequence[nn.Module], news: Sequence[nn.Module]
         # this one did, so it restores exactly what was replaced.
         with suppress(Exception):
             nn.Module.update_modules(model, nest(places, olds))
-        if isinstance(error, Exception):
-            raise SelectionError(_unreachable(places, error)) from error
-        raise
+        if not isinstance(error, Exception):
+            raise
+        message = _unreachable(places, error)
+        if (number := places.first_without(olds)) is not None:
+            path = places.paths[number]
+            message = f"MLX's update_modules failed, and so did putting {path!r} back: {error}"
+        raise SelectionError(message) from error
 
 
 def _unreachable(places: Places, error: Exception) -> str:
@@ -538,6 +547,14 @@ def _unreachable(places: Places, error: Exception) -> str:
 
 
 def _put_back(plan: _Plan) -> None:
+    try:
+        _restore(plan)
+    except KeyboardInterrupt:  # an update that is interrupted leaves the new modules there
+        _restore(plan)
+        raise
+
+
+def _restore(plan: _Plan) -> None:
     _check_unmoved(plan.places, plan.news, "inside the block")
     _update(plan.places, plan.news, plan.places.modules)
 

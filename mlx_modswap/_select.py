@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 
 from . import _hints
@@ -62,8 +63,8 @@ def select(
         ['layers.0', 'layers.2']
     """
     check_model(model)
-    patterns = parse_all(pattern)
-    places = choose(model, patterns, where, exclude, strict)
+    patterns, excludes = parse_argument("pattern", pattern), parse_argument("exclude", exclude)
+    places = choose(model, patterns, where, excludes, strict)
     chosen: dict[str, nn.Module] = {}
     for path, module in zip(places.paths, places.modules):
         chosen.setdefault(path, module)
@@ -76,11 +77,18 @@ def check_model(model: Any) -> None:
         raise TypeError(f"model must be an mlx.nn.Module, not {_hints.described(model)}")
 
 
+def parse_argument(name: str, patterns: Any) -> list[Parsed]:
+    """Parse an argument that is one pattern or several."""
+    if isinstance(patterns, (nn.Module, mx.array)):  # which could be iterated
+        raise TypeError(f"{name} must be a path pattern, not {_hints.described(patterns)}")
+    return parse_all(patterns)
+
+
 def choose(
     model: nn.Module,
     patterns: list[Parsed],
     where: Where | None,
-    exclude: Patterns,
+    excludes: list[Parsed],
     strict: bool,
     *,
     as_rules: bool = False,
@@ -89,7 +97,6 @@ def choose(
 
     With ``as_rules`` a pattern that is wholly shadowed by those before it is an error.
     """
-    excludes = parse_all(exclude)
     _check_where(where)
     places = _match(model, patterns + excludes)
     included = (1 << len(patterns)) - 1  # the lower bits; those of the excludes follow
@@ -195,13 +202,15 @@ def _check_rules(rules: list[Parsed], places: Places) -> None:
 
 
 def _where_message(where: Any, patterns: list[Parsed], modules: list[nn.Module]) -> str:
-    name = getattr(where, "__name__", None) or shorten(repr(where))
+    matches = f"the {len(modules)} that {_union(patterns)} matches"
+    there = _hints.classes(modules)
+    return f"where={_name_of(where)} leaves nothing of {matches}: they are {there}"
+
+
+def _name_of(where: Any) -> str:
     if isinstance(where, tuple):
-        name = f"({', '.join(cls.__name__ for cls in where)})"
-    return (
-        f"where={name} leaves nothing of the {len(modules)} that {_union(patterns)} matches: "
-        f"they are {_hints.classes(modules)}"
-    )
+        return f"({', '.join(map(_name_of, where))})"
+    return getattr(where, "__name__", None) or shorten(repr(where))
 
 
 def _union(patterns: list[Parsed]) -> str:

@@ -20,9 +20,9 @@ from ._locations import (
     sort_containers,
     survey,
 )
-from ._pattern import Matcher, parse_all
+from ._pattern import Matcher
 from ._picture import Row, Tree
-from ._select import Patterns, Where, check_model, choose
+from ._select import Patterns, Where, check_model, choose, parse_argument
 
 
 def tree(
@@ -71,13 +71,13 @@ def tree(
         'layers[-1]' selects 1 of 3 modules
     """
     check_model(model)
-    patterns = parse_all(pattern)
+    patterns, excludes = parse_argument("pattern", pattern), parse_argument("exclude", exclude)
     places = find(model, Matcher(()))
-    narrowed = ["where"] * (where is not None) + ["exclude"] * (exclude not in ((), []))
+    narrowed = ["where"] * (where is not None) + ["exclude"] * bool(excludes)
     marked: dict[int, set[Any]] = {}  # keys by the id of their container
     chosen_by = ""
-    if pattern != "**" or narrowed:
-        places = choose(model, patterns, where, exclude, strict=True)
+    if narrowed or [one.text for one in patterns] != ["'**'"]:
+        places = choose(model, patterns, where, excludes, strict=True)
         for holder, key in places.locations():
             marked.setdefault(holder, set()).add(key)
         chosen_by = _hints.listed(one.text for one in patterns)

@@ -165,13 +165,13 @@ FAULTS = [
     Fault(
         "modules without parameters are tied",
         "_replace.py",
-        "sharing.holders[id(module)] > 1 and holds_array(module)",
-        "sharing.holders[id(module)] > 1",
+        "is_shared and holds_array(module)",
+        "is_shared",
     ),
     Fault(
         "nothing is tied",
         "_replace.py",
-        "sharing.holders[id(module)] > 1 and holds_array(module)",
+        "is_shared and holds_array(module)",
         "False",
     ),
     Fault(

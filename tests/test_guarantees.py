@@ -23,6 +23,7 @@ from mlx_modswap import (
     NoMatchError,
     Replacement,
     SelectionError,
+    Wrapper,
     partial_modules,
     replace_layers,
     select,
@@ -437,6 +438,22 @@ class TestAllOrNothing:
         assert model.layers is others
         assert [type(layer.attn) for layer in others] == [nn.Linear] * 3
 
+    def test_a_place_that_cannot_be_put_back_is_named(self):
+        class Once(nn.Module):
+            def __setitem__(self, key, value):
+                if dict.__contains__(self, "done"):
+                    raise KeyError("locked")
+                dict.__setitem__(self, key, value)
+                dict.__setitem__(self, "done", mx.zeros(1))
+
+        once = Once()
+        dict.update(once, a=nn.ReLU(), b=nn.ReLU())
+        with pytest.raises(SelectionError) as caught:
+            replace_layers(build(once=once), "once.*", fresh)
+        assert str(caught.value) == (
+            "MLX's update_modules failed, and so did putting 'once.a' back: 'locked'"
+        )
+
 
 class TestOrder:
     """3. Factories are called in definition order."""
@@ -608,6 +625,13 @@ class TestTies:
     def test_select_does_not_judge(self):
         shared = nn.Linear(1, 1)
         assert list(select(build(a=shared, b=shared), "a")) == ["a"]
+
+    def test_a_layer_that_is_also_in_a_wrapper_elsewhere_is_tied(self):
+        layer = nn.Linear(2, 2)
+        model = build(a=Wrapper(layer), b=layer)
+        assert "the same Linear is at 'a'" in refuses(model, "b", fresh)
+        assert "the same Wrapper is at 'b'" in refuses(model, "a", fresh)
+        assert list(replace_layers(model, "*", fresh)) == ["a", "b"]
 
 
 class TestNesting:
@@ -813,6 +837,23 @@ class TestTrainingMode:
         replace_layers(model, "layers.0.attn", lambda path, module: frozen)
         assert frozen._no_grad == {"weight", "bias"}
 
+    def test_a_wrapper_of_a_module_of_the_model_leaves_its_mode_alone(self):
+        model = build(a=nn.Linear(2, 2), b=nn.Linear(2, 2))
+        model.b.eval()
+        replace_layers(model, "a", lambda path, module: Wrapper(model.b))
+        assert not model.b.training
+
+    def test_a_factory_that_deletes_a_part_of_the_model_does_not_hide_what_it_makes(self):
+        model = build(a=nn.Identity(), junk=[nn.Identity() for _ in range(50)])
+        model.eval()
+
+        def deleting(path: str, module: nn.Module) -> nn.Module:
+            del model.junk
+            return nn.Sequential(*[nn.Identity() for _ in range(60)])
+
+        replace_layers(model, "a", deleting)
+        assert not any(module.training for _, module in model.named_modules())
+
 
 class TestRules:
     """8. The first rule that matches decides, once."""
@@ -976,6 +1017,24 @@ class TestNoPinning:
     def test_a_swap_that_fails_at_once_does_not_run_the_body(self):
         with pytest.raises(NoMatchError), swapped(Model(), "nothing", fresh):
             raise AssertionError
+
+    def test_an_interrupt_while_swapped_puts_things_back_does_not_stop_it(self):
+        writes: list[str] = []
+
+        class Interrupted(nn.Module):
+            def __setitem__(self, key, value):
+                writes.append(key)
+                if len(writes) == 2:  # the first is the swap
+                    raise KeyboardInterrupt
+                dict.__setitem__(self, key, value)
+
+        inner = Interrupted()
+        dict.__setitem__(inner, "act", nn.ReLU())
+        model = build(first=build(act=nn.ReLU()), inner=inner)
+        before = Snapshot(model)
+        with pytest.raises(KeyboardInterrupt), swapped(model, ["first.act", "inner.act"], fresh):
+            pass
+        assert before.differences() == []
 
 
 class TestLimits:

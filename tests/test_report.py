@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import Leaf, Net, swaps
 
-from mlx_modswap import Replacement, replace_layers, select
+from mlx_modswap import Replacement, replace_layers, select, tree
 from mlx_modswap._fold import fold, outline, pattern_of, segments
 
 
@@ -50,6 +50,13 @@ def lora(path: str, layer: nn.Module) -> nn.Module:
 
 def nothing(path: str, layer: nn.Module) -> nn.Module:
     return nn.Identity()
+
+
+def holding(**held: Any) -> Any:
+    module = nn.Module()
+    for name, value in held.items():
+        setattr(module, name, value)
+    return module
 
 
 def places_of(replacement: Replacement) -> list[str]:
@@ -239,3 +246,25 @@ def test_an_outline_names_the_modules_right_inside():
     assert outline(Model()) == ["'embed'", "'layers[0:4]' (4 Net)"]
     assert outline(Attention(2)) == ["'{q,k,v}_proj' (3 Linear)"]
     assert outline(nn.ReLU()) == []
+
+
+@pytest.mark.parametrize("bits", ["nf4", 0, 1.58, None])
+def test_bits_of_a_layers_own_kind_do_not_disturb_the_report(bits):
+    layer = holding(weight=mx.ones((2, 2)), scales=mx.ones((1,)), bits=bits)
+    assert str(replace_layers(holding(a=layer), "a", nothing)).startswith("a   Module -> ")
+    assert str(tree(holding(a=layer)))
+
+
+def test_a_layer_in_two_places_inside_of_what_is_replaced_counts_once():
+    inner = nn.Linear(2, 2)
+    model = holding(a=holding(x=inner, y=inner))
+    assert "   6 -> " in str(replace_layers(model, "a", nothing))
+
+
+def test_a_deep_model_is_reported_in_good_time():
+    model = inner = nn.Module()
+    for _ in range(300):
+        inner.leaf, inner.inner = nn.ReLU(), nn.Module()
+        inner = inner.inner
+    report = replace_layers(model, "**.leaf", nothing)
+    assert str(report).count("\n") == 100
