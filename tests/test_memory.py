@@ -284,7 +284,7 @@ def test_a_lazy_model_is_quantized_with_little_more_memory_than_the_result_needs
     replace_layers(model, "layers.*", quantize)
     for layer in model.layers:
         mx.eval(layer.parameters())
-    mx.synchronize()  # a GPU gives memory back when it is done
+        mx.synchronize()  # a GPU gives memory back when it is done
     result = mx.get_active_memory() - before
     assert result < layers * weight / 5
     assert mx.get_peak_memory() - before < result + 4 * weight
