@@ -359,7 +359,6 @@ class Matcher:
 
     Attributes:
         start (State): The state at the model itself.
-        dead (State): The state from which nothing can match.
         odd_keys (bool): Whether a walk met a key of a dict that is no str, a
             number or holds a dot. Only then may two places print the same path,
             or a number in a path be no index of a list.
@@ -376,7 +375,6 @@ class Matcher:
             self.items.append(None)
         self.odd_keys = False
         self._states: dict[frozenset[int], State] = {}
-        self.dead = self.state(())
         self.start = self.state(starts)
 
     def state(self, live: Iterable[int]) -> State:

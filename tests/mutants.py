@@ -21,6 +21,7 @@ import resource
 import sys
 import time
 from collections import Counter, defaultdict
+from mmap import mmap
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,9 @@ from mutmut.mutation.data import SourceFileMutationData
 from mutmut.mutation.diff_apply import get_diff_for_mutant
 from mutmut.utils.file_utils import copy_also_copy_files, copy_src_dir, setup_source_paths
 from mutmut.utils.format_utils import (
-    mangled_name_from_mutant_name,
+    mangled_name_from_mutant_name as function_key,
+)
+from mutmut.utils.format_utils import (
     orig_function_and_class_names_from_key,
 )
 
@@ -40,7 +43,7 @@ FILES = "patterns errors guarantees properties report tree memory capture wrappe
 # Left out: what fails for no reason when each function counts its calls, and what is slow.
 SLOW = "time_of_a_match or hard_pattern or takes_no_time or of_mlx_lm or language_model"
 SLOW += " or cache_is_recorded or the_example_prints"
-AT_ONCE = os.cpu_count() or 2
+AT_ONCE = 4
 SPARE_SECONDS = 10
 SPARE_BYTES = 4 << 30
 KILLED, SURVIVED = 1, 0
@@ -129,26 +132,35 @@ class Runs:
         for item in sorted(session.items, key=lambda item: seconds[item.nodeid]):
             for function in calls[item.nodeid]:
                 tests_of[function].append(item)
-        waiting, running = list(self.changes)[::-1], dict[int, tuple[str, float]]()
+        waiting = list(self.changes)[::-1]
+        running: dict[int, tuple[str, list[pytest.Item], mmap, float]] = {}
         while waiting or running:
             while waiting and len(running) < AT_ONCE:
                 name = waiting.pop()
-                tests = tests_of[mangled_name_from_mutant_name(name)]
+                tests = tests_of[function_key(name)]
                 limit = SPARE_SECONDS + 3 * sum(seconds[item.nodeid] for item in tests)
+                shared = mmap(-1, 4)
                 pid = os.fork()
                 if pid == 0:
                     quietly(name, int(limit))
-                    os._exit(KILLED if fails(tests) else SURVIVED)
-                running[pid] = name, time.monotonic() + 4 * limit
+                    number = first_failing(tests)
+                    shared[:] = (number or 0).to_bytes(4, "big")
+                    os._exit(SURVIVED if number is None else KILLED)
+                running[pid] = name, tests[:], shared, time.monotonic() + 4 * limit
             time.sleep(0.002)
-            for pid, (name, end) in list(running.items()):
+            for pid, (name, tests, shared, end) in list(running.items()):
                 if time.monotonic() > end:
                     os.kill(pid, 9)
                 done, status = os.waitpid(pid, os.WNOHANG)
                 if done:
                     del running[pid]
-                    if status:
-                        self.killed[name] = "a test" if os.WIFEXITED(status) else "the clock"
+                    if os.WIFEXITED(status) and status:
+                        self.killed[name] = "a test"
+                        # What has killed one mutant of a function is likely to kill the next.
+                        first = tests[int.from_bytes(shared, "big")]
+                        tests_of[function_key(name)].sort(key=lambda test: test is not first)
+                    elif status:
+                        self.killed[name] = "the clock"
                     elif self.changes[name] not in self.known:
                         show(self.changes[name])
         return True
@@ -172,7 +184,7 @@ def watched(items: list[pytest.Item]) -> tuple[dict[str, set[str]], dict[str, fl
     for item in items:
         hits.clear()
         start = time.perf_counter()
-        if fails([item]):
+        if first_failing([item]) is not None:
             broken.append(item.nodeid)
         seconds[item.nodeid] = time.perf_counter() - start
         calls[item.nodeid] = set(hits)
@@ -191,12 +203,15 @@ def quietly(mutant: str, seconds: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (taken + SPARE_BYTES, taken + SPARE_BYTES))
 
 
-def fails(items: list[pytest.Item]) -> bool:
-    """Whether one of the tests fails; those behind it are not run."""
-    try:
-        return any(one.failed for item in items for one in runtestprotocol(item, log=False))
-    except BaseException:
-        return True
+def first_failing(items: list[pytest.Item]) -> int | None:
+    """The number of the first test that fails; those behind it are not run."""
+    for number, item in enumerate(items):
+        try:
+            if any(report.failed for report in runtestprotocol(item, log=False)):
+                return number
+        except BaseException:
+            return number
+    return None
 
 
 def show(change: Change) -> None:
