@@ -241,7 +241,8 @@ def _bracket_error(text: str, start: int, segment: str) -> PatternError:
         message = f"an index follows the name of a list; write 'layers{shorten(segment)}'"
         return _error(text, start, len(segment), message)
     first = _BRACKETS.search(segment)
-    at = first.end() if first else 0
+    assert first is not None
+    at = first.end()
     message = f"an index ends its segment; write '{shorten(segment[:at])}.{shorten(segment[at:])}'"
     return _error(text, start + at, len(segment) - at, message)
 

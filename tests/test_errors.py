@@ -276,6 +276,19 @@ def test_two_entries_that_print_the_same_path():
     assert list(replace_layers(model, "keyed.1", identity)) == ["keyed.1"]
 
 
+def test_a_key_with_a_dot_that_prints_the_path_of_another_place():
+    model = Net()
+    model.keyed["a.b"] = nn.Tanh()
+    model.keyed["a"] = nn.Sequential()
+    model.keyed["a"].b = nn.Tanh()
+    with pytest.raises(SelectionError) as error:
+        replace_layers(model, "keyed.a.b", identity)
+    assert str(error.value) == (
+        "2 places print the path 'keyed.a.b', for instance by the keys 0 and '0' of one dict; "
+        "rename one of the keys"
+    )
+
+
 def cycle() -> nn.Module:
     model = Net()
     model.layers[1].self_attn.back = model.layers

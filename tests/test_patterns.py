@@ -28,6 +28,7 @@ def build() -> nn.Module:
         "st*r": nn.ReLU(),
         "star": nn.ReLU(),
         "wh?t": nn.ReLU(),
+        "x,y": nn.ReLU(),
     }
     model._private = nn.ReLU()
     model.encoder = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
@@ -57,6 +58,7 @@ TABLE = [
     ("*", ["q_proj", "_private", "encoder"]),
     ("*.q_proj", []),
     ("l*s.*1.*q*", ["layers.1.q_proj", "layers.11.q_proj"]),
+    ("q_p*proj", []),
     # Braces choose inside one segment.
     ("layers.0.{q,v}_proj", ["layers.0.q_proj", "layers.0.v_proj"]),
     ("layers.{0,11}", layers(0, 11)),
@@ -106,6 +108,8 @@ TABLE = [
     ("keyed.?", ["keyed.0", "keyed.7"]),
     ("keyed.st*r", ["keyed.st*r", "keyed.star"]),
     ("keyed.wh?t", ["keyed.wh?t"]),
+    ("keyed.x,y", ["keyed.x,y"]),
+    ("keyed.{x,z},y", ["keyed.x,y"]),
     # Regular expressions match the whole path.
     (re.compile(r"layers\.\d\.q_proj"), [f"layers.{i}.q_proj" for i in range(10)]),
     (re.compile(r"q_proj"), ["q_proj"]),
@@ -171,6 +175,20 @@ PARSE_ERRORS = [
         "          ^^^^^",
     ),
     (
+        "a[" + "1," * 29 + "1]",
+        "[" + "1," * 29 + "1] is no index or slice of a list; "
+        "write .{" + "1," * 29 + "1} for some of the entries\n"
+        "    a[" + "1," * 24 + "1\n"
+        "     " + "^" * 20,
+    ),
+    (
+        "a[" + "1," * 29 + "11]",
+        "[" + "1," * 29 + "11] is no index or slice of a list; "
+        "write [0], [-1], [2:6], [-4:] or [::2], as for a Python list\n"
+        "    a[" + "1," * 24 + "1\n"
+        "     " + "^" * 20,
+    ),
+    (
         "layers[::0]",
         "[::0] is no index or slice of a list; "
         "write [0], [-1], [2:6], [-4:] or [::2], as for a Python list\n"
@@ -195,6 +213,12 @@ PARSE_ERRORS = [
         "'**' is a whole segment of its own; write 'a*', or 'a.**' for what is inside\n"
         "    a**\n"
         "    ^^^",
+    ),
+    (
+        "x.**proj",
+        "'**' is a whole segment of its own; write '*proj', or '**.proj' for one at any depth\n"
+        "    x.**proj\n"
+        "      ^^^^^^",
     ),
     ("***", "'**' is a whole segment of its own; write '*' or '**'\n    ***\n    ^^^"),
     ("", "'' is an empty pattern; '**' matches every module of the model"),
@@ -270,8 +294,21 @@ def test_a_long_wrong_pattern_has_a_short_message(pattern):
 
 
 @pytest.mark.parametrize(
-    "pattern", [3, None, b"layers", ["layers.*", 3], re.compile(b"x")], ids=str
+    ("pattern", "what"),
+    [
+        (3, "int: 3"),
+        (None, "NoneType: None"),
+        (b"layers", "int: 108"),
+        (["layers.*", 3], "int: 3"),
+        (re.compile(b"x"), "Pattern: re.compile(b'x')"),
+        ([("x" * 100,)], "tuple: ('" + "x" * 75 + "..."),
+    ],
+    ids=str,
 )
-def test_what_is_no_pattern_is_a_type_error(pattern):
-    with pytest.raises(TypeError, match="a pattern is a str or a compiled regular expression"):
+def test_what_is_no_pattern_is_a_type_error(pattern, what):
+    with pytest.raises(TypeError) as error:
         select(build(), pattern)
+    assert (
+        str(error.value)
+        == f"a pattern is a str or a compiled regular expression of str, not {what}"
+    )

@@ -366,6 +366,19 @@ def test_only_a_module_can_be_wrapped(layer, what):
     assert str(error.value) == f"layer must be an mlx.nn.Module, not {what}"
 
 
+def test_a_tie_is_seen_on_both_sides_of_a_wrapper():
+    model = nn.Module()
+    model.first = nn.Linear(4, 4)
+    model.wrapped = Wrapper(nn.Sequential(nn.ReLU()))
+    model.last = model.first
+    with pytest.raises(SelectionError) as error:
+        replace_layers(model, "**.last", wrap)
+    assert str(error.value) == (
+        "'last' is tied: the same Linear is at 'first', which would not change; "
+        "select all of them, or leave out with exclude='last'"
+    )
+
+
 def test_an_init_that_does_not_hand_on_the_layer_is_told_so():
     class Forgetful(Wrapper):
         def __init__(self, layer: nn.Module):
