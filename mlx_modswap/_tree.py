@@ -76,7 +76,7 @@ def tree(
     narrowed = ["where"] * (where is not None) + ["exclude"] * bool(excludes)
     marked: dict[int, set[Any]] = {}  # keys by the id of their container
     chosen_by = ""
-    if narrowed or [one.text for one in patterns] != ["'**'"]:
+    if narrowed or not isinstance(pattern, str) or pattern != "**":
         places = choose(model, patterns, where, excludes, strict=True)
         for holder, key in places.locations():
             marked.setdefault(holder, set()).add(key)

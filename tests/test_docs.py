@@ -21,6 +21,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import oracle
 import pytest
+from mlx.utils import tree_unflatten
 
 import mlx_modswap
 
@@ -532,6 +533,10 @@ TRAPS = by_heading(README)["## Why"]  # these build on one another
 
 
 def test_the_traps_of_the_readme_are_as_it_says():
+    try:
+        tree_unflatten([])
+    except IndexError:
+        pytest.skip("an older MLX falls into the first trap with an error that does not help")
     run(TRAPS, README, {**vars(mlx_modswap), "__name__": "readme", "nn": nn})
 
 
