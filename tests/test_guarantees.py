@@ -385,6 +385,21 @@ class TestAllOrNothing:
         assert model.layers is others
         assert [type(layer.attn) for layer in others] == [nn.Linear] * 3
 
+    def test_the_place_that_has_moved_is_named_and_not_one_before_it(self):
+        model = Model()
+
+        def meddling(path, module):
+            model.layers[1] = Block()
+            return Holder()
+
+        with pytest.raises(SelectionError) as caught:
+            replace_layers(model, ["embed", "layers.*.attn"], meddling)
+        assert str(caught.value) == (
+            "'layers.1.attn' was changed by someone else while the factories ran; "
+            "nothing was changed here"
+        )
+        assert type(model.embed) is nn.Embedding
+
 
 class TestOrder:
     """3. Factories are called in definition order."""
