@@ -456,6 +456,16 @@ class TestTies:
         assert list(report) == ["shared", "encoder.embed"]
         assert report["shared"] is report["encoder.embed"] is model.shared
 
+    @pytest.mark.parametrize("before", ["", "**."])
+    @pytest.mark.parametrize(("place", "other"), [("first", "last"), ("last", "first")])
+    def test_a_tie_is_seen_where_there_is_nothing_else(self, before, place, other):
+        shared = nn.Embedding(8, 4)
+        model = build(first=shared, last=shared)
+        assert refuses(model, before + place, fresh) == (
+            f"'{place}' is tied: the same Embedding is at '{other}', which would not change; "
+            f"select all of them, or leave out with exclude='{place}'"
+        )
+
     def test_a_part_of_a_tie_is_refused_with_the_rest_of_it(self):
         shared = nn.Embedding(8, 4)
         model = build(shared=shared, encoder=build(embed=shared), decoder=build(embed=shared))
