@@ -311,6 +311,11 @@ def test_a_model_that_holds_a_cycle(call):
     assert str(error.value) == "the model holds a cycle: 'lm_head.top' is the model itself again"
 
 
+def test_a_narrow_look_does_not_come_to_a_cycle():
+    model = cycle()
+    assert list(select(model, "layers.0.mlp")) == ["layers.0.mlp"]
+
+
 def test_a_factory_that_would_make_a_cycle():
     model = Net()
     with pytest.raises(SelectionError) as error:

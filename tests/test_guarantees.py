@@ -454,6 +454,21 @@ class TestAllOrNothing:
             "MLX's update_modules failed, and so did putting 'once.a' back: 'locked'"
         )
 
+    def test_the_place_that_has_moved_is_named_and_not_one_before_it(self):
+        model = Model()
+
+        def meddling(path, module):
+            model.layers[1] = Block()
+            return Holder()
+
+        with pytest.raises(SelectionError) as caught:
+            replace_layers(model, ["embed", "layers.*.attn"], meddling)
+        assert str(caught.value) == (
+            "'layers.1.attn' was changed by someone else while the factories ran; "
+            "nothing was changed here"
+        )
+        assert type(model.embed) is nn.Embedding
+
 
 class TestOrder:
     """3. Factories are called in definition order."""
@@ -509,6 +524,16 @@ class TestTies:
         assert model.shared is model.encoder.embed
         assert list(report) == ["shared", "encoder.embed"]
         assert report["shared"] is report["encoder.embed"] is model.shared
+
+    @pytest.mark.parametrize("before", ["", "**."])
+    @pytest.mark.parametrize(("place", "other"), [("first", "last"), ("last", "first")])
+    def test_a_tie_is_seen_where_there_is_nothing_else(self, before, place, other):
+        shared = nn.Embedding(8, 4)
+        model = build(first=shared, last=shared)
+        assert refuses(model, before + place, fresh) == (
+            f"'{place}' is tied: the same Embedding is at '{other}', which would not change; "
+            f"select all of them, or leave out with exclude='{place}'"
+        )
 
     def test_a_part_of_a_tie_is_refused_with_the_rest_of_it(self):
         shared = nn.Embedding(8, 4)

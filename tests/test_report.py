@@ -151,6 +151,12 @@ def test_a_swap_of_nothing():
     assert (str(report), report._repr_html_()) == ("nothing changed", "<p>nothing changed</p>")
 
 
+def test_digit_keys_of_a_dict_that_holds_no_modules_do_not_matter():
+    model = Model()
+    model.settings = {"0": None, "1": nn.gelu}
+    assert str(replace_layers(model, "**.q_proj", nothing)).startswith("layers[0:4].self_attn.q")
+
+
 def test_a_long_picture_is_cut():
     model = Net()
     for n in range(120):
