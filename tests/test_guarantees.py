@@ -466,6 +466,16 @@ class TestTies:
             f"select all of them, or leave out with exclude='{place}'"
         )
 
+    def test_a_tie_is_seen_however_deep_its_arrays_are(self):
+        shared = Holder()
+        for _ in range(2 * sys.getrecursionlimit()):
+            shared = build(inner=shared)
+        model = build(first=shared, last=shared)
+        with pytest.raises(SelectionError) as caught:
+            replace_layers(model, "first", fresh)
+        assert str(caught.value).startswith("'first' is tied: the same Module is at 'last'")
+        assert model.first is shared
+
     def test_a_part_of_a_tie_is_refused_with_the_rest_of_it(self):
         shared = nn.Embedding(8, 4)
         model = build(shared=shared, encoder=build(embed=shared), decoder=build(embed=shared))
