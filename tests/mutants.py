@@ -44,7 +44,7 @@ FILES = "patterns errors guarantees properties report tree memory capture wrappe
 # Left out: what fails for no reason when each function counts its calls, and what is slow.
 SLOW = "time_of_a_match or hard_pattern or takes_no_time or of_mlx_lm or language_model"
 SLOW += " or cache_is_recorded or the_example_prints"
-AT_ONCE = 4
+AT_ONCE = os.cpu_count() or 2
 SPARE_SECONDS = 3  # of computing, for a test
 MOST_SECONDS = 300  # for all tests of a mutant
 SPARE_BYTES = 4 << 30

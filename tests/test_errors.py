@@ -325,6 +325,17 @@ def test_a_factory_that_would_make_a_cycle():
     )
 
 
+def test_a_factory_that_would_make_a_cycle_and_hands_on_the_layer_further_down():
+    model = Net()
+    with pytest.raises(SelectionError) as error:
+        replace_layers(
+            model, "lm_head", lambda path, layer: nn.Sequential(model, nn.Sequential(layer))
+        )
+    assert str(error.value) == (
+        "the model holds a cycle: 'lm_head.layers.0' is the model itself again"
+    )
+
+
 PARTIALS = [
     ({"zzz": nn.ReLU()}, NoMatchError, "there is no module at 'zzz': the model holds 'embed', "
      "'layers[0:4]' (4 Block), 'keyed.{0,1}' (2 ReLU), 'lm_head'"),

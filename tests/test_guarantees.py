@@ -535,6 +535,16 @@ class TestTies:
             f"select all of them, or leave out with exclude='{place}'"
         )
 
+    def test_a_tie_is_seen_however_deep_its_arrays_are(self):
+        shared = Holder()
+        for _ in range(2 * sys.getrecursionlimit()):
+            shared = build(inner=shared)
+        model = build(first=shared, last=shared)
+        with pytest.raises(SelectionError) as caught:
+            replace_layers(model, "first", fresh)
+        assert str(caught.value).startswith("'first' is tied: the same Module is at 'last'")
+        assert model.first is shared
+
     def test_a_part_of_a_tie_is_refused_with_the_rest_of_it(self):
         shared = nn.Embedding(8, 4)
         model = build(shared=shared, encoder=build(embed=shared), decoder=build(embed=shared))
@@ -1064,6 +1074,17 @@ class TestNoPinning:
 
 class TestLimits:
     """10. Cycles, and models that MLX itself cannot go down."""
+
+    def test_the_number_of_paths_is_limited(self, monkeypatch):
+        shared = Holder()
+        model = build(first=shared, last=shared)  # three paths, with that of the model itself
+        monkeypatch.setattr("mlx_modswap._locations._MOST_PATHS", 2)
+        assert refuses(model, "*", fresh) == (
+            "more than 2 paths lead through this model: modules in several places hold modules "
+            "in several places, again and again"
+        )
+        monkeypatch.setattr("mlx_modswap._locations._MOST_PATHS", 3)
+        assert list(replace_layers(model, "*", fresh)) == ["first", "last"]
 
     def test_a_cycle_is_refused(self):
         model = build(a=build(b=[nn.ReLU()]))
