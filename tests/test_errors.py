@@ -277,10 +277,8 @@ def test_two_entries_that_print_the_same_path():
 
 
 def test_a_key_with_a_dot_that_prints_the_path_of_another_place():
-    model = Net()
-    model.keyed["a.b"] = nn.Tanh()
-    model.keyed["a"] = nn.Sequential()
-    model.keyed["a"].b = nn.Tanh()
+    model = nn.Module()
+    model.keyed = {"a.b": nn.Tanh(), "a": {"b": nn.Tanh()}}
     with pytest.raises(SelectionError) as error:
         replace_layers(model, "keyed.a.b", identity)
     assert str(error.value) == (
