@@ -11,7 +11,7 @@ import mlx.nn as nn
 
 from . import _hints
 from ._fold import inside
-from ._locations import Container, entries
+from ._locations import Container, entries, opened
 from ._measure import Measure, measure
 
 _ARRAY = mx.array
@@ -73,7 +73,7 @@ def forms_of(
 
     Args:
         order (list): The containers, each before what it holds.
-        marked (dict): The keys of what is marked, by the ``id`` of their container.
+        marked (dict): The keys of what is marked, by the ``id`` of what holds it.
         shared (set): The ``id`` of each container that is in several places.
     """
     forms: dict[int, Form] = {}
@@ -86,7 +86,7 @@ def forms_of(
                 held.append((key, value.shape, value.dtype))
             elif type(value) not in _PLAIN:
                 held.append((key, forms.get(id(value)) or stand_in(value), id(value) in shared))
-        marks = frozenset(marked.get(id(container), ()))
+        marks = frozenset(marked.get(id(opened(container)), ()))
         state: list[Any] = []
         if issubclass(type(container), nn.Module):
             attributes = vars(container)

@@ -19,7 +19,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from strategies import Leaf, Net, Secret, lists_of_patterns, models
 
-from mlx_modswap import NoMatchError, PatternError, SelectionError, select, tree
+from mlx_modswap import NoMatchError, PatternError, SelectionError, Wrapper, select, tree
 
 
 class Attention(nn.Module):
@@ -99,6 +99,15 @@ Llama                                                            211.7K params  
       down_proj            Linear(128 -> 64)                x4   32.8K           131.1 KB   float32
     norm                   RMSNorm(64, eps=1e-05)           x4   256             1.0 KB     float32"""
     )
+
+
+def test_a_selection_inside_of_a_wrapped_layer_is_marked():
+    layer, model = nn.Module(), nn.Module()
+    layer.up, layer.acts = nn.Linear(2, 2), [nn.ReLU(), nn.Tanh()]
+    model.block = Wrapper(layer)
+    for pattern, name in (("block.up", "up "), ("block.acts[-1]", "acts.1 ")):
+        (marked,) = [line for line in str(tree(model, pattern)).splitlines() if line[0] == "*"]
+        assert marked[1:].strip().startswith(name)
 
 
 def test_a_selection_is_marked_and_splits_what_looked_the_same():
