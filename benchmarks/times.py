@@ -110,9 +110,8 @@ def in_short(rows: list[Row]) -> list[Row]:
                     for row in rows
                     if row["model"] == model and (row["pattern"] == "one path") == is_one
                 ]
-                ends = sorted(filter(None, cells), key=float)
-                ends = ends[:1] + ends[-1:] if ends[:1] != ends[-1:] else ends[:1]
-                line[f"{others}, {what}"] = " to ".join(ends)
+                cells = sorted(filter(None, cells), key=float)
+                line[f"{others}, {what}"] = " to ".join(dict.fromkeys(cells[:1] + cells[-1:]))
         short.append(line)
     return short
 

@@ -26,8 +26,6 @@ Swaps = Mapping[tuple[int, Any], nn.Module]  # (id(container), key) -> module
 
 WRAPPED = "(wrapped)"  # the key of the layer in a module that stands in for it
 _MOST_PATHS = 10_000_000
-
-
 _DICT_GET: Any = dict.get
 
 
@@ -105,10 +103,9 @@ class Places:
         odd_keys (bool): See :class:`Matcher`.
     """
 
-    # Lists of str, int and objects that exist anyway: a tuple for each place
-    # would double the cost of a big swap in garbage collection.
-
     def __init__(self, model: nn.Module):
+        # Lists of str, int and objects that exist anyway: a tuple for each place
+        # would double the cost of a big swap in garbage collection.
         self.values: list[Any] = [model]
         self.above: list[int] = [0]
         self.keys: list[Any] = [None]

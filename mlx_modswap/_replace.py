@@ -277,9 +277,8 @@ def _plan(
     else:
         news = _make(places.paths, places.modules, numbers, factories)
     changes = list(map(is_not, news, places.modules))
-    if not all(changes):
-        places.keep(changes)
-        news = list(compress(news, changes))
+    places.keep(changes)
+    news = list(compress(news, changes))
     _check_nesting(places)
     _check_names(places)
     _bring_in(places, news, known)

@@ -72,7 +72,6 @@ def tree(
     """
     check_model(model)
     patterns, excludes = parse_argument("pattern", pattern), parse_argument("exclude", exclude)
-    places = find(model, Matcher(()))
     narrowed = ["where"] * (where is not None) + ["exclude"] * bool(excludes)
     marked: dict[int, set[Any]] = {}  # keys by the id of their container
     chosen_by = ""
@@ -82,6 +81,8 @@ def tree(
             marked.setdefault(holder, set()).add(key)
         chosen_by = _hints.listed(one.text for one in patterns)
         chosen_by += " with " * bool(narrowed) + " and ".join(narrowed)
+    else:
+        places = find(model, Matcher(()))
     _, sharing = survey(places)
     order = sort_containers(model, {}) if sharing else _levels(model)
     ways = sharing.ways if sharing else {}
