@@ -84,100 +84,98 @@ def is_container(value: Any) -> bool:
 
 
 class Places:
-    """Some places of a model, and all that a walk to them went through.
+    """Some places of a model, and the containers on the way to them.
 
-    A table with one row for each location on the way; row 0 is the model itself.
-    What is inside a container comes behind it. The places are some of the rows.
+    Columns rather than an object for each place, which would double the cost of a
+    big swap in garbage collection.
 
     Attributes:
-        values (list): The module, dict or list at each row.
-        above (list[int]): The row that it is inside of.
+        paths (list[str]): The path of each place, as ``named_modules()`` prints it.
+        modules (list[nn.Module]): What was found there.
+        inside (list[int]): The row of the container that holds it.
         keys (list): Its key there.
-        rows (list[int]): The row of each place.
-        paths (list[str]): The path of each, as ``named_modules()`` prints it.
-        masks (list[int]): The patterns that match each: bit ``i`` for pattern ``i``.
-        layers (dict): The layer that a row stands in for, by row.
-        others (list): Containers that the walk came by and that have no row.
-        skipped (list): Containers that it came by and did not look into.
+        masks (list[int]): The patterns that match it: bit ``i`` for pattern ``i``.
+
+        containers (list): A row for each container on the way; row 0 is the model.
+            What is inside of one comes behind it.
+        above (list[int]): The row of the container that holds it.
+        keys_above (list): Its key there.
+        layers (dict): The layer that a container stands in for, by row.
+
+        seen (list): All containers that the walk came by.
+        skipped (list): Those among them that it did not look into.
         sharing (Sharing, optional): Who shares what, if it had to be found out.
         odd_keys (bool): See :class:`Matcher`.
     """
 
     def __init__(self, model: nn.Module):
-        # Lists of str, int and objects that exist anyway: a tuple for each place
-        # would double the cost of a big swap in garbage collection.
-        self.values: list[Any] = [model]
-        self.above: list[int] = [0]
-        self.keys: list[Any] = [None]
-        self.rows: list[int] = []
         self.paths: list[str] = []
+        self.modules: list[nn.Module] = []
+        self.inside: list[int] = []
+        self.keys: list[Any] = []
         self.masks: list[int] = []
+        self.containers: list[Any] = [model]
+        self.above: list[int] = [0]
+        self.keys_above: list[Any] = [None]
         self.layers: dict[int, Container] = {}
-        self.others: list[Container] = []
+        self.seen: list[Container] = [model]
         self.skipped: list[Container] = []
         self.sharing: Sharing | None = None
         self.odd_keys = False
-        self._around: list[int] | None = None
 
     @property
     def model(self) -> nn.Module:
         """The model that the places are in."""
-        return self.values[0]
+        return self.containers[0]
 
-    @property
-    def modules(self) -> list[nn.Module]:
-        """The modules that were found at the places."""
-        return list(map(self.values.__getitem__, self.rows))
-
-    def enter(self, value: Container, row: int, key: Any) -> int:
-        """Add a row, and return its number."""
-        self.values.append(value)
+    def enter(self, container: Container, row: int, key: Any) -> int:
+        """Add a row for a container, and return its number."""
+        self.containers.append(container)
         self.above.append(row)
-        self.keys.append(key)
-        return len(self.values) - 1
+        self.keys_above.append(key)
+        return len(self.containers) - 1
 
     def open(self, row: int) -> Container:
         """What has the keys that the paths through a row go on with."""
-        layers = wrapped(self.values[row])
+        layers = wrapped(self.containers[row])
         if not layers:
-            return self.values[row]
+            return self.containers[row]
         self.layers[row] = layers[-1]
-        self.others += layers
+        self.seen += layers
         return layers[-1]
 
     def keep(self, selectors: Sequence[Any]) -> None:
         """Forget the places whose selector is false."""
         if not all(selectors):
-            self._around = None
-            for name in ("rows", "paths", "masks"):
+            for name in ("paths", "modules", "inside", "keys", "masks"):
                 setattr(self, name, list(compress(getattr(self, name), selectors)))
 
     def forget(self) -> None:
         """Let go of what was only looked at."""
-        self.others.clear()
+        self.seen.clear()
         self.skipped.clear()
 
     def around(self) -> list[int]:
-        """The rows that the places are inside of, at any depth; the model is the first."""
-        if self._around is None:
-            around = {0}
-            rows: Iterable[int] = self.rows
-            while rows:
-                rows = set(map(self.above.__getitem__, rows)) - around
-                around |= rows
-            self._around = sorted(around)
-        return self._around
+        """The rows of the containers around the places, at any depth; the model is the first."""
+        around = {0}
+        rows = set(self.inside)
+        while rows:
+            rows -= around
+            around |= rows
+            rows = set(map(self.above.__getitem__, rows))
+        return sorted(around)
 
     def locations(self) -> list[tuple[int, Any]]:
         """Where each place is: the ``id`` of what holds it, and its key there."""
-        return list(zip(map(id, self._holders(self.rows)), map(self.keys.__getitem__, self.rows)))
+        return list(zip(map(id, self._opened(self.inside)), self.keys))
 
     def first_moved(self) -> int | None:
         """The number of the first place that is no longer in the model, if there is one."""
-        around = self.around()[1:]
-        expected = map(self.values.__getitem__, around)
-        moved = set(compress(around, map(is_not, self._held(around), expected)))
-        for number, row in enumerate(self.rows if moved else ()):
+        rows = self.around()[1:]
+        holders = self._opened([self.above[row] for row in rows])
+        held = _held(holders, [self.keys_above[row] for row in rows])
+        moved = {row for row, now in zip(rows, held) if now is not self.containers[row]}
+        for number, row in enumerate(self.inside if moved else ()):
             while row and row not in moved:
                 row = self.above[row]
             if row:
@@ -186,24 +184,23 @@ class Places:
 
     def first_without(self, modules: Iterable[nn.Module]) -> int | None:
         """The number of the first place that does not hold its entry of ``modules``, likewise."""
-        changed = map(is_not, self._held(self.rows), modules)
+        changed = map(is_not, _held(self._opened(self.inside), self.keys), modules)
         return next(compress(count(), changed), None)
 
-    def _holders(self, rows: Iterable[int]) -> list[Container]:
-        above = list(map(self.above.__getitem__, rows))
+    def _opened(self, rows: Iterable[int]) -> list[Container]:
         if self.layers:
-            return [self.layers[row] if row in self.layers else self.values[row] for row in above]
-        return list(map(self.values.__getitem__, above))
+            return [self.layers.get(row, self.containers[row]) for row in rows]
+        return list(map(self.containers.__getitem__, rows))
 
-    def _held(self, rows: Sequence[int]) -> list[Any]:
-        """What is at some rows now."""
-        holders, keys = self._holders(rows), list(map(self.keys.__getitem__, rows))
-        for get in (_DICT_GET, list.__getitem__):  # mostly they are all of one kind
-            try:
-                return list(map(get, holders, keys))
-            except (TypeError, IndexError):
-                continue
-        return list(map(_get, holders, keys))
+
+def _held(holders: list[Container], keys: list[Any]) -> list[Any]:
+    """What containers hold now at some keys."""
+    for get in (_DICT_GET, list.__getitem__):  # mostly they are all of one kind
+        try:
+            return list(map(get, holders, keys))
+        except (TypeError, IndexError):
+            continue
+    return list(map(_get, holders, keys))
 
 
 def _get(holder: Container, key: Any) -> Any:
@@ -219,9 +216,8 @@ def find(model: nn.Module, matcher: Matcher) -> Places:
         SelectionError: If the walk comes to a cycle.
     """
     places = Places(model)
-    values, above, keys = places.values, places.above, places.keys
-    rows, paths, masks = places.rows, places.paths, places.masks
-    others, skipped = places.others, places.skipped
+    paths, modules, masks = places.paths, places.modules, places.masks
+    inside, keys, seen = places.inside, places.keys, places.seen
     kinds = _Kinds()
     kind_of, only_arrays = kinds.__getitem__, {mx.array}.issuperset
     entered: set[int] = set()
@@ -233,32 +229,27 @@ def find(model: nn.Module, matcher: Matcher) -> Places:
             kind = kinds[type(value)]
             if not kind:
                 continue
-            is_hit = kind == _MODULE and state.mask
-            if is_hit:
-                rows.append(len(values))
+            seen.append(value)
+            if state.mask and kind == _MODULE:
                 paths.append(f"{prefix}{key}")
+                modules.append(value)
                 masks.append(state.mask)
-                values.append(value)
-                above.append(row)
+                inside.append(row)
                 keys.append(key)
             if not state.goes_on:
-                skipped.append(value)
-                if not is_hit:
-                    others.append(value)
+                places.skipped.append(value)
                 continue
-            inside = dict.values(value) if kind > _LIST else tuple(list.__iter__(value))
-            holds_more = inside and not only_arrays(map(type, inside))
-            if holds_more and any(map(kind_of, map(type, inside))):
-                if id(value) in entered and places.sharing is None:
-                    places.sharing = Sharing(model)
-                entered.add(id(value))
-                waiting.append((row, prefix, steps))
-                row = len(values) - 1 if is_hit else places.enter(value, row, key)
-                prefix = f"{prefix}{key}."
-                steps = _steps(places.open(row), state)
-                break
-            if not is_hit:
-                others.append(value)
+            held = dict.values(value) if kind > _LIST else tuple(list.__iter__(value))
+            if not held or only_arrays(map(type, held)) or not any(map(kind_of, map(type, held))):
+                continue
+            if id(value) in entered and places.sharing is None:
+                places.sharing = Sharing(model)
+            entered.add(id(value))
+            waiting.append((row, prefix, steps))
+            row, prefix = places.enter(value, row, key), f"{prefix}{key}."
+            is_plain = kind == _LIST or not dict.__contains__(value, WRAPPED)
+            steps = _steps(value if is_plain else places.open(row), state)
+            break
         else:
             if not waiting:
                 places.odd_keys = matcher.odd_keys
@@ -286,20 +277,22 @@ def locate(model: nn.Module, paths: Iterable[str]) -> tuple[Places, list[int]]:
     counts: list[int] = []
     for path in paths:
         segments = path.split(".")
-        before = len(places.rows)
+        before = len(places.paths)
         reached = [(0, 0)]  # a row, and how many segments lead to it
         for row, used in reached:
             if row not in names:
                 names[row] = _Names(places.open(row))
             for end, key, value in names[row].next(segments, used):
-                if (row, key) not in rows:
-                    rows[row, key] = places.enter(value, row, key)
                 if end < len(segments):
+                    if (row, key) not in rows:
+                        rows[row, key] = places.enter(value, row, key)
                     reached.append((rows[row, key], end))
                 elif issubclass(type(value), nn.Module):
-                    places.rows.append(rows[row, key])
                     places.paths.append(path)
-        counts.append(len(places.rows) - before)
+                    places.modules.append(value)
+                    places.inside.append(row)
+                    places.keys.append(key)
+        counts.append(len(places.paths) - before)
     return places, counts
 
 
@@ -322,24 +315,23 @@ class _Names:
 
 def nest(places: Places, modules: Iterable[nn.Module]) -> dict[Any, Any]:
     """The partial module dict that puts ``modules`` into ``places``."""
-    values, above, keys = places.values, places.above, places.keys
     partial: dict[int, Any] = {0: {}}  # by row
     for row in places.around()[1:]:
-        outer, key = partial[above[row]], keys[row]
-        if type(outer) is list:
-            _lengthen(outer, key)
-        outer[key] = partial[row] = {} if isinstance(values[row], dict) else []
-    outers = map(partial.__getitem__, map(above.__getitem__, places.rows))
-    for outer, key, module in zip(outers, map(keys.__getitem__, places.rows), modules):
-        if type(outer) is list:
-            _lengthen(outer, key)
-        outer[key] = module
+        inner = {} if isinstance(places.containers[row], dict) else []
+        _put(partial[places.above[row]], places.keys_above[row], inner)
+        partial[row] = inner
+    for outer, key, module in zip(map(partial.__getitem__, places.inside), places.keys, modules):
+        if type(outer) is dict:
+            outer[key] = module
+        else:
+            _put(outer, key, module)
     return partial[0]
 
 
-def _lengthen(entries: list[Any], index: int) -> None:
-    """Make room: an empty dict tells update_modules to leave an entry of a list alone."""
-    entries.extend([{}] * (index + 1 - len(entries)))
+def _put(outer: Any, key: Any, entry: Any) -> None:
+    if type(outer) is list:  # an empty dict tells update_modules to leave an entry alone
+        outer.extend([{}] * (key + 1 - len(outer)))
+    outer[key] = entry
 
 
 # ---------------------------------------------------------------- all containers at once
@@ -384,15 +376,13 @@ def survey(places: Places) -> tuple[set[int], Sharing | None]:
         is in several places.
     """
     kinds = _Kinds()
-    ids = set(map(id, chain(places.values, places.others)))
-    number = len(places.values) + len(places.others)
+    ids = set(map(id, places.seen))
     level = places.skipped
-    while level and len(ids) == number:
+    while level and len(ids) == len(places.seen):
         level = _inner(level, kinds)
-        places.others += level  # held, so that no other object gets the id of one
+        places.seen += level  # held, so that no other object gets the id of one
         ids.update(map(id, level))
-        number += len(level)
-    if len(ids) == number:
+    if len(ids) == len(places.seen):
         return ids, None
     sharing = places.sharing or Sharing(places.model)
     return set(sharing.ways), sharing

@@ -425,17 +425,18 @@ def _partly(unit: Unit, places: Places, inside: list[int], sharing: Sharing) -> 
 
 def _check_nesting(places: Places) -> None:
     """No place may lie inside another."""
-    if set(places.around()).isdisjoint(places.rows):
+    around = places.around()
+    if set(map(id, map(places.containers.__getitem__, around))).isdisjoint(map(id, places.modules)):
         return
-    uppers = dict(zip(places.rows, places.paths))
+    uppers = dict(zip(zip(places.inside, places.keys), places.paths))
+    inner = {row: uppers.get((places.above[row], places.keys_above[row])) for row in around[1:]}
     clear = {0}
-    for path, row in zip(places.paths, places.rows):
-        row = places.above[row]
+    for path, row in zip(places.paths, places.inside):
         while row not in clear:
-            if row in uppers:
+            if upper := inner[row]:
                 raise SelectionError(
-                    f"{path!r} lies inside {uppers[row]!r}, and both would change; leave one "
-                    f"of them out, with exclude={uppers[row]!r} for instance"
+                    f"{path!r} lies inside {upper!r}, and both would change; leave one "
+                    f"of them out, with exclude={upper!r} for instance"
                 )
             clear.add(row)
             row = places.above[row]
