@@ -122,6 +122,7 @@ class Places:
         self.skipped: list[Container] = []
         self.sharing: Sharing | None = None
         self.odd_keys = False
+        self._around: list[int] | None = None
 
     @property
     def model(self) -> nn.Module:
@@ -147,6 +148,7 @@ class Places:
     def keep(self, selectors: Sequence[Any]) -> None:
         """Forget the places whose selector is false."""
         if not all(selectors):
+            self._around = None
             for name in ("paths", "modules", "inside", "keys", "masks"):
                 setattr(self, name, list(compress(getattr(self, name), selectors)))
 
@@ -157,13 +159,14 @@ class Places:
 
     def around(self) -> list[int]:
         """The rows of the containers around the places, at any depth; the model is the first."""
-        around = {0}
-        rows = set(self.inside)
-        while rows:
-            rows -= around
-            around |= rows
-            rows = set(map(self.above.__getitem__, rows))
-        return sorted(around)
+        if self._around is None:
+            around, rows = {0}, set(self.inside)
+            while rows:
+                rows -= around
+                around |= rows
+                rows = set(map(self.above.__getitem__, rows))
+            self._around = sorted(around)
+        return self._around
 
     def locations(self) -> list[tuple[int, Any]]:
         """Where each place is: the ``id`` of what holds it, and its key there."""
@@ -317,21 +320,23 @@ def nest(places: Places, modules: Iterable[nn.Module]) -> dict[Any, Any]:
     """The partial module dict that puts ``modules`` into ``places``."""
     partial: dict[int, Any] = {0: {}}  # by row
     for row in places.around()[1:]:
-        inner = {} if isinstance(places.containers[row], dict) else []
-        _put(partial[places.above[row]], places.keys_above[row], inner)
-        partial[row] = inner
+        outer, key = partial[places.above[row]], places.keys_above[row]
+        if type(outer) is list:
+            _lengthen(outer, key)
+        outer[key] = partial[row] = {} if isinstance(places.containers[row], dict) else []
     for outer, key, module in zip(map(partial.__getitem__, places.inside), places.keys, modules):
-        if type(outer) is dict:
-            outer[key] = module
-        else:
-            _put(outer, key, module)
+        if type(outer) is list:
+            if key == len(outer):  # mostly
+                outer.append(module)
+                continue
+            _lengthen(outer, key)
+        outer[key] = module
     return partial[0]
 
 
-def _put(outer: Any, key: Any, entry: Any) -> None:
-    if type(outer) is list:  # an empty dict tells update_modules to leave an entry alone
-        outer.extend([{}] * (key + 1 - len(outer)))
-    outer[key] = entry
+def _lengthen(entries: list[Any], index: int) -> None:
+    """Make room: an empty dict tells update_modules to leave an entry of a list alone."""
+    entries.extend([{}] * (index + 1 - len(entries)))
 
 
 # ---------------------------------------------------------------- all containers at once
@@ -466,29 +471,31 @@ def holds_array(module: nn.Module) -> bool:
 
 def brought_in(
     modules: Sequence[nn.Module], known: set[int], seen: set[int]
-) -> tuple[list[nn.Module], set[int], set[int]]:
+) -> tuple[list[nn.Module], set[int]]:
     """What modules that are to be put into a model would bring with them.
 
     Args:
         modules (sequence of nn.Module): The modules to put in.
         known (set[int]): The ids of the containers of the model.
-        seen (set[int]): The ids of what others bring in that were looked at before.
+        seen (set[int]): The ids of what was looked at before; those of what is inside
+            of ``modules`` are added.
 
     Returns:
-        All modules in and inside ``modules`` that are new; the ids of what they lead
-        to that is known or was seen; and of all that was seen by now.
+        All modules in and inside ``modules`` that are new, and the ids of what they
+        lead to that is known or was seen.
     """
     kinds = _Kinds()
     fresh: list[nn.Module] = []
     met: set[int] = set()
     level: Sequence[Any] = modules
     while level:
-        ids = set(map(id, level))
-        if len(ids) < len(level) or not ids.isdisjoint(known) or not ids.isdisjoint(seen):
+        if level is not modules or seen or not known.isdisjoint(map(id, level)):
+            ids = set(map(id, level))
             old = ids & known | ids & seen
-            met |= old
-            level = [v for key, v in dict(zip(map(id, level), level)).items() if key not in old]
+            if old or len(ids) < len(level):
+                met |= old
+                level = [v for key, v in dict(zip(map(id, level), level)).items() if key not in old]
+            seen |= ids
         fresh += level if level is modules else (v for v in level if kinds[type(v)] == _MODULE)
-        seen = seen | ids if seen else ids
         level = _inner(level, kinds)
-    return fresh, met, seen
+    return fresh, met

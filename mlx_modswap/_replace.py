@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from itertools import compress, groupby
 from operator import attrgetter, is_not, itemgetter
@@ -269,13 +269,14 @@ def _plan(
     places = choose(model, patterns, where, excludes, strict, as_rules=as_rules)
     known, sharing = survey(places)
     rules = {mask: first_pattern(mask) if as_rules else 0 for mask in set(places.masks)}
-    numbers = list(map(rules.__getitem__, places.masks))
+    numbers = map(rules.__getitem__, places.masks)
     if sharing:
+        numbers = list(numbers)
         units = _units(places, sharing)
         news = _make_once(units, places, numbers, factories)
         _check_units(units, places, numbers, news, sharing, patterns)
     else:
-        news = _make(places.paths, places.modules, numbers, factories)
+        news = _make(places.paths, places.modules, map(factories.__getitem__, numbers))
     changes = list(map(is_not, news, places.modules))
     places.keep(changes)
     news = list(compress(news, changes))
@@ -311,12 +312,11 @@ def _check_factory(name: str, factory: Any) -> None:
 def _make(
     paths: Sequence[str],
     modules: Sequence[nn.Module],
-    numbers: Sequence[int],
-    factories: Sequence[Factory | None],
+    factories: Iterable[Factory | None],
 ) -> list[nn.Module]:
     """Call the factory of each place."""
     news: list[nn.Module] = []
-    for path, module, factory in zip(paths, modules, map(factories.__getitem__, numbers)):
+    for path, module, factory in zip(paths, modules, factories):
         if factory is None:
             news.append(module)
             continue
@@ -365,8 +365,7 @@ def _make_once(
     made = _make(
         [places.paths[at] for at in order],
         [places.modules[at] for at in order],
-        [numbers[at] for at in order],
-        factories,
+        [factories[numbers[at]] for at in order],
     )
     news = dict(zip((calls[at] for at in order), made))
     return [news[call] for call in calls]
@@ -426,7 +425,8 @@ def _partly(unit: Unit, places: Places, inside: list[int], sharing: Sharing) -> 
 def _check_nesting(places: Places) -> None:
     """No place may lie inside another."""
     around = places.around()
-    if set(map(id, map(places.containers.__getitem__, around))).isdisjoint(map(id, places.modules)):
+    outer = map(places.containers.__getitem__, around)
+    if set(map(type, outer)).isdisjoint(map(type, places.modules)):
         return
     uppers = dict(zip(zip(places.inside, places.keys), places.paths))
     inner = {row: uppers.get((places.above[row], places.keys_above[row])) for row in around[1:]}
@@ -465,11 +465,12 @@ def _bring_in(places: Places, news: list[nn.Module], known: set[int]) -> None:
         SelectionError: If the model would hold a cycle.
     """
     olds = places.modules
-    met: set[int] = set()
-    seen: set[int] = set()
+    met, seen = set[int](), set[int]()
+    before: Sequence[nn.Module] = ()
     for mode, run in _runs(_modes(olds), news):
-        fresh, met_here, seen = brought_in(run, known, seen)
-        met |= met_here
+        seen.update(map(id, before))
+        fresh, met_here = brought_in(run, known, seen)
+        met, before = met | met_here, run
         if set(_modes(fresh)) != {mode}:
             for module in fresh:
                 if id(opened(module)) not in known:

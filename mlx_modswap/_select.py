@@ -5,6 +5,7 @@ from __future__ import annotations
 import types
 from collections import Counter
 from collections.abc import Callable, Iterable
+from itertools import repeat
 from typing import Any
 
 import mlx.core as mx
@@ -100,14 +101,16 @@ def choose(
     _check_where(where)
     places = _match(model, patterns + excludes)
     included = (1 << len(patterns)) - 1  # the lower bits; those of the excludes follow
-    found = {mask for mask in set(places.masks) if mask & included}
+    masks = set(places.masks)
+    found = {mask for mask in masks if mask & included}
     if strict:
         _check_patterns(model, patterns, found)
         _check_excludes(model, patterns, excludes, places)
         if as_rules:
             _check_rules(patterns, places)
     wanted = {mask for mask in found if mask <= included}
-    places.keep(list(map(wanted.__contains__, places.masks)))
+    if wanted != masks:
+        places.keep(list(map(wanted.__contains__, places.masks)))
     if where is not None:
         passed = _passed(where, places)
         if strict and passed and not any(passed):
@@ -149,7 +152,7 @@ def _check_where(where: Any) -> None:
 
 def _passed(where: Any, places: Places) -> list[bool]:
     if _is_class(where):
-        return [isinstance(module, where) for module in places.modules]
+        return list(map(isinstance, places.modules, repeat(where)))
     return [bool(where(path, module)) for path, module in zip(places.paths, places.modules)]
 
 
