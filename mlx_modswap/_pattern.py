@@ -9,7 +9,6 @@ remembers the state behind each key it has met, so most steps are one look-up.
 from __future__ import annotations
 
 import re
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Any
@@ -160,7 +159,10 @@ def _parse_path(text: str) -> tuple[Any, ...]:
         if not segment:
             mended = ".".join(filter(None, text.split("."))) or "**"
             raise _error(text, start, 1, f"an empty segment; write {shorten(mended)!r}")
-        if _SPECIAL.search(segment):
+        if segment == "**":
+            if not items or items[-1] is not _DEEP:  # two are the same as one
+                items.append(_DEEP)
+        elif _SPECIAL.search(segment):
             items.extend(_parse_segment(text, start, segment))
         else:
             items.append(_Names((segment,)))
@@ -171,8 +173,6 @@ def _parse_path(text: str) -> tuple[Any, ...]:
 
 
 def _parse_segment(text: str, start: int, segment: str) -> list[Any]:
-    if segment == "**":
-        return [_DEEP]
     subscripts = [_parse_subscript(text, start, found) for found in _BRACKETS.finditer(segment)]
     split = _SEGMENT.fullmatch(segment)
     if split is None:
@@ -336,22 +336,20 @@ class State(dict[str, "State"]):
         return table
 
     def _entries(self, length: int) -> list[State]:
-        matcher = self._matcher
+        items, state = self._matcher.items, self._matcher.state
         everywhere = set[int]()
-        somewhere: defaultdict[int, set[int]] = defaultdict(set)
+        somewhere: list[tuple[int, ...]] = [()] * length
         for at in self._live:
-            item = matcher.items[at]
+            item = items[at]
             if item is _DEEP:
                 everywhere.add(at)
             elif item is _ANY:
                 everywhere.add(at + 1)
             elif item is not None:
                 for index in item.indices(length):
-                    somewhere[index].add(at + 1)
-        table = [matcher.state(everywhere)] * length
-        for index, live in somewhere.items():
-            table[index] = matcher.state(live | everywhere)
-        return table
+                    somewhere[index] += (at + 1,)
+        states = {live: state(everywhere.union(live)) for live in set(somewhere)}
+        return list(map(states.__getitem__, somewhere))
 
 
 class Matcher:
@@ -378,12 +376,9 @@ class Matcher:
         self.start = self.state(starts)
 
     def state(self, live: Iterable[int]) -> State:
-        reached = set(live)
-        for at in live:
-            while self.items[at] is _DEEP:  # none of its segments is one way to take it
-                at += 1
-                reached.add(at)
-        key = frozenset(reached)
+        items = self.items
+        # None of its segments is one way to take `**`, and no other `**` follows it.
+        key = frozenset(live).union([at + 1 for at in live if items[at] is _DEEP])
         if key not in self._states:
             self._states[key] = State(self, key)
         return self._states[key]
