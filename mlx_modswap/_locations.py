@@ -191,9 +191,10 @@ class Places:
         return next(compress(count(), changed), None)
 
     def _opened(self, rows: Iterable[int]) -> list[Container]:
-        if self.layers:
-            return [self.layers.get(row, self.containers[row]) for row in rows]
-        return list(map(self.containers.__getitem__, rows))
+        layers, containers = self.layers, self.containers
+        if layers:
+            return [layers[row] if row in layers else containers[row] for row in rows]
+        return list(map(containers.__getitem__, rows))
 
 
 def _held(holders: list[Container], keys: list[Any]) -> list[Any]:

@@ -269,9 +269,8 @@ def _plan(
     places = choose(model, patterns, where, excludes, strict, as_rules=as_rules)
     known, sharing = survey(places)
     rules = {mask: first_pattern(mask) if as_rules else 0 for mask in set(places.masks)}
-    numbers = map(rules.__getitem__, places.masks)
+    numbers = list(map(rules.__getitem__, places.masks))
     if sharing:
-        numbers = list(numbers)
         units = _units(places, sharing)
         news = _make_once(units, places, numbers, factories)
         _check_units(units, places, numbers, news, sharing, patterns)

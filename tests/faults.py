@@ -65,8 +65,8 @@ FAULTS = [
     Fault(
         "two stars match at least one segment",
         "_pattern.py",
-        "            while self.items[at] is _DEEP:",
-        "            while False:",
+        "for at in live if items[at] is _DEEP",
+        "for at in live if False",
     ),
     Fault(
         "an index counts one too far",
@@ -145,7 +145,7 @@ FAULTS = [
     Fault(
         "ties are not looked for",
         "_locations.py",
-        "    if len(ids) == number:\n        return ids, None\n",
+        "    if len(ids) == len(places.seen):\n        return ids, None\n",
         "    return ids, None\n",
     ),
     Fault(
@@ -201,8 +201,9 @@ FAULTS = [
     Fault(
         "the factory runs for each place of a tie",
         "_replace.py",
-        "    if sharing:\n        units",
-        "    if False:\n        units",
+        "        news = _make_once(units, places, numbers, factories)\n"
+        "        _check_units(units, places, numbers, news, sharing, patterns)\n",
+        "        news = _make(places.paths, places.modules, map(factories.__getitem__, numbers))\n",
     ),
     Fault(
         "the error of a factory is swallowed",
