@@ -13,7 +13,7 @@ import mlx.nn as nn
 from ._locations import entries, is_container, opened
 
 _ARRAY = mx.array
-_SIZE, _NBYTES, _DTYPE = map(attrgetter, ("size", "nbytes", "dtype"))
+_SIZE, _DTYPE = attrgetter("size"), attrgetter("dtype")
 _FROZEN = attrgetter("_no_grad")
 
 
@@ -55,11 +55,10 @@ def record(modules: Sequence[nn.Module]) -> Callable[[], list[Measure]]:
         return lambda: measures
     ids, classes = list(map(id, modules)), list(map(type, modules))
     lengths = list(map(dict.__len__, modules))
-    sizes, nbytes, dtypes = (list(map(number, arrays)) for number in (_SIZE, _NBYTES, _DTYPE))
+    sizes, dtypes = list(map(_SIZE, arrays)), list(map(_DTYPE, arrays))
 
     def measures_later() -> list[Measure]:
-        columns = map(iter, (sizes, nbytes, dtypes))
-        return _once(ids, _measures(classes, lengths, *columns))
+        return _once(ids, _measures(classes, lengths, zip(sizes, dtypes)))
 
     return measures_later
 
@@ -76,16 +75,13 @@ def _are_plain(modules: Sequence[nn.Module]) -> bool:
 
 
 def _measures(
-    classes: list[type],
-    lengths: list[int],
-    sizes: Iterator[int],
-    nbytes: Iterator[int],
-    dtypes: Iterator[mx.Dtype],
+    classes: list[type], lengths: list[int], arrays: Iterator[tuple[int, mx.Dtype]]
 ) -> Iterator[Measure]:
     for cls, length in zip(classes, lengths):
-        size, held = sum(islice(sizes, length)), sum(islice(nbytes, length))
-        different = tuple(dict.fromkeys(islice(dtypes, length)))
-        yield Measure(cls.__name__, size, size, held, different)
+        held = list(islice(arrays, length))
+        size = sum(size for size, _ in held)
+        nbytes = sum(size * dtype.size for size, dtype in held)
+        yield Measure(cls.__name__, size, size, nbytes, tuple(dict.fromkeys(d for _, d in held)))
 
 
 def _once(ids: Iterable[int], measures: Iterable[Measure]) -> list[Measure]:

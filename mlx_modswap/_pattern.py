@@ -55,7 +55,7 @@ def parse(pattern: Pattern) -> Parsed:
 
 def parse_all(patterns: Pattern | Iterable[Pattern]) -> list[Parsed]:
     """Parse one pattern or an iterable of them."""
-    if isinstance(patterns, (str, re.Pattern)) or not isinstance(patterns, Iterable):
+    if isinstance(patterns, (str, bytes, re.Pattern)) or not isinstance(patterns, Iterable):
         return [parse(patterns)]
     return [parse(pattern) for pattern in patterns]
 

@@ -216,7 +216,8 @@ def partial_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[
 
     Raises:
         NoMatchError: If there is no module at a path.
-        SelectionError: If a path lies inside another, or two places print it.
+        SelectionError: If a path lies inside another, if two places print it, or if
+            two paths of one place are given different modules.
         TypeError: If an argument is of the wrong type.
 
     Example:
@@ -241,6 +242,7 @@ def partial_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[
         if number > 1:
             raise SelectionError(_ambiguous(path, number))
     _check_nesting(places)
+    _check_aliases(places, list(modules.values()))
     return nest(places, modules.values())
 
 
@@ -439,6 +441,18 @@ def _check_nesting(places: Places) -> None:
                 )
             clear.add(row)
             row = places.above[row]
+
+
+def _check_aliases(places: Places, modules: list[nn.Module]) -> None:
+    """Paths that lead to one place must get one module."""
+    firsts: dict[tuple[int, Any], int] = {}
+    for at, location in enumerate(places.locations()):
+        first = firsts.setdefault(location, at)
+        if modules[at] is not modules[first]:
+            raise SelectionError(
+                f"{places.paths[first]!r} and {places.paths[at]!r} are one place: a module or "
+                "list around it is shared; give both paths the same module"
+            )
 
 
 def _check_names(places: Places) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import types
 from collections import Counter
 from collections.abc import Callable, Iterable
+from functools import reduce
 from itertools import repeat
+from operator import or_
 from typing import Any
 
 import mlx.core as mx
@@ -17,7 +19,7 @@ from ._locations import Places, find
 from ._pattern import Matcher, Parsed, Pattern, parse_all, shorten
 
 Patterns = Pattern | Iterable[Pattern]
-Where = type | tuple[type, ...] | Callable[[str, nn.Module], bool]
+Where = type | types.UnionType | tuple[type, ...] | Callable[[str, nn.Module], bool]
 
 
 def select(
@@ -169,8 +171,9 @@ def note(error: BaseException, text: str) -> None:
 def _check_patterns(model: nn.Module, patterns: list[Parsed], found: set[int]) -> None:
     if not patterns:
         raise NoMatchError("no pattern was given; '**' matches every module of the model")
+    found_by_any = reduce(or_, found, 0)
     for number, pattern in enumerate(patterns):
-        if not any(mask >> number & 1 for mask in found):
+        if not found_by_any >> number & 1:
             raise NoMatchError(_hints.no_match(model, pattern))
 
 
@@ -179,9 +182,9 @@ def _check_excludes(
 ) -> None:
     included = (1 << len(patterns)) - 1
     matches = [mask for mask in places.masks if mask & included] if excludes else []
-    found = set(matches)
+    found_by_any = reduce(or_, set(matches), 0)
     for number, pattern in enumerate(excludes, start=len(patterns)):
-        if any(mask >> number & 1 for mask in found):
+        if found_by_any >> number & 1:
             continue
         alone = len(_match(model, [pattern]).paths)
         if not alone:

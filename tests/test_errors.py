@@ -1,8 +1,10 @@
 """Every error's full text: what was given, what was there, what would work."""
 
 import re
+from functools import partial
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
@@ -390,6 +392,23 @@ BAD_ARGUMENTS = [
         "it must return an mlx.nn.Module, the one it was given to change nothing",
     ),
 ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"pattern": nn.ReLU()}, "pattern must be a path pattern, not a module (ReLU)"),
+        (
+            {"pattern": "embed", "exclude": mx.array(1)},
+            "exclude must be a path pattern, not an array",
+        ),
+    ],
+)
+def test_what_is_no_pattern_has_the_name_of_its_argument(arguments, message):
+    for look in (select, partial(replace_layers, factory=identity)):
+        with pytest.raises(TypeError) as error:
+            look(Net(), **arguments)
+        assert str(error.value) == message
 
 
 @pytest.mark.parametrize(("arguments", "message"), BAD_ARGUMENTS)

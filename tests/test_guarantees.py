@@ -657,6 +657,19 @@ class TestTies:
         message = refuses(build(a=layers, b=layers), "a.0", fresh)
         assert message.startswith("'a.0' is one place with 'b.0'")
 
+    def test_the_paths_of_an_aliased_place_go_together_in_a_partial_dict_too(self):
+        block = build(act=nn.ReLU())
+        model, tanh = build(a=block, b=block), nn.Tanh()
+        assert repr(partial_modules(model, {"a.act": tanh, "b.act": tanh})) == (
+            "{'a': {'act': Tanh()}, 'b': {'act': Tanh()}}"
+        )
+        with pytest.raises(SelectionError) as error:
+            partial_modules(model, {"b.act": tanh, "a.act": nn.Tanh()})
+        assert str(error.value) == (
+            "'b.act' and 'a.act' are one place: a module or list around it is shared; "
+            "give both paths the same module"
+        )
+
     def test_select_does_not_judge(self):
         shared = nn.Linear(1, 1)
         assert list(select(build(a=shared, b=shared), "a")) == ["a"]

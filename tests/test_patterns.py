@@ -298,7 +298,7 @@ def test_a_long_wrong_pattern_has_a_short_message(pattern):
     [
         (3, "int: 3"),
         (None, "NoneType: None"),
-        (b"layers", "int: 108"),
+        (b"layers", "bytes: b'layers'"),
         (["layers.*", 3], "int: 3"),
         (re.compile(b"x"), "Pattern: re.compile(b'x')"),
         ([("x" * 100,)], "tuple: ('" + "x" * 75 + "..."),

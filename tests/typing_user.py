@@ -54,6 +54,7 @@ def looking(model: nn.Module) -> None:
     assert_type(found, dict[str, nn.Module])
     assert_type(select(model, ("a", re.compile("b")), where=(nn.Linear,)), dict[str, nn.Module])
     select(model, {"a", "b"}, where=no_bias, strict=False)
+    select(model, "**", where=nn.Linear | nn.Embedding)
     select(model, "**", where=lambda path, module: path in found and module is not found[path])
 
     assert_type(partial_modules(model, found), dict[Any, Any])
