@@ -112,6 +112,92 @@ def test_trainable_parameters_are_told_where_they_are_not_what_one_expects():
     )
 
 
+class Bare(nn.Module):
+    """Does not call ``super().__init__()``."""
+
+    def __init__(self):
+        self.weight = mx.zeros((4,))
+
+
+class Unlike(Bare):
+    pass
+
+
+class Scaled(nn.Module):
+    def __init__(self, bits: Any):
+        super().__init__()
+        self.bits = bits
+        self.scales = mx.zeros((2,))
+        self.weight = mx.zeros((4,))
+
+
+def frozen(module: Any) -> Any:
+    return module.freeze()
+
+
+def with_bits(module: Any) -> Any:
+    module.bits = 4
+    return module
+
+
+# What stands in the columns for an old module that becomes a Linear of two parameters, 8 bytes.
+COUNTED = [
+    (lambda: nn.Linear(2, 2), "Linear   x1   6 -> 2 params   24 B -> 8 B   float32"),
+    (
+        lambda: nn.QuantizedLinear(32, 2, group_size=32, bits=4),
+        "QuantizedLinear(bits=4) -> Linear   x1   66 -> 2 params   0 -> 2 trainable"
+        "   56 B -> 8 B   float32, uint32 -> float32",
+    ),
+    (
+        lambda: frozen(nn.Linear(2, 2)),
+        "Linear   x1   6 -> 2 params   0 -> 2 trainable   24 B -> 8 B   float32",
+    ),
+    (
+        lambda: holding(_private=mx.zeros(3), weight=mx.zeros(4), other=mx.zeros(5, mx.int8)),
+        "Module -> Linear   x1   9 -> 2 params   21 B -> 8 B   float32, int8 -> float32",
+    ),
+    (
+        lambda: holding(_private=[mx.zeros(3)], parts={"a": [mx.zeros(4)]}),
+        "Module -> Linear   x1   4 -> 2 params   16 B -> 8 B   float32",
+    ),
+    (
+        lambda: holding(inner=with_bits(nn.Linear(2, 2)), weight=mx.zeros(1)),
+        "Module -> Linear   x1   7 -> 2 params   28 B -> 8 B   float32",
+    ),
+    (Bare, "Bare -> Linear   x1   4 -> 2 params   16 B -> 8 B   float32"),
+    (
+        lambda: with_bits(nn.Linear(2, 2)),
+        "Linear   x1   6 -> 2 params   24 B -> 8 B   float32",
+    ),
+    (
+        lambda: Scaled(1),
+        "Scaled(bits=1) -> Linear   x1   128 -> 2 params   24 B -> 8 B   float32",
+    ),
+    (
+        lambda: Scaled(32),
+        "Scaled(bits=32) -> Linear   x1   4 -> 2 params   24 B -> 8 B   float32",
+    ),
+    (lambda: Scaled(33), "Scaled -> Linear   x1   6 -> 2 params   24 B -> 8 B   float32"),
+    (lambda: Scaled(0), "Scaled -> Linear   x1   6 -> 2 params   24 B -> 8 B   float32"),
+    (lambda: Scaled("4"), "Scaled -> Linear   x1   6 -> 2 params   24 B -> 8 B   float32"),
+]
+
+
+@pytest.mark.parametrize(("build", "line"), COUNTED)
+def test_what_is_counted_in_a_module(build, line):
+    model = nn.Sequential(build())
+    report = replace_layers(model, "layers.0", lambda path, layer: nn.Linear(1, 1))
+    assert str(report) == f"layers.0   {line}"
+
+
+@pytest.mark.parametrize(("build", "line"), COUNTED)
+def test_what_is_counted_in_a_module_beside_plain_ones(build, line):
+    model = nn.Sequential(Unlike(), nn.Embedding(3, 3), build())
+    report = replace_layers(model, "layers.*", lambda path, layer: nn.Linear(1, 1))
+    last = str(report).splitlines()[2]
+    assert last.split() == ["layers.2", *line.split()]
+
+
 def test_columns_that_say_nothing_are_left_out():
     model = nn.Sequential(nn.ReLU(), nn.Linear(2, 2), nn.ReLU())
     assert str(replace_layers(model, "**", lambda path, layer: nn.Tanh(), where=nn.ReLU)) == (
