@@ -679,7 +679,12 @@ class TestTies:
         model = build(a=Wrapper(layer), b=layer)
         assert "the same Linear is at 'a'" in refuses(model, "b", fresh)
         assert "the same Wrapper is at 'b'" in refuses(model, "a", fresh)
-        assert list(replace_layers(model, "*", fresh)) == ["a", "b"]
+        assert refuses(model, {"a": fresh, "b": around}) == (
+            "'a', 'b' are one and the same Wrapper, but different rules decide: 'a', 'b'; "
+            "give it to one rule"
+        )
+        factory = Recorder()  # the layer and the wrapper are two modules, and it may want both
+        assert list(replace_layers(model, "*", factory)) == factory.paths == ["a", "b"]
 
 
 class TestNesting:
@@ -850,6 +855,16 @@ class TestTrainingMode:
         model.layers[1].eval()
         replace_layers(model, "layers.*.attn", fresh)
         assert [layer.attn.training for layer in model.layers] == [True, False, True]
+
+    def test_a_module_without_a_mode_is_taken_to_be_in_training(self):
+        class Bare(nn.Module):
+            def __init__(self):
+                pass  # does not call `super().__init__()`
+
+        model = build(a=nn.ReLU(), b=Bare(), c=nn.ReLU())
+        model.a.eval()
+        replace_layers(model, "*", lambda path, module: nn.Tanh().train(path == "a"))
+        assert [model.a.training, model.b.training, model.c.training] == [False, True, True]
 
     def test_what_was_in_the_model_already_keeps_its_own(self):
         model = Model()

@@ -198,6 +198,12 @@ def test_what_is_counted_in_a_module_beside_plain_ones(build, line):
     assert last.split() == ["layers.2", *line.split()]
 
 
+def test_digits_that_are_keys_are_no_indices():
+    model = holding(by_key={"0": nn.Linear(2, 2), "1": nn.Linear(2, 2)}, by_index=[nn.Linear(2, 2)])
+    assert places_of(replace_layers(model, "by_index.*", nothing)) == ["by_index.0"]
+    assert places_of(replace_layers(model, "by_key.*", nothing)) == ["by_key.{0,1}"]
+
+
 def test_columns_that_say_nothing_are_left_out():
     model = nn.Sequential(nn.ReLU(), nn.Linear(2, 2), nn.ReLU())
     assert str(replace_layers(model, "**", lambda path, layer: nn.Tanh(), where=nn.ReLU)) == (
