@@ -161,6 +161,10 @@ COUNTED = [
         "Module -> Linear   x1   4 -> 2 params   16 B -> 8 B   float32",
     ),
     (
+        lambda: holding(_child=nn.Linear(2, 2), child=nn.Linear(2, 2)),
+        "Module -> Linear   x1   6 -> 2 params   24 B -> 8 B   float32",
+    ),
+    (
         lambda: holding(inner=with_bits(nn.Linear(2, 2)), weight=mx.zeros(1)),
         "Module -> Linear   x1   7 -> 2 params   28 B -> 8 B   float32",
     ),
