@@ -108,7 +108,7 @@ class Wrapper(nn.Module, metaclass=_Sealing):
         return self.__wrapped__ if key == WRAPPED else self.__wrapped__[key]
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        if key == WRAPPED:  # an older mx.compile writes back what it found
+        if key == WRAPPED:  # mx.grad and an older mx.compile write back what they found
             dict.__setitem__(self, WRAPPED, value)
         else:
             self.__wrapped__[key] = value
@@ -327,9 +327,8 @@ def _is_own(wrapper: Wrapper, name: str) -> bool:
     """Whether an attribute is the wrapper's: set by its ``__init__``, or defined in its class."""
     if name in _own(wrapper):
         return True
-    for cls in type(wrapper).__mro__:
-        if cls is nn.Module:
-            return False
+    classes = type(wrapper).__mro__
+    for cls in classes[: classes.index(nn.Module)]:
         if name in cls.__dict__:
             return True
     return False
