@@ -327,8 +327,9 @@ def _is_own(wrapper: Wrapper, name: str) -> bool:
     """Whether an attribute is the wrapper's: set by its ``__init__``, or defined in its class."""
     if name in _own(wrapper):
         return True
-    classes = type(wrapper).__mro__
-    for cls in classes[: classes.index(nn.Module)]:
+    for cls in type(wrapper).__mro__:
+        if cls is nn.Module:
+            return False
         if name in cls.__dict__:
             return True
     return False
