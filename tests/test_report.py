@@ -6,6 +6,7 @@ import gc
 import random
 import re
 import weakref
+from itertools import product as each_of
 from typing import Any
 
 import mlx.core as mx
@@ -276,14 +277,32 @@ def test_big_numbers_are_short(count, as_number, as_size):
             ["a[3:40]", "a[60:99]", "a.{50,52}"],
         ),
         (
-            [f"{n}_layernorm" for n in ("input", "output", "post_attention", "pre_attention")],
-            ["{input,output,post_attention}_layernorm", "pre_attention_layernorm"],
+            [f"{n}_layernorm" for n in ("post_attention", "pre_attention", "output", "input")],
+            ["{post_attention,pre_attention,output}_layernorm", "input_layernorm"],
         ),
+        ([22 * "a", 22 * "b", 22 * "c"], [f"{{{22 * 'a'},{22 * 'b'}}}", 22 * "c"]),
+        (
+            [f"a.{n}" for n in (1, 5, 10, 11, 12, 20, 30, 41, 52, 63, 74, 80, 91, 93, 95, 99)],
+            ["a.{1,5,10,11,12,20,30,41,52,63,74,80,91,93,95,99}"],
+        ),
+        (
+            [f"a.{n}" for n in (1, 2, 5, 6, 7, 10, 13, 16, 20, 22, 24, 30, 33, 36, 41, 44, 50, 55)],
+            ["a[5:8]", "a.{1,2,10,13,16,20,22,24,30,33,36,41,44,50,55}"],
+        ),
+        (
+            [f"a.{n}" for n in (50, *range(39, 2, -1), *range(98, 59, -1))],
+            ["a[3:40]", "a[60:99]", "a.50"],
+        ),
+        (["a.2", "a.0", "a.1"], ["a[0:3]"]),
+        (["a.0", "a.x"], ["a.0", "a.x"]),
     ],
 )
 def test_paths_fold_into_patterns(paths, patterns):
-    folded = fold([segments(path, slices=True) for path in paths])
+    folded = list(fold([segments(path, slices=True) for path in paths]))
     assert [pattern_of(product) for product, _ in folded] == patterns
+    for product, numbers in folded:
+        named = {".".join(map(str, names)) for names in each_of(*product)}
+        assert [paths[n] for n in numbers] == [path for path in paths if path in named]
 
 
 def test_without_slices_a_number_is_a_name():
