@@ -240,7 +240,7 @@ def _ways(things: list[_Thing], token: str, before: list[str]) -> Iterator[list[
     """Steps that may have been meant by a token, the likeliest first."""
     yield [token]
     if token.startswith("["):
-        yield [token[1:-1]] if token[1:-1].isdecimal() else ["[-1]"]
+        yield [token[1:-1]]
         yield ["[-1]"]
         return
     if token.isdecimal() and before and before != ["**"]:
@@ -251,7 +251,7 @@ def _ways(things: list[_Thing], token: str, before: list[str]) -> Iterator[list[
 
 
 def _close(token: str, things: list[_Thing]) -> list[str]:
-    """The name in some things that is most like a token, if one is."""
+    """The names in some things that are most like a token, the likest first."""
     names: dict[str, str] = {}
     for thing in things:
         for name, inner in _inside(thing):
@@ -259,5 +259,5 @@ def _close(token: str, things: list[_Thing]) -> list[str]:
                 names.setdefault(name.lower(), name)
         if len(names) > _MOST_CHOICES:
             break
-    close = get_close_matches(token.lower(), names, n=1) if len(token) <= 100 else []
+    close = get_close_matches(token.lower(), names) if len(token) <= 100 else []
     return [names[name] for name in close]

@@ -174,6 +174,7 @@ NO_MATCH = [
     ),
     ("layers.0.act.x", "'layers.0.act.x' matches nothing: 'layers.0.act' holds no modules"),
     ("lm_head.0", "'lm_head.0' matches nothing: 'lm_head' holds no modules"),
+    ("lm_head.wieght", "'lm_head.wieght' matches nothing: 'lm_head' holds no modules"),
     ("lm_head._training", "'lm_head._training' matches nothing: 'lm_head' holds no modules"),
     ("sizes", "'sizes' matches nothing: it is a list of 3, not a module"),
     ("sizes.0", "'sizes.0' matches nothing: it is an int, not a module"),
@@ -460,6 +461,35 @@ def test_the_model_in_a_tuple_of_its_layer_is_no_cycle():
         "'q_prjo' matches nothing: "
         "the model holds 'embed', 'layers[0:4]' (4 Block), 'keyed.{0,1}' (2 ReLU), 'lm_head'; "
         "'**.q_proj' matches 4"
+    )
+
+
+@pytest.mark.parametrize(("children", "suggestion"), [(998, "; '**.target' matches 1"), (999, "")])
+def test_a_name_is_looked_for_until_more_than_a_thousand_names_were_found(children, suggestion):
+    model = nn.Module()
+    model.wide, model.last = nn.Module(), nn.Module()
+    for number in range(children):
+        setattr(model.wide, f"n{number}", nn.Module())
+    model.last.target = nn.ReLU()
+    with pytest.raises(NoMatchError) as error:
+        select(model, "tarqet")
+    assert str(error.value) == (
+        "'tarqet' matches nothing: the model holds '{wide,last}' (2 Module)" + suggestion
+    )
+
+
+@pytest.mark.parametrize(
+    ("typo", "suggestion"),
+    [("y" + 99 * "x", "; '" + 76 * "x" + "... matches 1"), ("y" + 100 * "x", "")],
+    ids=["100", "101"],
+)
+def test_for_a_token_of_up_to_a_hundred_characters_a_name_is_suggested(typo, suggestion):
+    model = nn.Module()
+    setattr(model, 100 * "x", nn.ReLU())
+    with pytest.raises(NoMatchError) as error:
+        select(model, typo)
+    assert str(error.value) == (
+        f"'y{75 * 'x'}... matches nothing: the model holds '{100 * 'x'}'{suggestion}"
     )
 
 
