@@ -251,7 +251,7 @@ def _ways(things: list[_Thing], token: str, before: list[str]) -> Iterator[list[
 
 
 def _close(token: str, things: list[_Thing]) -> list[str]:
-    """The names in some things that are most like a token, the likest first."""
+    """Names in some things that are like a token, the most alike first."""
     names: dict[str, str] = {}
     for thing in things:
         for name, inner in _inside(thing):
