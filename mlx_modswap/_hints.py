@@ -46,7 +46,7 @@ def no_match(model: nn.Module, pattern: Parsed) -> str:
 def _count(model: nn.Module, text: str) -> int:
     try:
         return len(find(model, Matcher([parse(text)])).paths)
-    except SelectionError:  # a cycle, to which the pattern that was given does not come
+    except SelectionError:  # a cycle, say, to which the given pattern does not come
         return 0
 
 
