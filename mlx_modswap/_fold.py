@@ -57,10 +57,9 @@ def _merged(products: dict[Product, list[int]]) -> dict[Product, list[int]]:
         folded: dict[Product, list[int]] = {}
         for group in alike.values():
             first = group[0]
-            if len(group) > 1:
-                choice = tuple(name for product in group for name in product[at])
-                first = (*first[:at], choice, *first[at + 1 :])
-            folded[first] = [number for product in group for number in products[product]]
+            choice = tuple(name for product in group for name in product[at])
+            numbers = [number for product in group for number in products[product]]
+            folded[(*first[:at], choice, *first[at + 1 :])] = numbers
         products = folded
     return products
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
+from ._errors import SelectionError
 from ._fold import outline
 from ._locations import entries, find, is_container
 from ._pattern import Matcher, Parsed, parse, shorten
@@ -43,7 +44,10 @@ def no_match(model: nn.Module, pattern: Parsed) -> str:
 
 
 def _count(model: nn.Module, text: str) -> int:
-    return len(find(model, Matcher([parse(text)])).paths)
+    try:
+        return len(find(model, Matcher([parse(text)])).paths)
+    except SelectionError:  # a cycle, say, to which the given pattern does not come
+        return 0
 
 
 def _no_match_of_regex(model: nn.Module, regex: re.Pattern[str], text: str) -> str:
@@ -55,7 +59,7 @@ def _no_match_of_regex(model: nn.Module, regex: re.Pattern[str], text: str) -> s
         try:
             candidate = re.compile(wider)
         except re.error:  # it ends in a comment, say
-            continue
+            break
         if count := sum(candidate.fullmatch(path) is not None for path in paths):
             return f"{text} matches no whole path; {parse(candidate).text} matches {count}"
     return f"{text} matches no whole path"
@@ -67,8 +71,7 @@ def no_place(model: nn.Module, path: str) -> str:
     names = path.split(".")
     if len(names) > _MOST_TOKENS or re.search(r"[*?\[\]{}]|^$|^\.|\.\.|\.$", path):
         return message  # no pattern that could be stepped through
-    there = _what_is_there(model, names)
-    return f"{message}: {there}" if there else message
+    return f"{message}: {_what_is_there(model, names)}"
 
 
 def listed(things: Iterable[str]) -> str:
@@ -109,9 +112,9 @@ def described(value: Any) -> str:
 
 
 class _Thing(NamedTuple):
-    path: str
     value: Any
-    hidden: str  # the path of the tuple that hides it from MLX, if any
+    path: str = ""
+    hidden: bool = False  # inside a tuple, which hides it from MLX
 
 
 _NAME = re.compile(r"(?!\d+$)[^.*?\[\]{}]{1,100}")  # no number, and no pattern
@@ -126,14 +129,14 @@ def _inside(thing: _Thing) -> Iterator[tuple[str, _Thing]]:
     if is_container(value):
         held = list(entries(value))
     elif isinstance(value, tuple):
-        held, hidden = list(enumerate(value)), hidden or thing.path
+        held, hidden = list(enumerate(value)), True
     else:
         held = []
     if issubclass(type(value), nn.Module):
         held += [(k, v) for k, v in vars(value).items() if not k.startswith("_")]
     prefix = f"{thing.path}." if thing.path else ""
     for key, inner in held:
-        yield str(key), _Thing(f"{prefix}{key}", inner, hidden)
+        yield str(key), _Thing(inner, f"{prefix}{key}", hidden)
 
 
 def _everything(things: list[_Thing]) -> list[_Thing]:
@@ -143,7 +146,7 @@ def _everything(things: list[_Thing]) -> list[_Thing]:
     waiting = list(reversed(things))
     while waiting:
         thing = waiting.pop()
-        if id(thing.value) in seen and (is_container(thing.value)):
+        if id(thing.value) in seen and is_container(thing.value):
             continue
         seen.add(id(thing.value))
         reached.append(thing)
@@ -172,7 +175,7 @@ def _step(things: list[_Thing], token: str) -> list[_Thing]:
 
 def _what_is_there(model: nn.Module, tokens: list[str]) -> str:
     """What stands where the tokens stop to match."""
-    reached = [_Thing("", model, "")]
+    reached = [_Thing(model)]
     for number, token in enumerate(tokens):
         before, reached = reached, _step(reached, token)
         if not reached:
@@ -202,16 +205,16 @@ def _no_module(thing: _Thing, pattern: str) -> str:
 def _may_hold_modules(value: Any) -> bool:
     if issubclass(type(value), nn.Module):
         return True
-    inside = (inner.value for _, inner in _inside(_Thing("", value, "")))
+    inside = (inner.value for _, inner in _inside(_Thing(value)))
     return any(is_container(inner) or isinstance(inner, tuple) for inner in inside)
 
 
 # ---------------------------------------------------------------- what would work
 
 
-def _mended(model: nn.Module, tokens: list[str]) -> str:
-    """A pattern close to these tokens that may match, or ''."""
-    reached = [_Thing("", model, "")]
+def _mended(model: nn.Module, tokens: list[str]) -> str | None:
+    """A pattern close to these tokens that may match, if there is one."""
+    reached = [_Thing(model)]
     mended: list[str] = []
     for token in tokens:
         for way in _ways(reached, token, mended[-1:]):
@@ -223,7 +226,7 @@ def _mended(model: nn.Module, tokens: list[str]) -> str:
                 reached = further
                 break
         else:
-            return ""
+            return None
     modules = [t for t in reached if issubclass(type(t.value), nn.Module) and not t.hidden]
     if not modules:
         if is_container(reached[0].value):
@@ -237,7 +240,7 @@ def _ways(things: list[_Thing], token: str, before: list[str]) -> Iterator[list[
     """Steps that may have been meant by a token, the likeliest first."""
     yield [token]
     if token.startswith("["):
-        yield [token[1:-1]] if token[1:-1].isdecimal() else ["[-1]"]
+        yield [token[1:-1]]
         yield ["[-1]"]
         return
     if token.isdecimal() and before and before != ["**"]:
@@ -248,7 +251,7 @@ def _ways(things: list[_Thing], token: str, before: list[str]) -> Iterator[list[
 
 
 def _close(token: str, things: list[_Thing]) -> list[str]:
-    """The name in some things that is most like a token, if one is."""
+    """Names in some things that are like a token, the most alike first."""
     names: dict[str, str] = {}
     for thing in things:
         for name, inner in _inside(thing):
@@ -256,5 +259,5 @@ def _close(token: str, things: list[_Thing]) -> list[str]:
                 names.setdefault(name.lower(), name)
         if len(names) > _MOST_CHOICES:
             break
-    close = get_close_matches(token.lower(), names, n=1) if len(token) <= 100 else []
+    close = get_close_matches(token.lower(), names) if len(token) <= 100 else []
     return [names[name] for name in close]

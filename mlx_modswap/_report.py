@@ -87,7 +87,7 @@ class Replacement(Mapping[str, nn.Module]):
 
 def _rest(rows: list[list[str]], text: str) -> str:
     more = len(rows) - _MOST_LINES
-    return text.format(f"... {more} more lines") if more > 0 else ""
+    return text.format(f"... {more} more") if more > 0 else ""
 
 
 def _changes(old: Measure, new: Measure, count: int) -> list[str]:

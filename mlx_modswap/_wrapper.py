@@ -108,7 +108,7 @@ class Wrapper(nn.Module, metaclass=_Sealing):
         return self.__wrapped__ if key == WRAPPED else self.__wrapped__[key]
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        if key == WRAPPED:  # an older mx.compile writes back what it found
+        if key == WRAPPED:  # mx.grad and mx.compile of an older MLX write back what they found
             dict.__setitem__(self, WRAPPED, value)
         else:
             self.__wrapped__[key] = value

@@ -129,6 +129,16 @@ def test_each_call_is_recorded(model):
     assert [output.shape for output in outputs["layers.1.mlp"]] == [(1, 1, 4), (1, 2, 4), (1, 3, 4)]
 
 
+def test_keyword_arguments_reach_a_recorded_layer(model):
+    x = mx.ones((1, 1, 4))
+    with capture(model, "layers[1]") as outputs:
+        y, _ = model.layers[1](x, cache=[x])
+
+    ((recorded, cache),) = outputs["layers.1"]
+    assert recorded is y
+    assert len(cache) == 2
+
+
 def test_where_and_exclude_choose_as_in_select(model):
     with capture(model, "**", where=nn.Linear, exclude="layers[0].**") as outputs:
         model(IDS)

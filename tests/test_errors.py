@@ -2,6 +2,7 @@
 
 import re
 from functools import partial
+from string import ascii_lowercase
 from typing import Any
 
 import mlx.core as mx
@@ -52,6 +53,55 @@ NO_MATCH = [
     ("self_attn.*", "'self_attn.*' matches nothing; '**.self_attn.*' matches 8"),
     # A typo, or a level left out, in some segment.
     (
+        "attn.q_proj",
+        "'attn.q_proj' matches nothing: "
+        "the model holds 'embed', 'layers[0:4]' (4 Block), 'keyed.{0,1}' (2 ReLU), 'lm_head'; "
+        "'**.self_attn.q_proj' matches 4",
+    ),
+    (
+        "layers.self_attn.q_proj",
+        "'layers.self_attn.q_proj' matches nothing: 'layers' is a list of 4; "
+        "'layers.**.self_attn.q_proj' matches 4",
+    ),
+    (
+        "Layers.0.MLP",
+        "'Layers.0.MLP' matches nothing: "
+        "the model holds 'embed', 'layers[0:4]' (4 Block), 'keyed.{0,1}' (2 ReLU), 'lm_head'; "
+        "'layers.0.mlp' matches 1",
+    ),
+    (
+        "layers.0.self_attn.zzz",
+        "'layers.0.self_attn.zzz' matches nothing: "
+        "'layers.0.self_attn' holds '{q,v}_proj' (2 Linear)",
+    ),
+    ("layers.**.mpl", "'layers.**.mpl' matches nothing; 'layers.**.mlp' matches 4"),
+    ("embed.**.zzz", "'embed.**.zzz' matches nothing"),
+    ("layers.**.7", "'layers.**.7' matches nothing"),
+    ("**.layers[7]", "'**.layers[7]' matches nothing; '**.layers[-1]' matches 1"),
+    ("**.layers.7", "'**.layers.7' matches nothing; '**.layers[-1]' matches 1"),
+    ("**.lm_head[0]", "'**.lm_head[0]' matches nothing"),
+    (
+        "layer[0].mpl",
+        "'layer[0].mpl' matches nothing: "
+        "the model holds 'embed', 'layers[0:4]' (4 Block), 'keyed.{0,1}' (2 ReLU), 'lm_head'; "
+        "'layers[0].mlp' matches 1",
+    ),
+    (
+        "layers[5].mpl",
+        "'layers[5].mpl' matches nothing: 'layers' is a list of 4; 'layers[-1].mlp' matches 1",
+    ),
+    (
+        "keyd",
+        "'keyd' matches nothing: "
+        "the model holds 'embed', 'layers[0:4]' (4 Block), 'keyed.{0,1}' (2 ReLU), 'lm_head'; "
+        "'keyed.*' matches 2",
+    ),
+    (
+        "siezs",
+        "'siezs' matches nothing: "
+        "the model holds 'embed', 'layers[0:4]' (4 Block), 'keyed.{0,1}' (2 ReLU), 'lm_head'",
+    ),
+    (
         "layer.*.self_attn.q_proj",
         "'layer.*.self_attn.q_proj' matches nothing: "
         "the model holds 'embed', 'layers[0:4]' (4 Block), 'keyed.{0,1}' (2 ReLU), 'lm_head'; "
@@ -86,6 +136,16 @@ NO_MATCH = [
     ("layers.7", "'layers.7' matches nothing: 'layers' is a list of 4; 'layers[-1]' matches 1"),
     ("keyed[0]", "'keyed[0]' matches nothing: 'keyed' is a dict, not a list; 'keyed.0' matches 1"),
     ("lm_head[0]", "'lm_head[0]' matches nothing: 'lm_head' is a module (Linear), not a list"),
+    ("layers.mlp[0]", "'layers.mlp[0]' matches nothing: 'layers' is a list of 4"),
+    ("layers[0][1]", "'layers[0][1]' matches nothing: 'layers.0' is a module (Block), not a list"),
+    ("keyed.5", "'keyed.5' matches nothing: 'keyed' holds '{0,1}' (2 ReLU)"),
+    ("keyed[1:]", "'keyed[1:]' matches nothing: 'keyed' is a dict, not a list"),
+    (
+        "zzz.0",
+        "'zzz.0' matches nothing: "
+        "the model holds 'embed', 'layers[0:4]' (4 Block), 'keyed.{0,1}' (2 ReLU), 'lm_head'",
+    ),
+    ("**.7", "'**.7' matches nothing"),
     # What is there is no module.
     ("layers", "'layers' matches nothing: it is a list of 4, not a module; 'layers.*' matches 4"),
     ("keyed", "'keyed' matches nothing: it is a dict, not a module; 'keyed.*' matches 2"),
@@ -102,7 +162,27 @@ NO_MATCH = [
         "'layers[0].dropout' matches nothing: 'layers.0.dropout' is None, not a module; "
         "'layers[0]' matches 1",
     ),
+    (
+        "layers[1].self_attn.q_proj.weight",
+        "'layers[1].self_attn.q_proj.weight' matches nothing: "
+        "'layers.1.self_attn.q_proj.weight' is an array, not a module; "
+        "'layers[1].self_attn.q_proj' matches 1",
+    ),
+    (
+        "layers.*.act",
+        "'layers.*.act' matches nothing: 'layers.0.act' is a function, not a module; "
+        "'layers.*' matches 4",
+    ),
+    ("layers.0.act.x", "'layers.0.act.x' matches nothing: 'layers.0.act' holds no modules"),
+    ("lm_head.0", "'lm_head.0' matches nothing: 'lm_head' holds no modules"),
+    ("lm_head.wieght", "'lm_head.wieght' matches nothing: 'lm_head' holds no modules"),
+    ("lm_head._training", "'lm_head._training' matches nothing: 'lm_head' holds no modules"),
     ("sizes", "'sizes' matches nothing: it is a list of 3, not a module"),
+    ("sizes.0", "'sizes.0' matches nothing: it is an int, not a module"),
+    ("sizes[1]", "'sizes[1]' matches nothing: 'sizes.1' is an int, not a module"),
+    ("sizes[7]", "'sizes[7]' matches nothing: 'sizes' is a list of 3"),
+    ("pair.2", "'pair.2' matches nothing: 'pair' is a tuple of 2"),
+    ("pair[2]", "'pair[2]' matches nothing: 'pair' is a tuple of 2"),
     ("pair", "'pair' matches nothing: it is a tuple of 2, not a module"),
     (
         "pair.0",
@@ -113,7 +193,19 @@ NO_MATCH = [
         "'pair[1]' matches nothing: "
         "'pair.1' is in a tuple, and MLX sees modules in lists and dicts only",
     ),
+    (
+        "pair.0.weight",
+        "'pair.0.weight' matches nothing: "
+        "it is in a tuple, and MLX sees modules in lists and dicts only",
+    ),
     ("lm_head.**", "'lm_head.**' matches nothing: 'lm_head' holds no modules"),
+    # Many segments, of which one could not be told so shortly.
+    (
+        39 * "a." + "a",
+        "'" + 38 * "a." + "... matches nothing: "
+        "the model holds 'embed', 'layers[0:4]' (4 Block), 'keyed.{0,1}' (2 ReLU), 'lm_head'",
+    ),
+    (40 * "a." + "a", "'" + 38 * "a." + "... matches nothing"),
     # Regular expressions.
     (
         re.compile("q_proj"),
@@ -133,6 +225,11 @@ NO_MATCH = [
         re.compile("Q_PROJ", re.IGNORECASE | re.DOTALL),
         "re.compile('Q_PROJ') matches no whole path; "
         "re.compile('(?is)(.*\\\\.)?(Q_PROJ)') matches 4",
+    ),
+    (
+        re.compile("Q_PROJ", re.ASCII | re.IGNORECASE | re.MULTILINE | re.VERBOSE),
+        "re.compile('Q_PROJ') matches no whole path; "
+        "re.compile('(?aimx)(.*\\\\.)?(Q_PROJ)') matches 4",
     ),
     (re.compile("(?x)zzz #"), "re.compile('(?x)zzz #') matches no whole path"),
     # No pattern at all.
@@ -161,6 +258,21 @@ def test_the_suggestion_matches_as_many_as_it_says(message):
     _, regex, text, count = found.groups()
     pattern = text if regex is None else re.compile(regex.replace("\\\\", "\\"))
     assert len(select(Net(), pattern)) == int(count)
+
+
+@pytest.mark.parametrize(
+    ("names", "more"),
+    [("abcdefgh", ""), ("abcdefghi", " and 1 more"), (ascii_lowercase, " and 18 more")],
+)
+def test_of_many_modules_eight_are_named(names, more):
+    model = nn.Module()
+    for name in names:
+        setattr(model, name, type(name.upper(), (nn.Module,), {})())
+    with pytest.raises(NoMatchError) as error:
+        select(model, "zzz")
+    assert str(error.value) == (
+        "'zzz' matches nothing: the model holds 'a', 'b', 'c', 'd', 'e', 'f', 'g', 'h'" + more
+    )
 
 
 OTHERS = [
@@ -316,6 +428,83 @@ def test_a_narrow_look_does_not_come_to_a_cycle():
     assert list(select(model, "layers.0.mlp")) == ["layers.0.mlp"]
 
 
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        (
+            "layers.9",
+            "'layers.9' matches nothing: 'layers' is a list of 4; 'layers[-1]' matches 1",
+        ),
+        (
+            "layers.0.mpl",
+            "'layers.0.mpl' matches nothing: 'layers.0' holds 'self_attn', 'mlp'; "
+            "'layers.0.mlp' matches 1",
+        ),
+        (
+            "zzz",
+            "'zzz' matches nothing: "
+            "the model holds 'embed', 'layers[0:4]' (4 Block), 'keyed.{0,1}' (2 ReLU), 'lm_head'",
+        ),
+    ],
+)
+def test_a_narrow_pattern_that_matches_nothing_in_a_model_with_a_cycle(pattern, message):
+    with pytest.raises(NoMatchError) as error:
+        select(cycle(), pattern)
+    assert str(error.value) == message
+
+
+def test_the_model_in_a_tuple_of_its_layer_is_no_cycle():
+    model = nn.Module()
+    model.attn = Attention()
+    model.attn.owner = (model,)
+    with pytest.raises(NoMatchError) as error:
+        select(model, "v_prjo")
+    assert str(error.value) == (
+        "'v_prjo' matches nothing: the model holds 'attn'; '**.v_proj' matches 1"
+    )
+
+
+@pytest.mark.parametrize(("children", "suggestion"), [(998, "; '**.target' matches 1"), (999, "")])
+def test_a_name_is_looked_for_until_more_than_a_thousand_names_were_found(children, suggestion):
+    model = nn.Module()
+    model.wide, model.last = nn.Module(), nn.Module()
+    for number in range(children):
+        setattr(model.wide, f"n{number}", nn.Module())
+    model.last.target = nn.ReLU()
+    with pytest.raises(NoMatchError) as error:
+        select(model, "tarqet")
+    assert str(error.value) == (
+        "'tarqet' matches nothing: the model holds '{wide,last}' (2 Module)" + suggestion
+    )
+
+
+@pytest.mark.parametrize(
+    ("typo", "suggestion"),
+    [("y" + 99 * "x", "; '" + 76 * "x" + "... matches 1"), ("y" + 100 * "x", "")],
+    ids=["100", "101"],
+)
+def test_for_a_token_of_up_to_a_hundred_characters_a_name_is_suggested(typo, suggestion):
+    model = nn.Module()
+    setattr(model, 100 * "x", nn.ReLU())
+    with pytest.raises(NoMatchError) as error:
+        select(model, typo)
+    assert str(error.value) == (
+        f"'y{75 * 'x'}... matches nothing: the model holds '{100 * 'x'}'{suggestion}"
+    )
+
+
+def test_what_stands_behind_a_tied_module_is_suggested_too():
+    model = nn.Module()
+    model.first = model.again = nn.Linear(4, 4)
+    model.block = Block()
+    with pytest.raises(NoMatchError) as error:
+        select(model, "q_prjo")
+    assert str(error.value) == (
+        "'q_prjo' matches nothing: the model holds '{first,again}' (2 Linear), 'block'; "
+        "'**.q_proj' matches 1"
+    )
+
+
 def test_a_factory_that_would_make_a_cycle():
     model = Net()
     with pytest.raises(SelectionError) as error:
@@ -346,6 +535,15 @@ PARTIALS = [
     ({"layers.*": nn.ReLU()}, NoMatchError, "there is no module at 'layers.*'"),
     ({"layers[0]": nn.ReLU()}, NoMatchError, "there is no module at 'layers[0]'"),
     ({"": nn.ReLU()}, NoMatchError, "there is no module at ''"),
+    ({".embed": nn.ReLU()}, NoMatchError, "there is no module at '.embed'"),
+    ({"embed.": nn.ReLU()}, NoMatchError, "there is no module at 'embed.'"),
+    ({"layers..0": nn.ReLU()}, NoMatchError, "there is no module at 'layers..0'"),
+    ({"{embed}": nn.ReLU()}, NoMatchError, "there is no module at '{embed}'"),
+    ({"embe?": nn.ReLU()}, NoMatchError, "there is no module at 'embe?'"),
+    ({39 * "a." + "a": nn.ReLU()}, NoMatchError,
+     "there is no module at '" + 38 * "a." + "...: the model holds 'embed', "
+     "'layers[0:4]' (4 Block), 'keyed.{0,1}' (2 ReLU), 'lm_head'"),
+    ({40 * "a." + "a": nn.ReLU()}, NoMatchError, "there is no module at '" + 38 * "a." + "..."),
     ({"layers.0.mlp": nn.ReLU(), "layers.0": nn.ReLU()}, SelectionError,
      "'layers.0.mlp' lies inside 'layers.0', and both would change; "
      "leave one of them out, with exclude='layers.0' for instance"),
@@ -362,9 +560,16 @@ def test_a_partial_dict_that_cannot_be_built(modules, error_class, message):
     assert str(error.value) == message
 
 
+class Odd:
+    """Of a class whose name begins with a vowel."""
+
+
 BAD_ARGUMENTS = [
     ((3, "embed", identity), "model must be an mlx.nn.Module, not an int"),
     ((nn.Linear, "embed", identity), "model must be an mlx.nn.Module, not the class Linear"),
+    ((mx.zeros(1), "embed", identity), "model must be an mlx.nn.Module, not an array"),
+    ((Odd(), "embed", identity), "model must be an mlx.nn.Module, not an Odd"),
+    (((1, 2), "embed", identity), "model must be an mlx.nn.Module, not a tuple of 2"),
     (([Net()], "embed", identity), "model must be an mlx.nn.Module, not a list of 1"),
     ((Net(), "embed"), "factory must be a function of path and module, not None"),
     (

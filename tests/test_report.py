@@ -6,6 +6,7 @@ import gc
 import random
 import re
 import weakref
+from itertools import product as each_of
 from typing import Any
 
 import mlx.core as mx
@@ -17,6 +18,7 @@ from strategies import Leaf, Net, swaps
 
 from mlx_modswap import Replacement, replace_layers, select, tree
 from mlx_modswap._fold import fold, outline, pattern_of, segments
+from mlx_modswap._report import number, size
 
 
 class LoRA(nn.Module):
@@ -222,16 +224,21 @@ def test_what_is_taken_out_leaves_no_arrays():
     )
 
 
-def test_a_small_change_of_a_big_number_is_visible():
+@pytest.mark.parametrize(
+    ("more", "line"),
+    [
+        (12, "layers.0   Big   x1   10.0M + 12 params   20.0 MB + 24 B   float16"),
+        (-12, "layers.0   Big   x1   10.0M - 12 params   20.0 MB - 24 B   float16"),
+    ],
+)
+def test_a_small_change_of_a_big_number_is_visible(more, line):
     class Big(nn.Module):
         def __init__(self, more: int = 0):
             super().__init__()
             self.weight = mx.zeros((10_000_000 + more,), mx.float16)
 
     model = nn.Sequential(Big())
-    assert str(replace_layers(model, "**", lambda path, layer: Big(12))) == (
-        "layers.0   Big   x1   10.0M + 12 params   20.0 MB + 24 B   float16"
-    )
+    assert str(replace_layers(model, "**", lambda path, layer: Big(more))) == line
 
 
 def test_a_tied_module_counts_once():
@@ -253,23 +260,88 @@ def test_digit_keys_of_a_dict_that_holds_no_modules_do_not_matter():
     assert str(replace_layers(model, "**.q_proj", nothing)).startswith("layers[0:4].self_attn.q")
 
 
-def test_a_long_picture_is_cut():
+def test_digit_keys_of_a_dict_are_no_indices():
+    model = holding(keyed={str(n): nn.ReLU() for n in range(3)})
+    assert str(replace_layers(model, "**", nothing)) == "keyed.{0,1,2}   ReLU -> Identity   x3"
+
+
+def test_what_differs_has_a_line_of_its_own():
+    def linear(dtype: mx.Dtype) -> nn.Module:
+        layer = nn.Linear(1, 1)
+        layer.set_dtype(dtype)
+        return layer
+
+    swaps = [
+        (nn.ReLU(), nn.Identity()),
+        (nn.Tanh(), nn.Identity()),
+        (nn.ReLU(), nn.Identity()),
+        (nn.ReLU(), nn.GELU()),
+        (linear(mx.float32), nn.GELU()),
+        (linear(mx.float16), nn.GELU()),
+        (nn.ReLU(), linear(mx.float32)),
+        (nn.ReLU(), linear(mx.float16)),
+    ]
+    model, news = nn.Sequential(*(old for old, _ in swaps)), iter(new for _, new in swaps)
+    assert str(replace_layers(model, "layers.*", lambda *_: next(news))).splitlines() == [
+        "layers.{0,2}   ReLU -> Identity   x2",
+        "layers.1       Tanh -> Identity   x1",
+        "layers.3       ReLU -> GELU       x1",
+        "layers.4       Linear -> GELU     x1   2 -> 0 params   8 B -> 0 B   float32 -> no arrays",
+        "layers.5       Linear -> GELU     x1   2 -> 0 params   4 B -> 0 B   float16 -> no arrays",
+        "layers.6       ReLU -> Linear     x1   0 -> 2 params   0 B -> 8 B   no arrays -> float32",
+        "layers.7       ReLU -> Linear     x1   0 -> 2 params   0 B -> 4 B   no arrays -> float16",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("rows", "end", "end_of_table"),
+    [
+        (100, "a99.b99   ReLU -> Identity   x1", "<td>x1</td></tr></table>"),
+        (101, "... 1 more", "<td>x1</td></tr></table><p>... 1 more</p>"),
+        (120, "... 20 more", "<td>x1</td></tr></table><p>... 20 more</p>"),
+    ],
+)
+def test_a_long_picture_is_cut(rows, end, end_of_table):
     model = Net()
-    for n in range(120):
-        setattr(model, f"a{n}.b{n}", Leaf())
-    lines = str(replace_layers(model, "**", nothing)).splitlines()
-    assert len(lines) == 101
-    assert lines[-1] == "... 20 more lines"
+    for n in range(rows):
+        setattr(model, f"a{n}.b{n}", nn.ReLU())
+    replacement = replace_layers(model, "**", nothing)
+    lines, table = str(replacement).splitlines(), replacement._repr_html_()
+    assert len(lines) == min(rows, 101)
+    assert lines[-1] == end
+    assert table.count("<tr>") == 100
+    assert table.endswith(end_of_table)
 
 
 def test_a_notebook_gets_a_table_in_which_nothing_is_markup():
     model = Net()
     setattr(model, "<b>&", Leaf())
+    model.act = nn.ReLU()
     assert replace_layers(model, "*", nothing)._repr_html_() == (
         "<table><tr><td>&lt;b&gt;&amp;</td><td>Leaf -&gt; Identity</td><td>x1</td>"
         "<td>1 -&gt; 0 params</td><td>4 B -&gt; 0 B</td>"
-        "<td>float32 -&gt; no arrays</td></tr></table>"
+        "<td>float32 -&gt; no arrays</td></tr>"
+        "<tr><td>act</td><td>ReLU -&gt; Identity</td><td>x1</td>"
+        "<td></td><td></td><td></td></tr></table>"
     )
+
+
+@pytest.mark.parametrize(
+    ("count", "as_number", "as_size"),
+    [
+        (0, "0", "0 B"),
+        (999, "999", "999 B"),
+        (1_000, "1.0K", "1.0 KB"),
+        (999_949, "999.9K", "999.9 KB"),
+        (999_950, "1.0M", "1.0 MB"),
+        (12_345_678, "12.3M", "12.3 MB"),
+        (7_000_000_000, "7.0B", "7.0 GB"),
+        (1_500_000_000_000, "1.5T", "1.5 TB"),
+        (4_000_000_000_000_000, "4000.0T", "4000.0 TB"),
+    ],
+)
+def test_big_numbers_are_short(count, as_number, as_size):
+    assert (number(count), size(count)) == (as_number, as_size)
 
 
 # ---------------------------------------------------------------- folding
@@ -301,14 +373,32 @@ def test_a_notebook_gets_a_table_in_which_nothing_is_markup():
             ["a[3:40]", "a[60:99]", "a.{50,52}"],
         ),
         (
-            [f"{n}_layernorm" for n in ("input", "output", "post_attention", "pre_attention")],
-            ["{input,output,post_attention}_layernorm", "pre_attention_layernorm"],
+            [f"{n}_layernorm" for n in ("post_attention", "pre_attention", "output", "input")],
+            ["{post_attention,pre_attention,output}_layernorm", "input_layernorm"],
         ),
+        ([22 * "a", 22 * "b", 22 * "c"], [f"{{{22 * 'a'},{22 * 'b'}}}", 22 * "c"]),
+        (
+            [f"a.{n}" for n in (1, 5, 10, 11, 12, 20, 30, 41, 52, 63, 74, 80, 91, 93, 95, 99)],
+            ["a.{1,5,10,11,12,20,30,41,52,63,74,80,91,93,95,99}"],
+        ),
+        (
+            [f"a.{n}" for n in (1, 2, 5, 6, 7, 10, 13, 16, 20, 22, 24, 30, 33, 36, 41, 44, 50, 55)],
+            ["a[5:8]", "a.{1,2,10,13,16,20,22,24,30,33,36,41,44,50,55}"],
+        ),
+        (
+            [f"a.{n}" for n in (50, *range(39, 2, -1), *range(98, 59, -1))],
+            ["a[3:40]", "a[60:99]", "a.50"],
+        ),
+        (["a.2", "a.0", "a.1"], ["a[0:3]"]),
+        (["a.0", "a.x"], ["a.0", "a.x"]),
     ],
 )
 def test_paths_fold_into_patterns(paths, patterns):
-    folded = fold([segments(path, slices=True) for path in paths])
+    folded = list(fold([segments(path, slices=True) for path in paths]))
     assert [pattern_of(product) for product, _ in folded] == patterns
+    for product, numbers in folded:
+        named = {".".join(map(str, names)) for names in each_of(*product)}
+        assert [paths[n] for n in numbers] == [path for path in paths if path in named]
 
 
 def test_without_slices_a_number_is_a_name():
