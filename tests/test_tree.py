@@ -260,6 +260,73 @@ Net                                              30 params   120 B   float32
     )
 
 
+def test_a_wrapper_and_its_layer_are_one_module():
+    layer, again = nn.Linear(2, 2), Wrapper(nn.Linear(3, 3))
+    model = net(
+        a=Wrapper(layer),
+        b=layer,
+        c=Wrapper(net(inner=Wrapper(Wrapper(layer)))),
+        d=again,
+        e=[again, nn.Linear(3, 3)],
+    )
+    assert (
+        str(tree(model, "d"))
+        == """\
+  Net                                 30 params   120 B   float32
+    a         Wrapper(2 -> 2, bias)   6           24 B    float32   tied
+    b         Linear(2 -> 2, bias)                                  tied to a
+    c         Wrapper
+      inner   Wrapper(2 -> 2, bias)                                 tied to a
+*   d         Wrapper(3 -> 3, bias)   12          48 B    float32   tied
+    e.0       Wrapper(3 -> 3, bias)                                 tied to d
+    e.1       Linear(3 -> 3, bias)    12          48 B    float32
+'d' selects 1 of 7 modules"""
+    )
+
+
+class Settings:
+    """No module and no text: as in many a model, an object with the numbers of its config."""
+
+    def __init__(self, size: int):
+        self.size = size
+
+
+class Odd(nn.Module):
+    """Its numbers are where no look at its attributes sees them."""
+
+    def __init__(self, *sizes: int):
+        super().__init__()
+        self.settings = Settings(sizes[0])
+        self.sizes = {"all": list(sizes), "unseen": [object()]}
+        self.layer_ids = [id(self)]
+
+    def _extra_repr(self):
+        return f"{self.settings.size}, {self.sizes['all']}"
+
+
+def test_modules_look_the_same_if_their_texts_do():
+    model = nn.Sequential(
+        *(nn.Conv1d(1, 1, 3, stride=n) for n in (1, 1, 2)),
+        *(nn.Conv2d(1, 1, 3, stride=n) for n in (1, 2, 2)),
+        *map(nn.MaxPool2d, (2, 2, 3)),
+        *(Odd(*sizes) for sizes in ((1, 2), (1, 2), (2, 2), (1, 3))),
+    )
+    assert (
+        str(tree(model))
+        == """\
+Sequential                                                                    42 params   168 B   float32
+  layers[0:2]    Conv1d(1, 1, kernel_size=3, bias)                       x2   8           32 B    float32
+  layers.2       Conv1d(1, 1, kernel_size=3, stride=2, bias)                  4           16 B    float32
+  layers.3       Conv2d(1, 1, kernel_size=(3, 3), bias)                       10          40 B    float32
+  layers[4:6]    Conv2d(1, 1, kernel_size=(3, 3), stride=(2, 2), bias)   x2   20          80 B    float32
+  layers[6:8]    MaxPool2d(kernel_size=(2, 2), stride=(2, 2))            x2
+  layers.8       MaxPool2d(kernel_size=(3, 3), stride=(3, 3))
+  layers[9:11]   Odd(1, [1, 2])                                          x2
+  layers.11      Odd(2, [2, 2])
+  layers.12      Odd(1, [1, 3])"""
+    )
+
+
 def test_modules_under_a_private_name_are_no_parameters():
     assert (
         str(tree(net(_hidden=nn.Linear(2, 2), a=nn.Linear(2, 2), secret=Secret())))
@@ -332,6 +399,20 @@ Net                                   4 params   16 B   float32
   grid[0:2].0   Leaf(weight 1)   x2   2          8 B    float32
   grid[0:2].1   ReLU             x2
   by.{a,1}      Leaf(weight 1)   x2   2          8 B    float32"""
+    )
+
+
+def test_a_private_name_is_one_that_the_module_itself_has():
+    module = net(by={"_a": nn.Linear(2, 2), "b._c": nn.ReLU()}, _hidden={"a": nn.Linear(3, 3)})
+    assert (
+        str(tree(net(layers=[module, module, nn.ReLU()])))
+        == """\
+Net                                         6 params   24 B   float32
+  layers[0:2]   Net                    x2   6          24 B   float32   tied, one module
+    by._a       Linear(2 -> 2, bias)        6          24 B   float32
+    by.b._c     ReLU
+    _hidden.a   Linear(3 -> 3, bias)        12         48 B   float32   not in parameters()
+  layers.2      ReLU"""
     )
 
 
