@@ -99,7 +99,7 @@ Opened = dict[Line, list[Line]]  # what is shown below each line that is open
 class Tree:
     """A picture of a model: print it, or let a notebook show it."""
 
-    def __init__(self, rows: list[Row], chosen_by: str, selected: int, frozen: bool):
+    def __init__(self, rows: list[Row], chosen_by: str, selected: int | None, frozen: bool):
         self._rows = rows
         self._chosen_by = chosen_by  # what was to be marked, '' for nothing
         self._selected = selected
@@ -147,26 +147,22 @@ class Tree:
         opened = _opened(top, _ROWS, _ROWS_INSIDE)
         open_at_first = _opened(top, _LINES, _LINES_INSIDE)
         parts = [f'<div class="mlx-modswap"><style>{_STYLE}</style>']
-        depth_now = 0
+        depth_before = 0
         for depth, row in _walk(top, opened):
-            parts.append("</details>" * (depth_now - depth))
-            depth_now = depth
-            if isinstance(row, str):
-                parts.append(f"<p>{row}</p>")
-                continue
+            parts.append("</details>" * (depth_before - depth))
+            depth_before = depth
             name, text, *numbers, note = map(escape, self._cells(row, opened))
             if not self._frozen:
                 del numbers[2]
             numbers = "".join(f"<span>{cell}</span>" for cell in numbers)
             line = f"<span><b>{name}</b> <i>{text}</i> <small>{note}</small></span>{numbers}"
-            kind = ' class="marked"' if row.marked else ""
+            kind = ' class="marked"' if isinstance(row, Row) and row.marked else ""
             if row in opened:
                 is_open = " open" if row in open_at_first else ""
                 parts.append(f"<details{is_open}><summary{kind}>{line}</summary>")
-                depth_now += 1
             else:
                 parts.append(f"<p{kind}>{line}</p>")
-        parts.append("</details>" * depth_now)
+        parts.append("</details>" * depth_before)
         if self._chosen_by:
             parts.append(f"<footer>{escape(self._summary())}</footer>")
         return "".join(parts) + "</div>"
@@ -175,7 +171,7 @@ class Tree:
         """The whole picture as data, as ``python -m mlx_modswap --help`` describes it."""
         return {
             "modules": self._rows[0].modules,
-            "selected": self._selected if self._chosen_by else None,
+            "selected": self._selected,
             "places": [
                 {
                     "path": row.path,

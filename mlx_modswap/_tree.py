@@ -64,7 +64,7 @@ def tree(
     patterns, excludes = parse_argument("pattern", pattern), parse_argument("exclude", exclude)
     narrowed = ["where"] * (where is not None) + ["exclude"] * bool(excludes)
     marked: dict[int, set[Any]] = {}  # keys by the id of their container
-    chosen_by, selected = "", 0
+    chosen_by, selected = "", None
     if narrowed or not isinstance(pattern, str) or pattern != "**":
         places = choose(model, patterns, where, excludes, strict=True)
         selected = len(places.paths)
@@ -102,13 +102,13 @@ def _shared(order: list[Container]) -> set[int]:
 class _Group(NamedTuple):
     """Places inside a module that look the same."""
 
-    product: Product
-    ways: Sequence[tuple[Any, ...]]  # the keys that lead to each
     form: Form | None  # None if it is no module
     text: str
     marked: bool = False
     private: bool = False
     tied: bool = False
+    product: Product = ()
+    ways: Sequence[tuple[Any, ...]] = ((),)  # the keys that lead to each
 
 
 def _groups(form: Form, forms: dict[int, Form], shared: set[int]) -> list[_Group]:
@@ -121,14 +121,14 @@ def _groups(form: Form, forms: dict[int, Form], shared: set[int]) -> list[_Group
             marked = entry.keys[-1] in forms[id(entry.holder)].marked
             private = str(entry.path[0]).startswith("_")
             tied = inner is not None and inner.solid and id(opened(entry.value)) in shared
-            group = _Group((), (), inner, text, marked, private, tied)
+            group = _Group(inner, text, marked, private, tied)
             alike.setdefault(group, []).append((number, entry))
     groups: dict[int, _Group] = {}
     for group, found in alike.items():
         for product, places in fold([entry.path for _, entry in found]):
             ways = tuple(found[place][1].keys for place in places)
             groups[found[places[0]][0]] = group._replace(product=product, ways=ways)
-    others = [_Group(((name,),), ((),), None, text) for name, text in functions(form.example)]
+    others = [_Group(None, text, product=((name,),)) for name, text in functions(form.example)]
     return [groups[number] for number in sorted(groups)] + others
 
 
@@ -145,7 +145,7 @@ def _rows(model: nn.Module, forms: dict[int, Form], shared: set[int]) -> list[Ro
     firsts: dict[int, Row] = {}  # where each module with parameters is first, if some are shared
     hidden: set[Row] = set()
     rows: list[Row] = []
-    whole = _Group((), ((),), forms[id(model)], forms[id(model)].text)
+    whole = _Group(forms[id(model)], forms[id(model)].text)
     waiting: list[tuple[Row | None, _Group, list[Any]]] = [(None, whole, [model])]
     while waiting:
         above, group, modules = waiting.pop()

@@ -80,6 +80,19 @@ def net(**held: Any) -> nn.Module:
     return module
 
 
+def brothers(first: int, last: int) -> nn.Module:
+    """A module of so many different ones that none share a line."""
+    return net(**{f"l{n}": nn.Linear(n, 1) for n in range(first, last + 1)})
+
+
+def deep(levels: int) -> nn.Module:
+    model = inner = Net()
+    for _ in range(levels):
+        inner.inner, inner.w = Net(), nn.Linear(2, 2)
+        inner = inner.inner
+    return model
+
+
 # ---------------------------------------------------------------- whole texts
 
 
@@ -261,18 +274,20 @@ Net                                              30 params   120 B   float32
 
 
 def test_a_wrapper_and_its_layer_are_one_module():
-    layer, again = nn.Linear(2, 2), Wrapper(nn.Linear(3, 3))
+    layer, again, tied = nn.Linear(2, 2), Wrapper(nn.Linear(3, 3)), nn.Linear(4, 4)
     model = net(
         a=Wrapper(layer),
         b=layer,
         c=Wrapper(net(inner=Wrapper(Wrapper(layer)))),
         d=again,
         e=[again, nn.Linear(3, 3)],
+        f=net(x=tied),
+        g=net(x=tied, y=Wrapper(nn.ReLU())),
     )
     assert (
         str(tree(model, "d"))
         == """\
-  Net                                 30 params   120 B   float32
+  Net                                 50 params   200 B   float32
     a         Wrapper(2 -> 2, bias)   6           24 B    float32   tied
     b         Linear(2 -> 2, bias)                                  tied to a
     c         Wrapper
@@ -280,7 +295,12 @@ def test_a_wrapper_and_its_layer_are_one_module():
 *   d         Wrapper(3 -> 3, bias)   12          48 B    float32   tied
     e.0       Wrapper(3 -> 3, bias)                                 tied to d
     e.1       Linear(3 -> 3, bias)    12          48 B    float32
-'d' selects 1 of 7 modules"""
+    f         Net                     20          80 B    float32
+      x       Linear(4 -> 4, bias)    20          80 B    float32   tied
+    g         Net
+      x       Linear(4 -> 4, bias)                                  tied to f.x
+      y       Wrapper
+'d' selects 1 of 12 modules"""
     )
 
 
@@ -390,6 +410,74 @@ def test_more_brothers_than_fit():
     )
 
 
+def test_as_many_brothers_as_fit():
+    assert names_of(tree(brothers(1, 24))) == ["Net", *(f"l{n}" for n in range(1, 25))]
+    assert names_of(tree(brothers(1, 25))) == ["Net", *(f"l{n}" for n in range(1, 24)), "..."]
+    assert str(tree(brothers(1, 25))).endswith("\n  ... 2 more")
+
+
+def names_of(picture: Any) -> list[str]:
+    return [line.removeprefix("*").split()[0] for line in str(picture).splitlines()]
+
+
+def test_a_text_has_forty_lines():
+    for more, pattern, is_open in (
+        (19, "**", True),
+        (20, "**", False),
+        (18, "c", True),
+        (19, "c", False),
+    ):
+        model = net(a=brothers(1, 17), b=brothers(20, 19 + more), c=nn.ReLU())
+        picture = tree(model, pattern)
+        lines = str(picture).splitlines()
+        assert len(lines) == (40 if is_open else 21 + (pattern != "**"))
+        closed = [line for line in lines if line.endswith(f"{more} modules inside")]
+        assert len(closed) == (not is_open)
+
+
+TWO = net(a=brothers(1, 20), b=brothers(21, 40))
+
+
+@pytest.mark.parametrize(
+    ("model", "pattern", "closed"),
+    [
+        (TWO, "**", {"b": "20 modules inside"}),
+        (TWO, "b.l30", {"a": "20 modules inside"}),
+        (TWO, ["**"], {"b": "20 modules inside, 20 selected"}),
+        (TWO, ["b", "a.l3"], {"b": "20 modules inside"}),
+        (TWO, ["a", "b", "a.l3", "b.l3*"], {"b": "20 modules inside, 10 selected"}),
+        (
+            net(a=net(p=brothers(1, 15)), b=brothers(21, 35), c=brothers(41, 50)),
+            "**",
+            {"p": "15 modules inside"},
+        ),
+        (
+            net(a=brothers(1, 12), p=net(b=brothers(1, 12)), z=net(r=net(s=brothers(31, 41)))),
+            "**",
+            {"b": "as a"},
+        ),
+    ],
+)
+def test_lines_that_do_not_fit_are_closed_and_say_so(model, pattern, closed):
+    found = {}
+    for line in str(tree(model, pattern)).splitlines():
+        cells = re.split("   +", line.removeprefix("*").strip())
+        if re.search("^as | inside", cells[-1]):
+            found[cells[0]] = cells[-1]
+    assert found == closed
+
+
+@pytest.mark.parametrize(
+    ("name", "note"),
+    [("a" * 30, f"as {'a' * 30}.x"), ("b" + "a" * 30, f"as ...{'a' * 27}.x")],
+)
+def test_a_long_path_is_cut_in_a_note(name, note):
+    parts = net(x=brothers(1, 20), rest=net(y=net(x=brothers(1, 20))))
+    picture = str(tree(net(**{name: parts}))).splitlines()
+    assert [line for line in picture if line.endswith(note)]
+    assert [line for line in picture if " as " in line]
+
+
 def test_lists_of_lists_and_dicts():
     model = net(grid=[[Leaf(), nn.ReLU()], [Leaf(), nn.ReLU()]], by={"a": Leaf(), 1: Leaf()})
     assert (
@@ -399,6 +487,19 @@ Net                                   4 params   16 B   float32
   grid[0:2].0   Leaf(weight 1)   x2   2          8 B    float32
   grid[0:2].1   ReLU             x2
   by.{a,1}      Leaf(weight 1)   x2   2          8 B    float32"""
+    )
+
+
+def test_what_is_private_and_public_counts_where_it_is_public():
+    shared = nn.Linear(2, 2)
+    assert (
+        str(tree(net(_a=net(b=shared), _c=shared, d=shared, e=shared)))
+        == """\
+Net                                   6 params   24 B   float32
+  _a      Net                         6          24 B   float32   not in parameters()
+    b     Linear(2 -> 2, bias)        6          24 B   float32   tied
+  _c      Linear(2 -> 2, bias)        6          24 B   float32   tied
+  {d,e}   Linear(2 -> 2, bias)   x2   6          24 B   float32   tied, one module"""
     )
 
 
@@ -431,11 +532,7 @@ def test_a_big_mixture_of_experts_is_five_lines_and_takes_no_time():
 
 
 def test_a_deep_model_is_drawn_without_recursion():
-    model = inner = Net()
-    for _ in range(2000):
-        inner.inner, inner.w = Net(), nn.Linear(2, 2)
-        inner = inner.inner
-    picture = tree(model, "**.w")
+    picture = tree(deep(2000), "**.w")
     lines = str(picture).splitlines()
     assert len(lines) == 40
     assert lines[19].endswith("3962 modules inside, 1981 selected")
@@ -526,7 +623,9 @@ class Page(HTMLParser):
     def __init__(self, html: str):
         super().__init__()
         self.open: list[str] = []
+        self.is_open: list[bool] = []  # of each `details`
         self.lines: list[str] = []
+        self.seen: list[bool] = []  # whether a line can be seen at first
         self.marked: list[str] = []
         self.tags: set[str] = set()
         self.feed(html)
@@ -535,13 +634,19 @@ class Page(HTMLParser):
     def handle_starttag(self, tag, attrs):
         self.tags.add(tag)
         self.open.append(tag)
+        if tag == "details":
+            self.is_open.append(("open", None) in attrs)
         if tag in ("p", "summary", "footer"):
             self.lines.append("")
+            around = self.is_open[:-1] if tag == "summary" else self.is_open
+            self.seen.append(all(around))
             if ("class", "marked") in attrs:
                 self.marked.append("")
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
+        if tag == "details":
+            self.is_open.pop()
 
     def handle_data(self, data):
         if "style" not in self.open and self.lines:
@@ -559,6 +664,102 @@ def test_a_notebook_gets_a_tree_to_open_and_close():
         "v_proj", "o_proj", "rope", "mlp", "{gate,up}_proj", "down_proj", "norm",
         "'**.{q,v}_proj'",
     ]  # fmt: skip
+
+
+def half_frozen() -> nn.Module:
+    shared = nn.Linear(2, 2)
+    model = net(
+        a=shared,
+        layers=[net(b=shared, relu=nn.ReLU()), shared, None],
+        q=nn.QuantizedLinear(64, 1, False),
+        f=nn.gelu,
+    )
+    shared.freeze(keys="bias", recurse=False)
+    return model
+
+
+def test_a_whole_page():
+    html = tree(half_frozen(), "layers.0.**")._repr_html_()
+    style = html[html.index("<style>") : html.index("</style>")]
+    lines = re.sub("(?=<(details|summary|p|/details|footer))", "\n", html.replace(style, "<style>"))
+    assert (
+        lines
+        == """\
+<div class="mlx-modswap"><style></style>
+<details open>
+<summary><span><b>Net</b> <i></i> <small></small></span><span></span><span>70 params</span><span>4 trainable</span><span>64 B</span><span>float32, uint32</span></summary>
+<p><span><b>a</b> <i>Linear(2 -&gt; 2, bias)</i> <small>tied</small></span><span></span><span>6</span><span>4</span><span>24 B</span><span>float32</span></p>
+<details open>
+<summary><span><b>layers.0</b> <i>Net</i> <small></small></span><span></span><span></span><span></span><span></span><span></span></summary>
+<p class="marked"><span><b>b</b> <i>Linear(2 -&gt; 2, bias)</i> <small>tied to a</small></span><span></span><span></span><span></span><span></span><span></span></p>
+<p class="marked"><span><b>relu</b> <i>ReLU</i> <small></small></span><span></span><span></span><span></span><span></span><span></span></p>
+</details>
+<p><span><b>layers.1</b> <i>Linear(2 -&gt; 2, bias)</i> <small>tied to a</small></span><span></span><span></span><span></span><span></span><span></span></p>
+<p><span><b>layers.2</b> <i>None</i> <small></small></span><span></span><span></span><span></span><span></span><span></span></p>
+<p><span><b>q</b> <i>QuantizedLinear(64 -&gt; 1, group_size=64, bits=4)</i> <small></small></span><span></span><span>64</span><span>0</span><span>40 B</span><span>float32, uint32</span></p>
+<p><span><b>f</b> <i>function gelu</i> <small></small></span><span></span><span></span><span></span><span></span><span></span></p>
+</details>
+<footer>&#x27;layers.0.**&#x27; selects 2 of 6 modules</footer></div>"""
+    )
+    html = tree(net(**{"<": nn.Linear(1, 1)}))._repr_html_()
+    lines = re.sub("(?=<(details|summary|p|/details|footer))", "\n", html.replace(style, "<style>"))
+    assert (
+        lines
+        == """\
+<div class="mlx-modswap"><style></style>
+<details open>
+<summary><span><b>Net</b> <i></i> <small></small></span><span></span><span>2 params</span><span>8 B</span><span>float32</span></summary>
+<p><span><b>&lt;</b> <i>Linear(1 -&gt; 1, bias)</i> <small></small></span><span></span><span>2</span><span>8 B</span><span>float32</span></p>
+</details></div>"""
+    )
+
+
+def test_the_whole_data():
+    keys = ["path", "class", "text", "count"]
+    keys += ["params", "trainable", "bytes", "dtypes", "selected", "note"]
+    linear, packed = "Linear(2 -> 2, bias)", "QuantizedLinear(64 -> 1, group_size=64, bits=4)"
+    both = ["float32", "uint32"]
+    rows = [
+        ("", "Net", "Net", 1, 70, 4, 64, both, False, ""),
+        ("a", "Linear", linear, 1, 6, 4, 24, ["float32"], False, "tied"),
+        ("layers.0", "Net", "Net", 1, 0, 0, 0, [], False, ""),
+        ("layers.0.b", "Linear", linear, 1, 0, 0, 0, [], True, "tied to a"),
+        ("layers.0.relu", "ReLU", "ReLU", 1, 0, 0, 0, [], True, ""),
+        ("layers.1", "Linear", linear, 1, 0, 0, 0, [], False, "tied to a"),
+        ("layers.2", None, "None", 1, 0, 0, 0, [], False, ""),
+        ("q", "QuantizedLinear", packed, 1, 64, 0, 40, both, False, ""),
+        ("f", None, "function gelu", 1, 0, 0, 0, [], False, ""),
+    ]
+    places = [dict(zip(keys, row)) for row in rows]
+    assert tree(half_frozen(), "layers.0.**").data() == {
+        "modules": 6, "selected": 2, "places": places
+    }  # fmt: skip
+    assert tree(half_frozen()).data()["selected"] is None
+
+
+@pytest.mark.parametrize(
+    ("model", "pattern"),
+    [
+        (Llama(), "**"),
+        (Llama(6), "layers[-2:].**.{q,v}_proj"),
+        (net(a=brothers(1, 16), b=brothers(2, 18), c=net(d=brothers(5, 12))), "c.d.*"),
+        (deep(70), "**"),
+        (deep(70), "**.w"),
+    ],
+)
+def test_a_page_shows_at_first_what_a_text_shows(model, pattern):
+    picture = tree(model, pattern)
+    page = Page(picture._repr_html_())
+    seen = [line.split()[0] for line, is_seen in zip(page.lines, page.seen) if is_seen]
+    assert seen == names_of(picture)
+    assert len(page.lines) > len(seen) or len(seen) < 39
+
+
+def test_a_page_of_more_brothers_than_fit():
+    for number, last in ((200, "l200"), (201, "... 2 more"), (202, "... 3 more")):
+        lines = Page(tree(brothers(1, number))._repr_html_()).lines
+        assert len(lines) == 201
+        assert lines[-1].split(" Linear")[0].strip() == last
 
 
 def test_in_a_notebook_nothing_is_markup():
@@ -595,6 +796,9 @@ def test_it_takes_what_select_takes():
         ({"pattern": "**", "exclude": "x"}, NoMatchError),
         ({"pattern": "a**"}, PatternError),
         ({"pattern": 3}, TypeError),
+        ({"pattern": nn.ReLU()}, TypeError),
+        ({"pattern": "**", "exclude": nn.ReLU()}, TypeError),
+        ({"pattern": "**", "exclude": "a**"}, PatternError),
         ({"pattern": "**", "where": 3}, TypeError),
     ],
 )
