@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import io
 import re
@@ -12,6 +13,7 @@ import weakref
 from html.parser import HTMLParser
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 import oracle
 import pytest
@@ -304,6 +306,106 @@ def test_a_wrapper_and_its_layer_are_one_module():
     )
 
 
+class Says(nn.Module):
+    def __init__(self, text: Any):
+        super().__init__()
+        self.text = text
+
+    def _extra_repr(self):
+        return self.text.format(self=self)
+
+
+class Sized(nn.Module):
+    @property
+    def input_dims(self) -> int:
+        return 3
+
+    output_dims = 4
+
+
+def test_a_line_tells_the_numbers_that_matter():
+    w1, w2, w3 = mx.zeros(1), mx.zeros((1, 2)), mx.zeros((1, 2, 3))
+    table = {
+        "Linear(2 -> 3)": nn.Linear(2, 3, bias=False),
+        "Conv1d(2, 4, kernel_size=3, bias)": nn.Conv1d(2, 4, 3),
+        "Conv3d(1, 1, kernel_size=(3, 3, 3), bias)": nn.Conv3d(1, 1, 3),
+        "Conv2d(2, 4, kernel_size=(3, 3), stride=(1, 2), padd...)": nn.Conv2d(
+            2, 4, 3, stride=(1, 2), padding=(0, 1)
+        ),
+        "BatchNorm(4, eps=1e-05, momentum=0.1, track_running_stats)": nn.BatchNorm(4),
+        "LayerNorm(4, eps=1e-05)": nn.LayerNorm(4),
+        "QuantizedEmbedding(32, 64, group_size=64, bits=4)": nn.QuantizedEmbedding(32, 64),
+        "MultiHeadAttention(2 heads)": nn.MultiHeadAttention(8, 2),
+        "PReLU(weight 1)": nn.PReLU(),
+        "Upsample(scale_factor=2.0, mode='linear', align_corners)": nn.Upsample(2.0, "linear", True),
+        "Says(a, c=1)": Says("a=True, b=False, c=1"),
+        "Says": Says("num_a=False"),
+        "Says(b=2)": Says("stride=(1, 1), b=2, padding=0"),
+        "Says(2)": Says("stride=1, groups=1, 2, dilation=1"),
+        "Says(stride=11, groups=12, padding=(0, 1))": Says(
+            "stride=11, padding=(0, 0, 0), mode=affine, groups=12, affine=True, padding=(0, 1)"
+        ),
+        "Says(b, c=False d)": Says("a=False, b, c=False d"),
+        "Says(a)": Says(" , a ,"),
+        f"Says({'a' * 48})": Says("a" * 48),
+        f"Says({'a' * 45}...)": Says("a" * 49),
+        "Says(1 -> 2, x, 3 -> 4)": Says("input_dims=1, output_dims=2, x, input_dims=3, output_dims=4"),
+        "Says(a[1mb)": Says("a\x1b[1m\nb"),
+        "Net(2 heads, 5 kv heads)": net(
+            num_heads=2, n_heads=3, num_attention_heads=4,
+            n_kv_heads=5, num_kv_heads=6, num_key_value_heads=7,
+        ),
+        "Net(3 heads, 6 kv heads)": net(n_heads=3, num_attention_heads=4, num_kv_heads=6),
+        "Net(4 heads, 7 kv heads)": net(num_attention_heads=4, num_key_value_heads=7),
+        "Net(8 experts)": net(num_experts=8, n_routed_experts=9),
+        "Net(9 experts)": net(n_routed_experts=9),
+        "Net(3 -> 4, group_size=32, bits=8)": net(
+            input_dims=3, output_dims=4, group_size=32, bits=8, w=w1
+        ),
+        "Net(bits=8)": net(bits=8, w=w1),
+        "Net(2 heads, a 1, b 1x2, c 1x2x3)": net(num_heads=2, a=w1, b=w2, c=w3),
+        "Net(a scalar, b 1, c 1)": net(a=mx.array(1.0), b=w1, _hidden=w1, c=w1, more=[w1]),
+        "Net(output_dims=4, w 1x2)": net(output_dims=4, w=w2),
+        "Sized(3 -> 4)": Sized(),
+    }  # fmt: skip
+    for text, module in table.items():
+        assert tree(module).data()["places"][0]["text"] == text
+    nothing = [
+        Says("{self.what}"),
+        Says(None),
+        net(num_heads=True, n_heads="2", num_experts=2.0),
+        net(a=w1, b=w1, c=w1, d=w1),
+    ]
+    for module in nothing:
+        assert tree(module).data()["places"][0]["text"] == type(module).__name__
+
+
+class Nameless:
+    __name__ = 3
+
+    def __call__(self):
+        return None
+
+
+def test_a_line_tells_what_stands_where_a_module_could():
+    table = {
+        "function gelu": nn.gelu,
+        "function <lambda>": lambda: None,
+        "function": functools.partial(nn.gelu),
+        "tuple of 2 ReLU, 1 Tanh, which MLX does not see": (nn.ReLU(), [(nn.Tanh(),)], nn.ReLU()),
+        "Tanh": nn.Tanh(),
+    }
+    for text, value in table.items():
+        for model in (net(a=value), net(a=[value]), net(a={"b": [value]})):
+            assert [place["text"] for place in tree(model).data()["places"]] == ["Net", text]
+    assert str(tree(net(a=Nameless()))) == "Net\n  a   function"
+    for value in (None, 1, "a", nn.ReLU, (), (1, [nn.gelu], {"a": nn.ReLU()}), {"a": None}):
+        assert str(tree(net(a=value, b=[value] * (value is not None)))) == "Net"
+    assert str(tree(net(_a=nn.gelu))) == "Net"
+    assert str(tree(net(a=[None, mx.zeros(1)]))).count("\n") == 0
+    assert str(tree(net(a=[None, [nn.ReLU()]]))) == "Net\n  a.0     None\n  a.1.0   ReLU"
+
+
 class Settings:
     """No module and no text: as in many a model, an object with the numbers of its config."""
 
@@ -500,6 +602,19 @@ Net                                   6 params   24 B   float32
     b     Linear(2 -> 2, bias)        6          24 B   float32   tied
   _c      Linear(2 -> 2, bias)        6          24 B   float32   tied
   {d,e}   Linear(2 -> 2, bias)   x2   6          24 B   float32   tied, one module"""
+    )
+
+
+def test_modules_that_hold_no_parameters_are_not_tied():
+    inner = net(_hidden=nn.Linear(2, 2), relu=nn.ReLU(), secret=Secret())
+    assert (
+        str(tree(net(a=inner, b=inner)))
+        == """\
+Net
+  {a,b}       Net                    x2
+    _hidden   Linear(2 -> 2, bias)   x2   12   48 B   float32   not in parameters()
+    relu      ReLU                   x2
+    secret    Secret                 x2"""
     )
 
 
