@@ -230,6 +230,19 @@ Llama                                                            137.9K params  
     )
 
 
+def test_arrays_in_lists_and_dicts_count_in_their_module():
+    holder = net(by={"w": [mx.zeros(2), mx.zeros(3)], "_v": mx.zeros(1)})
+    holder.freeze()
+    holder.unfreeze(keys="by.w.1", recurse=False)
+    assert (
+        str(tree(net(a=holder, b=nn.ReLU())))
+        == """\
+Net          6 params   3 trainable   24 B   float32
+  a   Net    6          3             24 B   float32
+  b   ReLU"""
+    )
+
+
 def test_what_is_no_module_to_mlx_is_shown_as_what_it_is():
     model = net(
         activation=nn.gelu,
@@ -419,33 +432,99 @@ class Odd(nn.Module):
     def __init__(self, *sizes: int):
         super().__init__()
         self.settings = Settings(sizes[0])
-        self.sizes = {"all": list(sizes), "unseen": [object()]}
-        self.layer_ids = [id(self)]
+        self.layer_ids = list(sizes)
 
     def _extra_repr(self):
-        return f"{self.settings.size}, {self.sizes['all']}"
+        return str(self.settings.size)
 
 
-def test_modules_look_the_same_if_their_texts_do():
+class Listed(nn.Module):
+    def __init__(self, *sizes: int):
+        super().__init__()
+        self.sizes = {"all": [list(sizes), 1]}
+
+    def _extra_repr(self):
+        return str(self.sizes["all"][0])
+
+
+def test_modules_with_other_numbers_do_not_share_a_line():
     model = nn.Sequential(
         *(nn.Conv1d(1, 1, 3, stride=n) for n in (1, 1, 2)),
         *(nn.Conv2d(1, 1, 3, stride=n) for n in (1, 2, 2)),
         *map(nn.MaxPool2d, (2, 2, 3)),
-        *(Odd(*sizes) for sizes in ((1, 2), (1, 2), (2, 2), (1, 3))),
+        *(Odd(*sizes) for sizes in ((1, 2), (1, 3), (2, 3))),
+        *(Listed(*sizes) for sizes in ((1, 2), (1, 2), (1, 3))),
     )
     assert (
         str(tree(model))
         == """\
-Sequential                                                                    42 params   168 B   float32
-  layers[0:2]    Conv1d(1, 1, kernel_size=3, bias)                       x2   8           32 B    float32
-  layers.2       Conv1d(1, 1, kernel_size=3, stride=2, bias)                  4           16 B    float32
-  layers.3       Conv2d(1, 1, kernel_size=(3, 3), bias)                       10          40 B    float32
-  layers[4:6]    Conv2d(1, 1, kernel_size=(3, 3), stride=(2, 2), bias)   x2   20          80 B    float32
-  layers[6:8]    MaxPool2d(kernel_size=(2, 2), stride=(2, 2))            x2
-  layers.8       MaxPool2d(kernel_size=(3, 3), stride=(3, 3))
-  layers[9:11]   Odd(1, [1, 2])                                          x2
-  layers.11      Odd(2, [2, 2])
-  layers.12      Odd(1, [1, 3])"""
+Sequential                                                                     42 params   168 B   float32
+  layers[0:2]     Conv1d(1, 1, kernel_size=3, bias)                       x2   8           32 B    float32
+  layers.2        Conv1d(1, 1, kernel_size=3, stride=2, bias)                  4           16 B    float32
+  layers.3        Conv2d(1, 1, kernel_size=(3, 3), bias)                       10          40 B    float32
+  layers[4:6]     Conv2d(1, 1, kernel_size=(3, 3), stride=(2, 2), bias)   x2   20          80 B    float32
+  layers[6:8]     MaxPool2d(kernel_size=(2, 2), stride=(2, 2))            x2
+  layers.8        MaxPool2d(kernel_size=(3, 3), stride=(3, 3))
+  layers[9:11]    Odd(1)                                                  x2
+  layers.11       Odd(2)
+  layers[12:14]   Listed([1, 2])                                          x2
+  layers.14       Listed([1, 3])"""
+    )
+
+
+def test_modules_that_hold_other_things_do_not_share_a_line():
+    w23, w32 = mx.zeros((2, 3)), mx.zeros((3, 2))
+    tied = nn.ReLU6(), nn.Linear(2, 2)
+    model = net(
+        layers=[
+            net(a=w23, b=w23, c=w23, d=w23),
+            net(a=w23, b=w23, c=w23, d=w23),
+            net(a=w23, b=w23, c=w23, d=w32),
+            net(a=w23, b=w23, c=w23, e=w23),
+            net(a=w23, b=w23, c=w23, d=w23.astype(mx.float16)),
+            net(x=tied[1]),
+            net(x=nn.Linear(2, 2)),
+            net(x=[nn.gelu, tied[0]]),
+            net(x=[nn.gelu, tied[0]]),
+            net(x=[nn.silu, tied[0]]),
+            net(x=[None, tied[0]]),
+            net(x=tied),
+            net(x=tied[:1]),
+            net(f=nn.gelu),
+            net(f=nn.silu),
+        ],
+        other=tied[1],
+    )
+    assert (
+        str(tree(model))
+        == """\
+Net                                                                       132 params   516 B   float16, float32
+  layers[0:2]   Net                                                  x2   48           192 B   float32
+  layers.2      Net                                                       24           96 B    float32
+  layers.3      Net                                                       24           96 B    float32
+  layers.4      Net                                                       24           84 B    float16, float32
+  layers.5      Net                                                       6            24 B    float32
+    x           Linear(2 -> 2, bias)                                      6            24 B    float32            tied
+  layers.6      Net                                                       6            24 B    float32
+    x           Linear(2 -> 2, bias)                                      6            24 B    float32
+  layers[7:9]   Net                                                  x2
+    x.0         function gelu                                        x2
+    x.1         ReLU6                                                x2
+  layers.9      Net
+    x.0         function silu
+    x.1         ReLU6
+  layers.10     Net
+    x.0         None
+    x.1         ReLU6
+  layers.11     Net
+    x           tuple of 1 ReLU6, 1 Linear, which MLX does not see
+  layers.12     Net
+    x           tuple of 1 ReLU6, which MLX does not see
+  layers.13     Net
+    f           function gelu
+  layers.14     Net
+    f           function silu
+  other         Linear(2 -> 2, bias)                                                                              tied to layers.5.x"""
     )
 
 
