@@ -359,7 +359,7 @@ def test_a_line_tells_the_numbers_that_matter():
             "stride=11, padding=(0, 0, 0), mode=affine, groups=12, affine=True, padding=(0, 1)"
         ),
         "Says(b, c=False d)": Says("a=False, b, c=False d"),
-        "Says(a)": Says(" , a ,"),
+        "Says(Xa, bX)": Says(" , Xa, bX ,"),
         f"Says({'a' * 48})": Says("a" * 48),
         f"Says({'a' * 45}...)": Says("a" * 49),
         "Says(1 -> 2, x, 3 -> 4)": Says("input_dims=1, output_dims=2, x, input_dims=3, output_dims=4"),
@@ -376,6 +376,7 @@ def test_a_line_tells_the_numbers_that_matter():
             input_dims=3, output_dims=4, group_size=32, bits=8, w=w1
         ),
         "Net(bits=8)": net(bits=8, w=w1),
+        "Net(input_dims=3)": net(input_dims=3, w=w1),
         "Net(2 heads, a 1, b 1x2, c 1x2x3)": net(num_heads=2, a=w1, b=w2, c=w3),
         "Net(a scalar, b 1, c 1)": net(a=mx.array(1.0), b=w1, _hidden=w1, c=w1, more=[w1]),
         "Net(output_dims=4, w 1x2)": net(output_dims=4, w=w2),
