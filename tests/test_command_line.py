@@ -93,6 +93,14 @@ def test_it_draws_the_model_of_a_config(folder, capsys):
 
 
 @needs_mlx_lm
+def test_it_excludes_several_patterns(folder, capsys):
+    excludes = [f"--exclude=model.layers.{number}.**" for number in (0, 2)]
+    assert main([folder(LLAMA), "**.q_proj", *excludes]) == 0
+    summary = capsys.readouterr().out.splitlines()[-1]
+    assert summary == "'**.q_proj' with exclude selects 1 of 42 modules"
+
+
+@needs_mlx_lm
 def test_it_quantizes_as_the_config_says(folder, capsys):
     assert main([folder(QUANTIZED)]) == 0
     assert (
