@@ -625,6 +625,7 @@ TWO = net(a=brothers(1, 20), b=brothers(21, 40))
     [
         (TWO, "**", {"b": "20 modules inside"}),
         (TWO, "b.l30", {"a": "20 modules inside"}),
+        (net(a=TWO.a, b=TWO.b, c=TWO.b), "**", {"{b,c}": "tied, one module, 40 modules inside"}),
         (TWO, ["**"], {"b": "20 modules inside, 20 selected"}),
         (TWO, ["b", "a.l3"], {"b": "20 modules inside"}),
         (TWO, ["a", "b", "a.l3", "b.l3*"], {"b": "20 modules inside, 10 selected"}),
