@@ -47,23 +47,26 @@ class Form:
         text (str): Its class and the numbers that matter.
         own (Measure): What it holds without the modules inside.
         solid (bool): Whether it has parameters.
+        modules (int): How many modules there are inside.
     """
 
-    __slots__ = ("example", "marked", "own", "solid", "text")
+    __slots__ = ("example", "marked", "modules", "own", "solid", "text")
 
     def __init__(self, example: Container, held: list[Any], marked: frozenset[Any]):
         self.example = example
         self.marked = marked
         self.text = type(example).__name__
         self.own = _NOTHING
-        if isinstance(example, nn.Module):
+        is_module = isinstance(example, nn.Module)
+        if is_module:
             numbers = _numbers(example)
             self.text += f"({numbers})" if numbers else ""
             self.own = _own(example)
+        inner = [(key, what) for key, what, *_ in held if isinstance(what, Form)]
         self.solid = self.own.params > 0 or any(
-            isinstance(what, Form) and what.solid and not str(key).startswith("_")
-            for key, what, *_ in held
+            what.solid and not (is_module and str(key).startswith("_")) for key, what in inner
         )
+        self.modules = sum(what.modules + isinstance(what.example, nn.Module) for _, what in inner)
 
 
 def forms_of(
@@ -74,26 +77,30 @@ def forms_of(
     Args:
         order (list): The containers, each before what it holds.
         marked (dict): The keys of what is marked, by the ``id`` of what holds it.
-        shared (set): The ``id`` of each container that is in several places.
+        shared (set): The ``id`` of each container, but no wrapper, that is in several places.
     """
     forms: dict[int, Form] = {}
     known: dict[Any, Form] = {}
     alike: dict[Any, Form] = {}
+    settings: dict[int, Any] = {}  # of lists and dicts
     for container in reversed(order):
         held: list[Any] = []
+        state: list[Any] = []  # what a text may tell of
         for key, value in entries(container):
             if type(value) is _ARRAY:
                 held.append((key, value.shape, value.dtype))
-            elif type(value) not in _PLAIN:
-                held.append((key, forms.get(id(value)) or stand_in(value), id(value) in shared))
+            elif form := forms.get(id(value)):
+                held.append((key, form, id(opened(value)) in shared))
+                state.append(settings.get(id(value)))
+            else:
+                if text := stand_in(value):
+                    held.append((key, text))
+                state.append((key, _setting(value)))
+        if isinstance(container, nn.Module):
+            state += ((name, _setting(value)) for name, value in vars(container).items())
+        else:
+            settings[id(container)] = tuple(state)
         marks = frozenset(marked.get(id(opened(container)), ()))
-        state: list[Any] = []
-        if issubclass(type(container), nn.Module):
-            attributes = vars(container)
-            state.append(frozenset(attributes.get("_no_grad", ())))
-            if len(attributes) > 2:
-                for name, value in attributes.items():
-                    state.append((name, value if type(value) in _PLAIN else stand_in(value)))
         look = type(container), tuple(held), marks, tuple(state)
         form = known.get(look)
         if form is None:
@@ -103,6 +110,12 @@ def forms_of(
             form = known[look] = alike.setdefault(seen, form)
         forms[id(container)] = form
     return forms
+
+
+def _setting(value: Any) -> Any:
+    if type(value) is set:  # such as the names of what is frozen
+        return frozenset(value)
+    return value if type(value) in _PLAIN else id(value)
 
 
 def _own(module: nn.Module) -> Measure:

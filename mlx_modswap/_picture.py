@@ -24,17 +24,16 @@ class Row:
     """A line: places that look the same, and the lines that hang below it.
 
     Attributes:
+        above (Row, optional): The line above.
         product (Product): The places, seen from those of the line above.
         text (str): What stands there.
-        above (Row, optional): The line above.
         path (str): The pattern that selects the places.
-        is_module (bool): Whether that is a module to MLX.
         count (int): How many places there are.
         marked (bool): Whether they are selected.
         selected (int): How many places are, these and those in the lines below.
         private (bool): Whether the line above does not count their parameters.
         note (str): What else there is to say.
-        look (int): Equal for those whose places look the same.
+        look (int): Equal for those whose places look the same, 0 if they hold no module.
         rows (list[Row]): The lines below.
         modules (int): How many modules there are in the lines below.
         params (int): How many parameters the places hold together.
@@ -43,22 +42,36 @@ class Row:
         dtypes (set[mx.Dtype]): Their dtypes.
     """
 
-    def __init__(self, product: Product, text: str, above: Row | None = None):
+    def __init__(
+        self,
+        above: Row | None,
+        product: Product,
+        text: str,
+        count: int,
+        marked: bool,
+        private: bool,
+    ):
+        self.above = above
         self.product = product
         self.text = text
-        self.above = above
         self.is_plain = is_plain(product) and (above is None or above.is_plain)
         around = f"{above.path}." if above and above.path else ""
         self.path = f"{around}{pattern_of(product)}" if self.is_plain else self._path()
-        self.is_module = True
-        self.count = 1
-        self.marked = self.private = False
-        self.selected = 0
+        self.count = count
+        self.marked = marked
+        self.selected = count * marked
+        self.private = private
         self.note = ""
-        self.look = 0
         self.rows: list[Row] = []
-        self.modules = self.params = self.trainable = self.nbytes = 0
+        self.look = self.modules = self.params = self.trainable = self.nbytes = 0
         self.dtypes: set[mx.Dtype] = set()
+        if above is not None:
+            above.rows.append(self)
+
+    @property
+    def is_module(self) -> bool:
+        """Whether a module to MLX stands there."""
+        return self.look != 0
 
     def _path(self) -> str:
         """What :attr:`path` is where some name is no pattern by itself."""
@@ -71,7 +84,6 @@ class Row:
 
     def add(self, row: Row) -> None:
         """Count in a line below, with all that is below that."""
-        self.modules += row.modules + row.is_module * row.count
         self.selected += row.selected
         if not row.private:
             self.params += row.params
@@ -80,44 +92,41 @@ class Row:
             self.dtypes |= row.dtypes
 
 
+Line = Row | str  # a text is no part of the model
+Opened = dict[Line, list[Line]]  # what is shown below each line that is open
+
+
 class Tree:
     """A picture of a model: print it, or let a notebook show it."""
 
-    def __init__(self, rows: list[Row], modules: int, chosen_by: str, selected: int, frozen: bool):
+    def __init__(self, rows: list[Row], chosen_by: str, selected: int | None, frozen: bool):
         self._rows = rows
-        self._modules = modules
         self._chosen_by = chosen_by  # what was to be marked, '' for nothing
         self._selected = selected
         self._frozen = frozen  # whether to say what is trainable
 
     def __str__(self) -> str:
-        return self._text(in_colour=_wants_colour())
-
-    __repr__ = __str__
-
-    def _text(self, *, in_colour: bool) -> str:
         top = self._rows[0]
         opened = _opened(top, _LINES - bool(self._chosen_by), _LINES_INSIDE)
         cells: list[list[str]] = []
         marks: list[bool] = []
-        for depth, row, is_rest in _walk(top, opened):
-            closed = row.rows and row not in opened
-            name, *others = self._cells(row, _what_is_closed(row, opened) if closed else "")
-            if is_rest:
-                name, *others = _rest(row, opened), *("" for _ in others)
+        for depth, line in _walk(top, opened):
+            name, *others = self._cells(line, opened)
             cells.append(["  " * depth + name, *others])
-            marks.append(row.marked and not is_rest)
+            marks.append(isinstance(line, Row) and line.marked)
         lines = aligned(cells)
         if self._chosen_by:
             lines = [("* " if marked else "  ") + line for marked, line in zip(marks, lines)]
+            if _wants_colour():
+                lines = [f"\x1b[1;32m{line}\x1b[0m" if m else line for m, line in zip(marks, lines)]
             lines.append(self._summary())
-        if in_colour:
-            lines = [
-                f"\x1b[1;32m{line}\x1b[0m" if m else line for m, line in zip([*marks, False], lines)
-            ]
         return "\n".join(lines)
 
-    def _cells(self, row: Row, closed: str = "") -> list[str]:
+    __repr__ = __str__
+
+    def _cells(self, row: Line, opened: Opened) -> list[str]:
+        if isinstance(row, str):
+            return [row, *[""] * 7]
         is_top = row.above is None
         return [
             row.text if is_top else pattern_of(row.product),
@@ -127,37 +136,33 @@ class Tree:
             number(row.trainable) + " trainable" * is_top if row.params and self._frozen else "",
             size(row.nbytes) if row.nbytes else "",
             dtypes(row.dtypes) if row.dtypes else "",
-            ", ".join(filter(None, [row.note, closed])),
+            ", ".join(filter(None, [row.note, _what_is_closed(row, opened)])),
         ]
 
     def _summary(self) -> str:
-        return f"{self._chosen_by} selects {self._selected} of {_counted(self._modules)}"
+        return f"{self._chosen_by} selects {self._selected} of {_counted(self._rows[0].modules)}"
 
     def _repr_html_(self) -> str:
         top = self._rows[0]
         opened = _opened(top, _ROWS, _ROWS_INSIDE)
         open_at_first = _opened(top, _LINES, _LINES_INSIDE)
         parts = [f'<div class="mlx-modswap"><style>{_STYLE}</style>']
-        depth_now = 0
-        for depth, row, is_rest in _walk(top, opened):
-            parts.append("</details>" * (depth_now - depth))
-            depth_now = depth
-            if is_rest:
-                parts.append(f"<p>{_rest(row, opened)}</p>")
-                continue
-            name, text, *numbers, note = map(escape, self._cells(row))
+        depth_before = 0
+        for depth, row in _walk(top, opened):
+            parts.append("</details>" * (depth_before - depth))
+            depth_before = depth
+            name, text, *numbers, note = map(escape, self._cells(row, opened))
             if not self._frozen:
                 del numbers[2]
             numbers = "".join(f"<span>{cell}</span>" for cell in numbers)
             line = f"<span><b>{name}</b> <i>{text}</i> <small>{note}</small></span>{numbers}"
-            kind = ' class="marked"' if row.marked else ""
+            kind = ' class="marked"' if isinstance(row, Row) and row.marked else ""
             if row in opened:
                 is_open = " open" if row in open_at_first else ""
                 parts.append(f"<details{is_open}><summary{kind}>{line}</summary>")
-                depth_now += 1
             else:
                 parts.append(f"<p{kind}>{line}</p>")
-        parts.append("</details>" * depth_now)
+        parts.append("</details>" * depth_before)
         if self._chosen_by:
             parts.append(f"<footer>{escape(self._summary())}</footer>")
         return "".join(parts) + "</div>"
@@ -165,8 +170,8 @@ class Tree:
     def data(self) -> dict[str, Any]:
         """The whole picture as data, as ``python -m mlx_modswap --help`` describes it."""
         return {
-            "modules": self._modules,
-            "selected": self._selected if self._chosen_by else None,
+            "modules": self._rows[0].modules,
+            "selected": self._selected,
             "places": [
                 {
                     "path": row.path,
@@ -207,22 +212,18 @@ _STYLE = """
 """
 
 
-def _walk(top: Row, opened: dict[Row, list[Row]]) -> Iterator[tuple[int, Row, bool]]:
-    """Depth and line from the top down; at the end of a list that is cut, its line once more."""
-    waiting = [(0, top, False)]
+def _walk(top: Row, opened: Opened) -> Iterator[tuple[int, Line]]:
+    """Depth and line, from the top down."""
+    waiting: list[tuple[int, Line]] = [(0, top)]
     while waiting:
-        depth, row, is_rest = waiting.pop()
-        yield depth, row, is_rest
-        inner = opened.get(row, []) if not is_rest else []
-        if inner:
-            if len(inner) < len(row.rows):
-                waiting.append((depth + 1, row, True))
-            waiting.extend((depth + 1, one, False) for one in reversed(inner))
+        depth, line = waiting.pop()
+        yield depth, line
+        waiting.extend((depth + 1, one) for one in reversed(opened.get(line, [])))
 
 
-def _opened(top: Row, lines: int, lines_inside: int) -> dict[Row, list[Row]]:
+def _opened(top: Row, lines: int, lines_inside: int) -> Opened:
     """The lines that are open, and what is shown below each: the most telling that fit."""
-    opened: dict[Row, list[Row]] = {}
+    opened: Opened = {}
     looks: set[int] = set()
     waiting = [(False, False, 0, 0, top)]
     count = pushed = 1
@@ -231,34 +232,34 @@ def _opened(top: Row, lines: int, lines_inside: int) -> dict[Row, list[Row]]:
         if row.look in looks and not comes_again:
             heappush(waiting, (True, unmarked, depth, place, row))
             continue
-        inner = row.rows
+        inner: list[Line] = [*row.rows]
         if len(inner) > lines_inside:
-            telling = sorted(inner, key=lambda one: not one.selected)[: lines_inside - 1]
-            inner = [one for one in inner if one in set(telling)]
-        room = len(inner) + (len(inner) < len(row.rows))
-        if not inner or depth == _DEEPEST or count + room > lines:
+            telling = set(sorted(row.rows, key=lambda one: not one.selected)[: lines_inside - 1])
+            inner = [one for one in row.rows if one in telling]
+            inner.append(f"... {len(row.rows) - len(inner)} more")
+        if not inner or depth == _DEEPEST or count + len(inner) > lines:
             continue
         opened[row] = inner
         looks.add(row.look)
-        count += room
+        count += len(inner)
         for one in inner:
-            heappush(waiting, (False, not one.selected, depth + 1, pushed, one))
-            pushed += 1
+            if isinstance(one, Row):
+                heappush(waiting, (False, not one.selected, depth + 1, pushed, one))
+                pushed += 1
     return opened
 
 
-def _what_is_closed(row: Row, opened: dict[Row, list[Row]]) -> str:
-    same = next((one for one in opened if one.look == row.look), None)
+def _what_is_closed(row: Row, opened: Opened) -> str:
+    """What is below a line, if that is not shown."""
+    if not row.rows or row in opened:
+        return ""
+    same = next((one for one in opened if isinstance(one, Row) and one.look == row.look), None)
     if same and len(same.path) > _LONGEST_PATH:
         return f"as ...{same.path[3 - _LONGEST_PATH :]}"
     if same:
         return f"as {same.path}"
     selected = row.selected - row.marked * row.count
     return f"{_counted(row.modules)} inside" + (f", {selected} selected" if selected else "")
-
-
-def _rest(row: Row, opened: dict[Row, list[Row]]) -> str:
-    return f"... {len(row.rows) - len(opened[row])} more"
 
 
 def _counted(modules: int) -> str:

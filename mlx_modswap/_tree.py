@@ -10,17 +10,7 @@ import mlx.nn as nn
 from . import _hints
 from ._fold import Entry, Product, fold, inside
 from ._forms import Form, forms_of, functions, stand_in
-from ._locations import (
-    Container,
-    Sharing,
-    entries,
-    find,
-    is_container,
-    opened,
-    sort_containers,
-    survey,
-)
-from ._pattern import Matcher
+from ._locations import Container, Sharing, entries, is_container, opened, sort_containers
 from ._picture import Row, Tree
 from ._select import Patterns, Where, check_model, choose, parse_argument
 
@@ -74,23 +64,20 @@ def tree(
     patterns, excludes = parse_argument("pattern", pattern), parse_argument("exclude", exclude)
     narrowed = ["where"] * (where is not None) + ["exclude"] * bool(excludes)
     marked: dict[int, set[Any]] = {}  # keys by the id of their container
-    chosen_by = ""
+    chosen_by, selected = "", None
     if narrowed or not isinstance(pattern, str) or pattern != "**":
         places = choose(model, patterns, where, excludes, strict=True)
+        selected = len(places.paths)
         for holder, key in places.locations():
             marked.setdefault(holder, set()).add(key)
         chosen_by = _hints.listed(one.text for one in patterns)
         chosen_by += " with " * bool(narrowed) + " and ".join(narrowed)
-    else:
-        places = find(model, Matcher(()))
-    _, sharing = survey(places)
-    order = sort_containers(model, {}) if sharing else _levels(model)
-    ways = sharing.ways if sharing else {}
-    modules = sum(ways.get(id(one), 1) for one in order if issubclass(type(one), nn.Module)) - 1
-    shared = _shared(order, sharing) if sharing else set[int]()
+    Sharing(model)  # refuses a model through which more paths lead than anyone can walk
+    order = sort_containers(model, {})
+    shared = _shared(order)
     forms = forms_of(order, marked, shared)
     frozen = any(map(_is_frozen, set(forms.values())))
-    return Tree(_rows(model, forms, shared), modules, chosen_by, len(places.paths), frozen)
+    return Tree(_rows(model, forms, shared), chosen_by, selected, frozen)
 
 
 def _is_frozen(form: Form) -> bool:
@@ -98,34 +85,30 @@ def _is_frozen(form: Form) -> bool:
     return form.own.trainable < form.own.params and "bits" not in vars(form.example)
 
 
-def _levels(model: nn.Module) -> list[Container]:
-    """All containers of a model that shares none, each before what it holds."""
-    order: list[Container] = [model]
-    for container in order:
-        held = dict.values(container) if isinstance(container, dict) else list.__iter__(container)
-        order.extend(value for value in held if is_container(value))
-    return order
-
-
-def _shared(order: list[Container], sharing: Sharing) -> set[int]:
+def _shared(order: list[Container]) -> set[int]:
     """The ids of what is in several places, or in a list or dict that is."""
-    shared = {key for key, holders in sharing.holders.items() if holders > 1}
+    seen, shared = set[int](), set[int]()
     for container in order:
-        if id(container) in shared and not issubclass(type(container), nn.Module):
-            shared.update(id(value) for _, value in entries(container) if is_container(value))
+        if opened(container) is not container:  # a wrapper is where its layer is
+            continue
+        is_again = id(container) in shared and not isinstance(container, nn.Module)
+        for key in (id(opened(one)) for _, one in entries(container) if is_container(one)):
+            if is_again or key in seen:
+                shared.add(key)
+            seen.add(key)
     return shared
 
 
 class _Group(NamedTuple):
     """Places inside a module that look the same."""
 
-    product: Product
-    ways: Sequence[tuple[Any, ...]]  # the keys that lead to each
     form: Form | None  # None if it is no module
     text: str
     marked: bool = False
     private: bool = False
     tied: bool = False
+    product: Product = ()
+    ways: Sequence[tuple[Any, ...]] = ((),)  # the keys that lead to each
 
 
 def _groups(form: Form, forms: dict[int, Form], shared: set[int]) -> list[_Group]:
@@ -134,24 +117,27 @@ def _groups(form: Form, forms: dict[int, Form], shared: set[int]) -> list[_Group
     for number, entry in enumerate(inside(form.example)):
         inner = forms.get(id(entry.value))
         text = inner.text if inner else stand_in(entry.value)
-        if text and (entry.value is not None or _is_gap(entry)):
+        if text and not _is_nothing(entry):
             marked = entry.keys[-1] in forms[id(entry.holder)].marked
             private = str(entry.path[0]).startswith("_")
-            tied = inner is not None and inner.solid and id(entry.value) in shared
-            group = _Group((), (), inner, text, marked, private, tied)
+            tied = inner is not None and inner.solid and id(opened(entry.value)) in shared
+            group = _Group(inner, text, marked, private, tied)
             alike.setdefault(group, []).append((number, entry))
     groups: dict[int, _Group] = {}
     for group, found in alike.items():
         for product, places in fold([entry.path for _, entry in found]):
             ways = tuple(found[place][1].keys for place in places)
             groups[found[places[0]][0]] = group._replace(product=product, ways=ways)
-    others = [_Group(((name,),), ((),), None, text) for name, text in functions(form.example)]
+    others = [_Group(None, text, product=((name,),)) for name, text in functions(form.example)]
     return [groups[number] for number in sorted(groups)] + others
 
 
-def _is_gap(entry: Entry) -> bool:
-    """Whether a ``None`` stands in a list of modules."""
-    return isinstance(entry.holder, list) and any(map(is_container, list.__iter__(entry.holder)))
+def _is_nothing(entry: Entry) -> bool:
+    """Whether a ``None`` stands there, and not in a list of modules."""
+    if entry.value is not None:
+        return False
+    holder = entry.holder
+    return not (isinstance(holder, list) and any(map(is_container, list.__iter__(holder))))
 
 
 def _rows(model: nn.Module, forms: dict[int, Form], shared: set[int]) -> list[Row]:
@@ -159,34 +145,32 @@ def _rows(model: nn.Module, forms: dict[int, Form], shared: set[int]) -> list[Ro
     firsts: dict[int, Row] = {}  # where each module with parameters is first, if some are shared
     hidden: set[Row] = set()
     rows: list[Row] = []
-    whole = _Group((), ((),), forms[id(model)], forms[id(model)].text)
+    whole = _Group(forms[id(model)], forms[id(model)].text)
     waiting: list[tuple[Row | None, _Group, list[Any]]] = [(None, whole, [model])]
     while waiting:
         above, group, modules = waiting.pop()
-        row = Row(group.product, group.text, above)
-        row.count = len(modules)
-        row.marked = group.marked
-        row.selected = row.count * row.marked
-        row.private = group.private
+        row = Row(above, group.product, group.text, len(modules), group.marked, group.private)
         rows.append(row)
-        if above is not None:
-            above.rows.append(row)
         if group.private or above in hidden:
             hidden.add(row)
         form = group.form
         if form is None:
-            row.is_module = False
             continue
         row.look = id(form)
+        row.modules = form.modules * row.count
         if form.solid and group.private:
             row.note = "not in parameters()"
         if group.tied:
-            different = {id(module): module for module in modules}
+            different = {id(opened(module)): module for module in modules}
             modules = [module for key, module in different.items() if key not in firsts]
-            first = firsts.get(next(iter(different)))
-            row.note = _tie(len(modules), row.count, first)
+            row.note = "tied"
+            if not modules:
+                row.note += f" to {firsts[next(iter(different))].path}"
+            elif len(modules) < row.count:
+                fresh = len(modules)
+                row.note += ", one module" if fresh == 1 else f", {fresh} modules"
             if row not in hidden:
-                firsts.update((id(module), row) for module in modules)
+                firsts.update((id(opened(module)), row) for module in modules)
         if modules:
             row.params, row.trainable, row.nbytes = (len(modules) * n for n in form.own[1:4])
             row.dtypes.update(form.own.dtypes)
@@ -206,12 +190,3 @@ def _at(module: Container, way: tuple[Any, ...]) -> Any:
         is_dict = isinstance(value, dict)
         value = dict.__getitem__(value, key) if is_dict else list.__getitem__(value, key)
     return value
-
-
-def _tie(fresh: int, count: int, first: Row | None) -> str:
-    """What to say of modules that are in other places too, or here in several."""
-    if not fresh and first is not None:
-        return f"tied to {first.path}"
-    if fresh < count:
-        return "tied, " + ("one module" if fresh == 1 else f"{fresh} modules")
-    return "tied"

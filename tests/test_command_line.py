@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from typing import Any
@@ -92,6 +93,14 @@ def test_it_draws_the_model_of_a_config(folder, capsys):
 
 
 @needs_mlx_lm
+def test_it_excludes_several_patterns(folder, capsys):
+    excludes = [f"--exclude=model.layers.{number}.**" for number in (0, 2)]
+    assert main([folder(LLAMA), "**.q_proj", *excludes]) == 0
+    summary = capsys.readouterr().out.splitlines()[-1]
+    assert summary == "'**.q_proj' with exclude selects 1 of 42 modules"
+
+
+@needs_mlx_lm
 def test_it_quantizes_as_the_config_says(folder, capsys):
     assert main([folder(QUANTIZED)]) == 0
     assert (
@@ -148,6 +157,92 @@ def test_it_prints_data(folder, capsys):
 
 
 @needs_mlx_lm
+def test_data_comes_in_short_lines(folder, capsys):
+    assert main([folder(LLAMA), "--json"]) == 0
+    assert capsys.readouterr().out.startswith('{\n "modules": 42,\n "selected": null,\n "places"')
+
+
+@needs_mlx_lm
+@pytest.mark.parametrize(
+    ("config", "dtype"),
+    [
+        ({}, "float32"),
+        ({"torch_dtype": "float16"}, "float16"),
+        ({"dtype": "float16", "torch_dtype": "bfloat16"}, "float16"),
+        ({"dtype": None, "torch_dtype": "torch.float16"}, "float16"),
+        ({"text_config": {"dtype": "float16"}}, "float16"),
+        ({"text_config": {"torch_dtype": "float16"}}, "float16"),
+        ({"text_config": None}, "float32"),
+        ({"dtype": "auto", "text_config": {"dtype": "bfloat16"}}, "bfloat16"),
+        ({"dtype": "bfloat16", "text_config": {"dtype": "float16"}}, "bfloat16"),
+        ({"dtype": "array"}, "float32"),
+    ],
+)
+def test_the_dtype_is_that_of_the_config(folder, capsys, config, dtype):
+    bare = {key: value for key, value in LLAMA.items() if key != "torch_dtype"}
+    assert main([folder({**bare, **config}), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["places"][0]["dtypes"] == [dtype]
+
+
+@needs_mlx_lm
+@pytest.mark.parametrize(
+    ("quantization", "embedding", "down", "up"),
+    [
+        (None, "", "", ""),
+        ({}, "", "", ""),
+        ({"group_size": 32}, *["group_size=32, bits=4"] * 3),
+        ({"group_size": 64, "bits": 8}, *["group_size=64, bits=8"] * 3),
+        (
+            {"group_size": 32, "bits": 4, "mode": "mxfp4"},
+            *["group_size=32, bits=4, mode=mxfp4"] * 3,
+        ),
+        ({"group_size": 128, "bits": 8}, "", "group_size=128, bits=8", ""),
+        (
+            {"group_size": 64, "model.embed_tokens": False, "model.layers.0.mlp.up_proj": True},
+            "", "group_size=64, bits=4", "group_size=64, bits=4",
+        ),
+    ],
+)  # fmt: skip
+def test_what_fits_is_quantized_as_the_config_says(
+    folder, capsys, quantization, embedding, down, up
+):
+    config = {**LLAMA, "num_hidden_layers": 1, "quantization": quantization}
+    assert main([folder(config), "**.{embed_tokens,up_proj,down_proj}", "--json"]) == 0
+    places = json.loads(capsys.readouterr().out)["places"]
+    assert [place["text"] for place in places if place["selected"]] == [
+        f"Quantized{text}, {settings})" if settings else f"{text})"
+        for text, settings in [
+            ("Embedding(1000, 64", embedding),
+            ("Linear(128 -> 64", down),
+            ("Linear(64 -> 128", up),
+        ]
+    ]
+
+
+MIXTURE = {
+    "model_type": "qwen3_moe", "hidden_size": 64, "num_hidden_layers": 1, "intermediate_size": 96,
+    "num_attention_heads": 4, "num_experts": 4, "num_experts_per_tok": 2, "decoder_sparse_step": 1,
+    "mlp_only_layers": [], "moe_intermediate_size": 32, "rms_norm_eps": 1e-05, "vocab_size": 96,
+    "num_key_value_heads": 2, "head_dim": 16, "rope_theta": 10000.0, "tie_word_embeddings": False,
+    "max_position_embeddings": 512, "norm_topk_prob": True,
+    "quantization": {"group_size": 32, "bits": 4},
+}  # fmt: skip
+
+
+@needs_mlx_lm
+def test_a_model_may_say_itself_how_it_is_quantized(folder, capsys):
+    assert main([folder(MIXTURE), "**.mlp.**"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("*")]
+    assert [re.split("   +", line[1:].strip())[:2] for line in lines] == [
+        ["gate", "QuantizedLinear(64 -> 4, group_size=64, bits=8)"],
+        ["switch_mlp", "SwitchGLU"],
+        ["{gate,up}_proj", "QuantizedSwitchLinear(4 experts, 64 -> 32, group_size=32, bits=4)"],
+        ["down_proj", "QuantizedSwitchLinear(4 experts, 32 -> 64, group_size=32, bits=4)"],
+        ["activation", "SwiGLU"],
+    ]
+
+
+@needs_mlx_lm
 def test_nothing_is_computed(folder):
     big = {"hidden_size": 2**15, "intermediate_size": 2**17, "num_hidden_layers": 200}
     before = mx.get_active_memory()
@@ -188,7 +283,14 @@ def test_a_wrong_pattern(folder, capsys, pattern, message):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ("{", "{folder}/config.json is no JSON: Expecting property name enclosed in double quotes"),
+        (
+            "{",
+            "{folder}/config.json is no JSON: Expecting property name enclosed in double quotes: ",
+        ),
+        (
+            {**LLAMA, "quantization": {"bits": 4}},
+            "mlx-lm builds no model from {folder}: KeyError: 'group_size'\n",
+        ),
         ("[]", "mlx-lm builds no model from {folder}: TypeError: "),
         ("{}", "mlx-lm builds no model from {folder}: KeyError: 'model_type'"),
         (
@@ -229,6 +331,19 @@ def test_no_arguments(capsys):
     with pytest.raises(SystemExit, match="2"):
         main([])
     assert "the following arguments are required: MODEL_DIR" in capsys.readouterr().err
+
+
+def test_the_help_says_what_can_be_given(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    words = " ".join(capsys.readouterr().out.split())
+    for part in [
+        "usage: python -m mlx_modswap [-h] [--exclude PATTERN] [--json] MODEL_DIR [PATTERN] Draw a",
+        "MODEL_DIR a folder with a config.json PATTERN such as '**.q_proj', in quotes options:",
+        "--exclude PATTERN what not to select --json print data, not a picture; see below --json",
+    ]:
+        assert part in words
 
 
 def test_the_help_describes_the_data(capsys):

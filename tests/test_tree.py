@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import io
 import re
@@ -12,6 +13,7 @@ import weakref
 from html.parser import HTMLParser
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 import oracle
 import pytest
@@ -78,6 +80,19 @@ def net(**held: Any) -> nn.Module:
     for name, value in held.items():
         setattr(module, name, value)
     return module
+
+
+def brothers(first: int, last: int) -> nn.Module:
+    """A module of so many different ones that none share a line."""
+    return net(**{f"l{n}": nn.Linear(n, 1) for n in range(first, last + 1)})
+
+
+def deep(levels: int) -> nn.Module:
+    model = inner = Net()
+    for _ in range(levels):
+        inner.inner, inner.w = Net(), nn.Linear(2, 2)
+        inner = inner.inner
+    return model
 
 
 # ---------------------------------------------------------------- whole texts
@@ -215,6 +230,19 @@ Llama                                                            137.9K params  
     )
 
 
+def test_arrays_in_lists_and_dicts_count_in_their_module():
+    holder = net(by={"w": [mx.zeros(2), mx.zeros(3)], "_v": mx.zeros(1)})
+    holder.freeze()
+    holder.unfreeze(keys="by.w.1", recurse=False)
+    assert (
+        str(tree(net(a=holder, b=nn.ReLU())))
+        == """\
+Net          6 params   3 trainable   24 B   float32
+  a   Net    6          3             24 B   float32
+  b   ReLU"""
+    )
+
+
 def test_what_is_no_module_to_mlx_is_shown_as_what_it_is():
     model = net(
         activation=nn.gelu,
@@ -257,6 +285,247 @@ Net                                              30 params   120 B   float32
     inner            Linear(2 -> 2, bias)        6           24 B    float32
   twins.1            Net                                                       tied to {twins,again}.0
   activations[0:3]   ReLU                   x3"""
+    )
+
+
+def test_a_wrapper_and_its_layer_are_one_module():
+    layer, again, tied = nn.Linear(2, 2), Wrapper(nn.Linear(3, 3)), nn.Linear(4, 4)
+    model = net(
+        a=Wrapper(layer),
+        b=layer,
+        c=Wrapper(net(inner=Wrapper(Wrapper(layer)))),
+        d=again,
+        e=[again, nn.Linear(3, 3)],
+        f=net(x=tied),
+        g=net(x=tied, y=Wrapper(nn.ReLU())),
+    )
+    assert (
+        str(tree(model, "d"))
+        == """\
+  Net                                 50 params   200 B   float32
+    a         Wrapper(2 -> 2, bias)   6           24 B    float32   tied
+    b         Linear(2 -> 2, bias)                                  tied to a
+    c         Wrapper
+      inner   Wrapper(2 -> 2, bias)                                 tied to a
+*   d         Wrapper(3 -> 3, bias)   12          48 B    float32   tied
+    e.0       Wrapper(3 -> 3, bias)                                 tied to d
+    e.1       Linear(3 -> 3, bias)    12          48 B    float32
+    f         Net                     20          80 B    float32
+      x       Linear(4 -> 4, bias)    20          80 B    float32   tied
+    g         Net
+      x       Linear(4 -> 4, bias)                                  tied to f.x
+      y       Wrapper
+'d' selects 1 of 12 modules"""
+    )
+
+
+class Says(nn.Module):
+    def __init__(self, text: Any):
+        super().__init__()
+        self.text = text
+
+    def _extra_repr(self):
+        return self.text.format(self=self)
+
+
+class Sized(nn.Module):
+    @property
+    def input_dims(self) -> int:
+        return 3
+
+    output_dims = 4
+
+
+def test_a_line_tells_the_numbers_that_matter():
+    w1, w2, w3 = mx.zeros(1), mx.zeros((1, 2)), mx.zeros((1, 2, 3))
+    table = {
+        "Linear(2 -> 3)": nn.Linear(2, 3, bias=False),
+        "Conv1d(2, 4, kernel_size=3, bias)": nn.Conv1d(2, 4, 3),
+        "Conv3d(1, 1, kernel_size=(3, 3, 3), bias)": nn.Conv3d(1, 1, 3),
+        "Conv2d(2, 4, kernel_size=(3, 3), stride=(1, 2), padd...)": nn.Conv2d(
+            2, 4, 3, stride=(1, 2), padding=(0, 1)
+        ),
+        "BatchNorm(4, eps=1e-05, momentum=0.1, track_running_stats)": nn.BatchNorm(4),
+        "LayerNorm(4, eps=1e-05)": nn.LayerNorm(4),
+        "QuantizedEmbedding(32, 64, group_size=64, bits=4)": nn.QuantizedEmbedding(32, 64),
+        "MultiHeadAttention(2 heads)": nn.MultiHeadAttention(8, 2),
+        "PReLU(weight 1)": nn.PReLU(),
+        "Upsample(scale_factor=2.0, mode='linear', align_corners)": nn.Upsample(2.0, "linear", True),
+        "Says(a, c=1)": Says("a=True, b=False, c=1"),
+        "Says": Says("num_a=False"),
+        "Says(b=2)": Says("stride=(1, 1), b=2, padding=0"),
+        "Says(2)": Says("stride=1, groups=1, 2, dilation=1"),
+        "Says(stride=11, groups=12, padding=(0, 1))": Says(
+            "stride=11, padding=(0, 0, 0), mode=affine, groups=12, affine=True, padding=(0, 1)"
+        ),
+        "Says(b, c=False d)": Says("a=False, b, c=False d"),
+        "Says(Xa, bX)": Says(" , Xa, bX ,"),
+        f"Says({'a' * 48})": Says("a" * 48),
+        f"Says({'a' * 45}...)": Says("a" * 49),
+        "Says(1 -> 2, x, 3 -> 4)": Says("input_dims=1, output_dims=2, x, input_dims=3, output_dims=4"),
+        "Says(a[1mb)": Says("a\x1b[1m\nb"),
+        "Net(2 heads, 5 kv heads)": net(
+            num_heads=2, n_heads=3, num_attention_heads=4,
+            n_kv_heads=5, num_kv_heads=6, num_key_value_heads=7,
+        ),
+        "Net(3 heads, 6 kv heads)": net(n_heads=3, num_attention_heads=4, num_kv_heads=6),
+        "Net(4 heads, 7 kv heads)": net(num_attention_heads=4, num_key_value_heads=7),
+        "Net(8 experts)": net(num_experts=8, n_routed_experts=9),
+        "Net(9 experts)": net(n_routed_experts=9),
+        "Net(3 -> 4, group_size=32, bits=8)": net(
+            input_dims=3, output_dims=4, group_size=32, bits=8, w=w1
+        ),
+        "Net(bits=8)": net(bits=8, w=w1),
+        "Net(input_dims=3)": net(input_dims=3, w=w1),
+        "Net(2 heads, a 1, b 1x2, c 1x2x3)": net(num_heads=2, a=w1, b=w2, c=w3),
+        "Net(a scalar, b 1, c 1)": net(a=mx.array(1.0), b=w1, _hidden=w1, c=w1, more=[w1]),
+        "Net(output_dims=4, w 1x2)": net(output_dims=4, w=w2),
+        "Sized(3 -> 4)": Sized(),
+    }  # fmt: skip
+    for text, module in table.items():
+        assert tree(module).data()["places"][0]["text"] == text
+    nothing = [
+        Says("{self.what}"),
+        Says(None),
+        net(num_heads=True, n_heads="2", num_experts=2.0),
+        net(a=w1, b=w1, c=w1, d=w1),
+    ]
+    for module in nothing:
+        assert tree(module).data()["places"][0]["text"] == type(module).__name__
+
+
+class Nameless:
+    __name__ = 3
+
+    def __call__(self):
+        return None
+
+
+def test_a_line_tells_what_stands_where_a_module_could():
+    table = {
+        "function gelu": nn.gelu,
+        "function <lambda>": lambda: None,
+        "function": functools.partial(nn.gelu),
+        "tuple of 2 ReLU, 1 Tanh, which MLX does not see": (nn.ReLU(), [(nn.Tanh(),)], nn.ReLU()),
+        "Tanh": nn.Tanh(),
+    }
+    for text, value in table.items():
+        for model in (net(a=value), net(a=[value]), net(a={"b": [value]})):
+            assert [place["text"] for place in tree(model).data()["places"]] == ["Net", text]
+    assert str(tree(net(a=Nameless()))) == "Net\n  a   function"
+    for value in (None, 1, "a", nn.ReLU, (), (1, [nn.gelu], {"a": nn.ReLU()}), {"a": None}):
+        assert str(tree(net(a=value, b=[value] * (value is not None)))) == "Net"
+    assert str(tree(net(_a=nn.gelu))) == "Net"
+    assert str(tree(net(a=[None, mx.zeros(1)]))).count("\n") == 0
+    assert str(tree(net(a=[None, [nn.ReLU()]]))) == "Net\n  a.0     None\n  a.1.0   ReLU"
+
+
+class Settings:
+    """No module and no text: as in many a model, an object with the numbers of its config."""
+
+    def __init__(self, size: int):
+        self.size = size
+
+
+class Odd(nn.Module):
+    """Its numbers are where no look at its attributes sees them."""
+
+    def __init__(self, *sizes: int):
+        super().__init__()
+        self.settings = Settings(sizes[0])
+        self.layer_ids = list(sizes)
+
+    def _extra_repr(self):
+        return str(self.settings.size)
+
+
+class Listed(nn.Module):
+    def __init__(self, *sizes: int):
+        super().__init__()
+        self.sizes = {"all": [list(sizes), 1]}
+
+    def _extra_repr(self):
+        return str(self.sizes["all"][0])
+
+
+def test_modules_with_other_numbers_do_not_share_a_line():
+    model = nn.Sequential(
+        *(nn.Conv1d(1, 1, 3, stride=n) for n in (1, 1, 2)),
+        *(nn.Conv2d(1, 1, 3, stride=n) for n in (1, 2, 2)),
+        *map(nn.MaxPool2d, (2, 2, 3)),
+        *(Odd(*sizes) for sizes in ((1, 2), (1, 3), (2, 3))),
+        *(Listed(*sizes) for sizes in ((1, 2), (1, 2), (1, 3))),
+    )
+    assert (
+        str(tree(model))
+        == """\
+Sequential                                                                     42 params   168 B   float32
+  layers[0:2]     Conv1d(1, 1, kernel_size=3, bias)                       x2   8           32 B    float32
+  layers.2        Conv1d(1, 1, kernel_size=3, stride=2, bias)                  4           16 B    float32
+  layers.3        Conv2d(1, 1, kernel_size=(3, 3), bias)                       10          40 B    float32
+  layers[4:6]     Conv2d(1, 1, kernel_size=(3, 3), stride=(2, 2), bias)   x2   20          80 B    float32
+  layers[6:8]     MaxPool2d(kernel_size=(2, 2), stride=(2, 2))            x2
+  layers.8        MaxPool2d(kernel_size=(3, 3), stride=(3, 3))
+  layers[9:11]    Odd(1)                                                  x2
+  layers.11       Odd(2)
+  layers[12:14]   Listed([1, 2])                                          x2
+  layers.14       Listed([1, 3])"""
+    )
+
+
+def test_modules_that_hold_other_things_do_not_share_a_line():
+    w23, w32 = mx.zeros((2, 3)), mx.zeros((3, 2))
+    tied = nn.ReLU6(), nn.Linear(2, 2)
+    model = net(
+        layers=[
+            net(a=w23, b=w23, c=w23, d=w23),
+            net(a=w23, b=w23, c=w23, d=w23),
+            net(a=w23, b=w23, c=w23, d=w32),
+            net(a=w23, b=w23, c=w23, e=w23),
+            net(a=w23, b=w23, c=w23, d=w23.astype(mx.float16)),
+            net(x=tied[1]),
+            net(x=nn.Linear(2, 2)),
+            net(x=[nn.gelu, tied[0]]),
+            net(x=[nn.gelu, tied[0]]),
+            net(x=[nn.silu, tied[0]]),
+            net(x=[None, tied[0]]),
+            net(x=tied),
+            net(x=tied[:1]),
+            net(f=nn.gelu),
+            net(f=nn.silu),
+        ],
+        other=tied[1],
+    )
+    assert (
+        str(tree(model))
+        == """\
+Net                                                                       132 params   516 B   float16, float32
+  layers[0:2]   Net                                                  x2   48           192 B   float32
+  layers.2      Net                                                       24           96 B    float32
+  layers.3      Net                                                       24           96 B    float32
+  layers.4      Net                                                       24           84 B    float16, float32
+  layers.5      Net                                                       6            24 B    float32
+    x           Linear(2 -> 2, bias)                                      6            24 B    float32            tied
+  layers.6      Net                                                       6            24 B    float32
+    x           Linear(2 -> 2, bias)                                      6            24 B    float32
+  layers[7:9]   Net                                                  x2
+    x.0         function gelu                                        x2
+    x.1         ReLU6                                                x2
+  layers.9      Net
+    x.0         function silu
+    x.1         ReLU6
+  layers.10     Net
+    x.0         None
+    x.1         ReLU6
+  layers.11     Net
+    x           tuple of 1 ReLU6, 1 Linear, which MLX does not see
+  layers.12     Net
+    x           tuple of 1 ReLU6, which MLX does not see
+  layers.13     Net
+    f           function gelu
+  layers.14     Net
+    f           function silu
+  other         Linear(2 -> 2, bias)                                                                              tied to layers.5.x"""
     )
 
 
@@ -323,6 +592,75 @@ def test_more_brothers_than_fit():
     )
 
 
+def test_as_many_brothers_as_fit():
+    assert names_of(tree(brothers(1, 24))) == ["Net", *(f"l{n}" for n in range(1, 25))]
+    assert names_of(tree(brothers(1, 25))) == ["Net", *(f"l{n}" for n in range(1, 24)), "..."]
+    assert str(tree(brothers(1, 25))).endswith("\n  ... 2 more")
+
+
+def names_of(picture: Any) -> list[str]:
+    return [line.removeprefix("*").split()[0] for line in str(picture).splitlines()]
+
+
+def test_a_text_has_forty_lines():
+    for more, pattern, is_open in (
+        (19, "**", True),
+        (20, "**", False),
+        (18, "c", True),
+        (19, "c", False),
+    ):
+        model = net(a=brothers(1, 17), b=brothers(20, 19 + more), c=nn.ReLU())
+        picture = tree(model, pattern)
+        lines = str(picture).splitlines()
+        assert len(lines) == (40 if is_open else 21 + (pattern != "**"))
+        closed = [line for line in lines if line.endswith(f"{more} modules inside")]
+        assert len(closed) == (not is_open)
+
+
+TWO = net(a=brothers(1, 20), b=brothers(21, 40))
+
+
+@pytest.mark.parametrize(
+    ("model", "pattern", "closed"),
+    [
+        (TWO, "**", {"b": "20 modules inside"}),
+        (TWO, "b.l30", {"a": "20 modules inside"}),
+        (net(a=TWO.a, b=TWO.b, c=TWO.b), "**", {"{b,c}": "tied, one module, 40 modules inside"}),
+        (TWO, ["**"], {"b": "20 modules inside, 20 selected"}),
+        (TWO, ["b", "a.l3"], {"b": "20 modules inside"}),
+        (TWO, ["a", "b", "a.l3", "b.l3*"], {"b": "20 modules inside, 10 selected"}),
+        (
+            net(a=net(p=brothers(1, 15)), b=brothers(21, 35), c=brothers(41, 50)),
+            "**",
+            {"p": "15 modules inside"},
+        ),
+        (
+            net(a=brothers(1, 12), p=net(b=brothers(1, 12)), z=net(r=net(s=brothers(31, 41)))),
+            "**",
+            {"b": "as a"},
+        ),
+    ],
+)
+def test_lines_that_do_not_fit_are_closed_and_say_so(model, pattern, closed):
+    found = {}
+    for line in str(tree(model, pattern)).splitlines():
+        cells = re.split("   +", line.removeprefix("*").strip())
+        if re.search("^as | inside", cells[-1]):
+            found[cells[0]] = cells[-1]
+    assert found == closed
+
+
+@pytest.mark.parametrize(
+    ("name", "note"),
+    [("a" * 30, f"as {'a' * 30}.x"), ("b" + "a" * 30, f"as ...{'a' * 27}.x")],
+)
+def test_a_long_path_is_cut_in_a_note(name, note):
+    parts = net(x=brothers(1, 20), rest=net(y=net(x=brothers(1, 20))))
+    picture = str(tree(net(**{name: parts}))).splitlines()
+    assert [line for line in picture if line.endswith(note)]
+    assert [line for line in picture if " as " in line]
+
+
 def test_lists_of_lists_and_dicts():
     model = net(grid=[[Leaf(), nn.ReLU()], [Leaf(), nn.ReLU()]], by={"a": Leaf(), 1: Leaf()})
     assert (
@@ -332,6 +670,46 @@ Net                                   4 params   16 B   float32
   grid[0:2].0   Leaf(weight 1)   x2   2          8 B    float32
   grid[0:2].1   ReLU             x2
   by.{a,1}      Leaf(weight 1)   x2   2          8 B    float32"""
+    )
+
+
+def test_what_is_private_and_public_counts_where_it_is_public():
+    shared = nn.Linear(2, 2)
+    assert (
+        str(tree(net(_a=net(b=shared), _c=shared, d=shared, e=shared)))
+        == """\
+Net                                   6 params   24 B   float32
+  _a      Net                         6          24 B   float32   not in parameters()
+    b     Linear(2 -> 2, bias)        6          24 B   float32   tied
+  _c      Linear(2 -> 2, bias)        6          24 B   float32   tied
+  {d,e}   Linear(2 -> 2, bias)   x2   6          24 B   float32   tied, one module"""
+    )
+
+
+def test_modules_that_hold_no_parameters_are_not_tied():
+    inner = net(_hidden=nn.Linear(2, 2), relu=nn.ReLU(), secret=Secret())
+    assert (
+        str(tree(net(a=inner, b=inner)))
+        == """\
+Net
+  {a,b}       Net                    x2
+    _hidden   Linear(2 -> 2, bias)   x2   12   48 B   float32   not in parameters()
+    relu      ReLU                   x2
+    secret    Secret                 x2"""
+    )
+
+
+def test_a_private_name_is_one_that_the_module_itself_has():
+    module = net(by={"_a": nn.Linear(2, 2), "b._c": nn.ReLU()}, _hidden={"a": nn.Linear(3, 3)})
+    assert (
+        str(tree(net(layers=[module, module, nn.ReLU()])))
+        == """\
+Net                                         6 params   24 B   float32
+  layers[0:2]   Net                    x2   6          24 B   float32   tied, one module
+    by._a       Linear(2 -> 2, bias)        6          24 B   float32
+    by.b._c     ReLU
+    _hidden.a   Linear(3 -> 3, bias)        12         48 B   float32   not in parameters()
+  layers.2      ReLU"""
     )
 
 
@@ -350,11 +728,7 @@ def test_a_big_mixture_of_experts_is_five_lines_and_takes_no_time():
 
 
 def test_a_deep_model_is_drawn_without_recursion():
-    model = inner = Net()
-    for _ in range(2000):
-        inner.inner, inner.w = Net(), nn.Linear(2, 2)
-        inner = inner.inner
-    picture = tree(model, "**.w")
+    picture = tree(deep(2000), "**.w")
     lines = str(picture).splitlines()
     assert len(lines) == 40
     assert lines[19].endswith("3962 modules inside, 1981 selected")
@@ -445,7 +819,9 @@ class Page(HTMLParser):
     def __init__(self, html: str):
         super().__init__()
         self.open: list[str] = []
+        self.is_open: list[bool] = []  # of each `details`
         self.lines: list[str] = []
+        self.seen: list[bool] = []  # whether a line can be seen at first
         self.marked: list[str] = []
         self.tags: set[str] = set()
         self.feed(html)
@@ -454,13 +830,19 @@ class Page(HTMLParser):
     def handle_starttag(self, tag, attrs):
         self.tags.add(tag)
         self.open.append(tag)
+        if tag == "details":
+            self.is_open.append(("open", None) in attrs)
         if tag in ("p", "summary", "footer"):
             self.lines.append("")
+            around = self.is_open[:-1] if tag == "summary" else self.is_open
+            self.seen.append(all(around))
             if ("class", "marked") in attrs:
                 self.marked.append("")
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
+        if tag == "details":
+            self.is_open.pop()
 
     def handle_data(self, data):
         if "style" not in self.open and self.lines:
@@ -478,6 +860,102 @@ def test_a_notebook_gets_a_tree_to_open_and_close():
         "v_proj", "o_proj", "rope", "mlp", "{gate,up}_proj", "down_proj", "norm",
         "'**.{q,v}_proj'",
     ]  # fmt: skip
+
+
+def half_frozen() -> nn.Module:
+    shared = nn.Linear(2, 2)
+    model = net(
+        a=shared,
+        layers=[net(b=shared, relu=nn.ReLU()), shared, None],
+        q=nn.QuantizedLinear(64, 1, False),
+        f=nn.gelu,
+    )
+    shared.freeze(keys="bias", recurse=False)
+    return model
+
+
+def test_a_whole_page():
+    html = tree(half_frozen(), "layers.0.**")._repr_html_()
+    style = html[html.index("<style>") : html.index("</style>")]
+    lines = re.sub("(?=<(details|summary|p|/details|footer))", "\n", html.replace(style, "<style>"))
+    assert (
+        lines
+        == """\
+<div class="mlx-modswap"><style></style>
+<details open>
+<summary><span><b>Net</b> <i></i> <small></small></span><span></span><span>70 params</span><span>4 trainable</span><span>64 B</span><span>float32, uint32</span></summary>
+<p><span><b>a</b> <i>Linear(2 -&gt; 2, bias)</i> <small>tied</small></span><span></span><span>6</span><span>4</span><span>24 B</span><span>float32</span></p>
+<details open>
+<summary><span><b>layers.0</b> <i>Net</i> <small></small></span><span></span><span></span><span></span><span></span><span></span></summary>
+<p class="marked"><span><b>b</b> <i>Linear(2 -&gt; 2, bias)</i> <small>tied to a</small></span><span></span><span></span><span></span><span></span><span></span></p>
+<p class="marked"><span><b>relu</b> <i>ReLU</i> <small></small></span><span></span><span></span><span></span><span></span><span></span></p>
+</details>
+<p><span><b>layers.1</b> <i>Linear(2 -&gt; 2, bias)</i> <small>tied to a</small></span><span></span><span></span><span></span><span></span><span></span></p>
+<p><span><b>layers.2</b> <i>None</i> <small></small></span><span></span><span></span><span></span><span></span><span></span></p>
+<p><span><b>q</b> <i>QuantizedLinear(64 -&gt; 1, group_size=64, bits=4)</i> <small></small></span><span></span><span>64</span><span>0</span><span>40 B</span><span>float32, uint32</span></p>
+<p><span><b>f</b> <i>function gelu</i> <small></small></span><span></span><span></span><span></span><span></span><span></span></p>
+</details>
+<footer>&#x27;layers.0.**&#x27; selects 2 of 6 modules</footer></div>"""
+    )
+    html = tree(net(**{"<": nn.Linear(1, 1)}))._repr_html_()
+    lines = re.sub("(?=<(details|summary|p|/details|footer))", "\n", html.replace(style, "<style>"))
+    assert (
+        lines
+        == """\
+<div class="mlx-modswap"><style></style>
+<details open>
+<summary><span><b>Net</b> <i></i> <small></small></span><span></span><span>2 params</span><span>8 B</span><span>float32</span></summary>
+<p><span><b>&lt;</b> <i>Linear(1 -&gt; 1, bias)</i> <small></small></span><span></span><span>2</span><span>8 B</span><span>float32</span></p>
+</details></div>"""
+    )
+
+
+def test_the_whole_data():
+    keys = ["path", "class", "text", "count"]
+    keys += ["params", "trainable", "bytes", "dtypes", "selected", "note"]
+    linear, packed = "Linear(2 -> 2, bias)", "QuantizedLinear(64 -> 1, group_size=64, bits=4)"
+    both = ["float32", "uint32"]
+    rows = [
+        ("", "Net", "Net", 1, 70, 4, 64, both, False, ""),
+        ("a", "Linear", linear, 1, 6, 4, 24, ["float32"], False, "tied"),
+        ("layers.0", "Net", "Net", 1, 0, 0, 0, [], False, ""),
+        ("layers.0.b", "Linear", linear, 1, 0, 0, 0, [], True, "tied to a"),
+        ("layers.0.relu", "ReLU", "ReLU", 1, 0, 0, 0, [], True, ""),
+        ("layers.1", "Linear", linear, 1, 0, 0, 0, [], False, "tied to a"),
+        ("layers.2", None, "None", 1, 0, 0, 0, [], False, ""),
+        ("q", "QuantizedLinear", packed, 1, 64, 0, 40, both, False, ""),
+        ("f", None, "function gelu", 1, 0, 0, 0, [], False, ""),
+    ]
+    places = [dict(zip(keys, row)) for row in rows]
+    assert tree(half_frozen(), "layers.0.**").data() == {
+        "modules": 6, "selected": 2, "places": places
+    }  # fmt: skip
+    assert tree(half_frozen()).data()["selected"] is None
+
+
+@pytest.mark.parametrize(
+    ("model", "pattern"),
+    [
+        (Llama(), "**"),
+        (Llama(6), "layers[-2:].**.{q,v}_proj"),
+        (net(a=brothers(1, 16), b=brothers(2, 18), c=net(d=brothers(5, 12))), "c.d.*"),
+        (deep(70), "**"),
+        (deep(70), "**.w"),
+    ],
+)
+def test_a_page_shows_at_first_what_a_text_shows(model, pattern):
+    picture = tree(model, pattern)
+    page = Page(picture._repr_html_())
+    seen = [line.split()[0] for line, is_seen in zip(page.lines, page.seen) if is_seen]
+    assert seen == names_of(picture)
+    assert len(page.lines) > len(seen) or len(seen) < 39
+
+
+def test_a_page_of_more_brothers_than_fit():
+    for number, last in ((200, "l200"), (201, "... 2 more"), (202, "... 3 more")):
+        lines = Page(tree(brothers(1, number))._repr_html_()).lines
+        assert len(lines) == 201
+        assert lines[-1].split(" Linear")[0].strip() == last
 
 
 def test_in_a_notebook_nothing_is_markup():
@@ -514,6 +992,9 @@ def test_it_takes_what_select_takes():
         ({"pattern": "**", "exclude": "x"}, NoMatchError),
         ({"pattern": "a**"}, PatternError),
         ({"pattern": 3}, TypeError),
+        ({"pattern": nn.ReLU()}, TypeError),
+        ({"pattern": "**", "exclude": nn.ReLU()}, TypeError),
+        ({"pattern": "**", "exclude": "a**"}, PatternError),
         ({"pattern": "**", "where": 3}, TypeError),
     ],
 )
