@@ -347,6 +347,7 @@ class Sharing:
     """Who shares what in a model in which something is in several places.
 
     Attributes:
+        order (list): Every container once, each before all that it holds.
         ways (dict[int, int]): How many paths lead to each container, by ``id``.
         holders (Counter[int]): How many locations hold each, likewise.
 
@@ -354,14 +355,14 @@ class Sharing:
         SelectionError: If the model holds a cycle, or more paths than anyone can walk.
     """
 
-    __slots__ = ("holders", "ways")
+    __slots__ = ("holders", "order", "ways")
 
     def __init__(self, model: nn.Module):
-        order = sort_containers(model, {})
+        self.order = sort_containers(model, {})
         self.holders: Counter[int] = Counter()
-        self.ways = dict.fromkeys(map(id, order), 0)
+        self.ways = dict.fromkeys(map(id, self.order), 0)
         self.ways[id(model)] = 1
-        for container in order:
+        for container in self.order:
             for value in filter(is_container, _values(container)):
                 self.ways[id(value)] += self.ways[id(container)]
                 self.holders[id(value)] += 1

@@ -10,7 +10,7 @@ import mlx.nn as nn
 from . import _hints
 from ._fold import Entry, Product, fold, inside
 from ._forms import Form, forms_of, functions, stand_in
-from ._locations import Container, Sharing, entries, is_container, opened, sort_containers
+from ._locations import Container, Sharing, entries, is_container, opened
 from ._picture import Row, Tree
 from ._select import Patterns, Where, check_model, choose, parse_argument
 
@@ -72,8 +72,7 @@ def tree(
             marked.setdefault(holder, set()).add(key)
         chosen_by = _hints.listed(one.text for one in patterns)
         chosen_by += " with " * bool(narrowed) + " and ".join(narrowed)
-    Sharing(model)  # refuses a model through which more paths lead than anyone can walk
-    order = sort_containers(model, {})
+    order = Sharing(model).order  # there are no more paths than anyone can walk
     shared = _shared(order)
     forms = forms_of(order, marked, shared)
     frozen = any(map(_is_frozen, set(forms.values())))
