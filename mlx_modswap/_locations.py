@@ -222,8 +222,9 @@ def find(model: nn.Module, matcher: Matcher) -> Places:
     places = Places(model)
     paths, modules, masks = places.paths, places.modules, places.masks
     inside, keys, seen = places.inside, places.keys, places.seen
+    containers, above, keys_above = places.containers, places.above, places.keys_above
     kinds = _Kinds()
-    kind_of, only_arrays = kinds.__getitem__, {mx.array}.issuperset
+    kind_of = kinds.__getitem__
     entered: set[int] = set()
     row, prefix = 0, ""
     steps = _steps(places.open(0), matcher.start)
@@ -244,15 +245,21 @@ def find(model: nn.Module, matcher: Matcher) -> Places:
                 places.skipped.append(value)
                 continue
             held = dict.values(value) if kind > _LIST else tuple(list.__iter__(value))
-            if not held or only_arrays(map(type, held)) or not any(map(kind_of, map(type, held))):
+            if not held or not any(map(kind_of, map(type, held))):
                 continue
             if id(value) in entered and places.sharing is None:
                 places.sharing = Sharing(model)
             entered.add(id(value))
             waiting.append((row, prefix, steps))
-            row, prefix = places.enter(value, row, key), f"{prefix}{key}."
-            is_plain = kind == _LIST or not dict.__contains__(value, WRAPPED)
-            steps = _steps(value if is_plain else places.open(row), state)
+            above.append(row)
+            keys_above.append(key)
+            row, prefix = len(containers), f"{prefix}{key}."
+            containers.append(value)
+            if kind == _LIST or dict.__contains__(value, WRAPPED):
+                steps = _steps(places.open(row), state)
+            else:  # the same, faster
+                names = dict.keys(value)
+                steps = zip(names, held, map(state.__getitem__, names))
             break
         else:
             if not waiting:
