@@ -365,7 +365,7 @@ class Sharing:
     __slots__ = ("holders", "order", "ways")
 
     def __init__(self, model: nn.Module):
-        self.order = sort_containers(model, {})
+        self.order = sort_containers(model)
         self.holders: Counter[int] = Counter()
         self.ways = dict.fromkeys(map(id, self.order), 0)
         self.ways[id(model)] = 1
@@ -411,12 +411,13 @@ def _inner(containers: Sequence[Any], kinds: _Kinds) -> list[Any]:
     return list(compress(values, map(kinds.__getitem__, map(type, values))))
 
 
-def sort_containers(model: nn.Module, swaps: Swaps) -> list[Container]:
+def sort_containers(model: nn.Module, swaps: Swaps | None = None) -> list[Container]:
     """Every container once, each before all that it holds.
 
     Args:
         model (nn.Module): Where to begin.
-        swaps (dict): Modules to go on with at some locations instead of what is there.
+        swaps (dict, optional): Modules to go on with at some locations instead of
+            what is there.
 
     Raises:
         SelectionError: If a container holds itself, at any depth.
@@ -447,7 +448,7 @@ def sort_containers(model: nn.Module, swaps: Swaps) -> list[Container]:
     return order
 
 
-def _inner_containers(container: Container, swaps: Swaps) -> Iterator[tuple[Any, Any]]:
+def _inner_containers(container: Container, swaps: Swaps | None) -> Iterator[tuple[Any, Any]]:
     for key, value in _raw_entries(container):
         if swaps:
             value = swaps.get((id(container), key), value)

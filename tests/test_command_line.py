@@ -243,6 +243,17 @@ def test_a_model_may_say_itself_how_it_is_quantized(folder, capsys):
 
 
 @needs_mlx_lm
+def test_the_inputs_of_an_expert_have_to_fit_and_not_its_outputs(folder, capsys):
+    config = {**MIXTURE, "quantization": {"group_size": 64, "bits": 4}}
+    assert main([folder(config), "**.switch_mlp.*_proj"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("*")]
+    assert [re.split("   +", line[1:].strip())[:2] for line in lines] == [
+        ["{gate,up}_proj", "QuantizedSwitchLinear(4 experts, 64 -> 32, group_size=64, bits=4)"],
+        ["down_proj", "SwitchLinear(4 experts, 32 -> 64)"],
+    ]
+
+
+@needs_mlx_lm
 def test_nothing_is_computed(folder):
     big = {"hidden_size": 2**15, "intermediate_size": 2**17, "num_hidden_layers": 200}
     before = mx.get_active_memory()
