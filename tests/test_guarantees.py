@@ -885,6 +885,15 @@ class TestTrainingMode:
         assert model.a is model.b is one
         assert not one.training
 
+    def test_what_two_new_modules_hold_takes_the_mode_of_the_first_as_well(self):
+        model = build(a=nn.ReLU(), b=nn.ReLU(), c=nn.ReLU())
+        model.b.eval()
+        shared = Holder([nn.ReLU(), Holder(nn.ReLU())])
+        replace_layers(model, "*", lambda path, module: Holder([nn.Tanh(), shared]))
+        assert [model.a.training, model.b.training, model.c.training] == [True, False, True]
+        assert {module.training for module in shared.modules()} == {True}
+        assert [one.inner[0].training for one in (model.a, model.b, model.c)] == [True, False, True]
+
     def test_frozen_state_is_not_carried(self):
         model = Model()
         model.freeze()
@@ -1138,6 +1147,16 @@ class TestLimits:
         model = build(a=nn.ReLU(), b=nn.ReLU())
         message = refuses(model, "*", lambda path, module: one if path == "a" else two)
         assert message == "the model holds a cycle: 'a.other.other' is 'a' again"
+
+    @pytest.mark.parametrize("length", [1, 2, 3, 4])
+    def test_a_cycle_inside_a_new_module_is_refused(self, length):
+        new, ring = Holder(), [Holder() for _ in range(length)]
+        new.inner = ring[0]
+        for one, next_one in zip(ring, ring[1:] + ring[:1]):
+            one.inner = next_one
+        assert refuses(build(a=nn.ReLU()), "a", lambda path, module: new) == (
+            f"the model holds a cycle: 'a.inner{'.inner' * length}' is 'a.inner' again"
+        )
 
     def test_two_places_that_each_take_in_the_other_are_refused(self):
         model = build(a=build(x=nn.ReLU()), b=build(x=nn.ReLU()))
