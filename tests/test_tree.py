@@ -288,6 +288,17 @@ Net                                              30 params   120 B   float32
     )
 
 
+def test_a_line_says_how_many_modules_are_tied_in_it():
+    one, two = nn.Linear(2, 2), nn.Linear(2, 2)
+    model = net(layers=[one, two, one, two], more=[one, two])
+    assert str(tree(model)).splitlines()[1:] == [
+        "  {layers,more}[0:2]   Linear(2 -> 2, bias)   x4   12          48 B   float32"
+        "   tied, 2 modules",
+        "  layers[2:4]          Linear(2 -> 2, bias)   x2                            "
+        "   tied to {layers,more}[0:2]",
+    ]
+
+
 def test_a_wrapper_and_its_layer_are_one_module():
     layer, again, tied = nn.Linear(2, 2), Wrapper(nn.Linear(3, 3)), nn.Linear(4, 4)
     model = net(
