@@ -294,7 +294,7 @@ def test_a_line_says_how_many_modules_are_tied_in_it():
     assert str(tree(model)).splitlines()[1:] == [
         "  {layers,more}[0:2]   Linear(2 -> 2, bias)   x4   12          48 B   float32"
         "   tied, 2 modules",
-        "  layers[2:4]          Linear(2 -> 2, bias)   x2                            "
+        "  layers[2:4]          Linear(2 -> 2, bias)   x2                             "
         "   tied to {layers,more}[0:2]",
     ]
 
