@@ -89,7 +89,7 @@ FAULTS = [
     Fault(
         "a pattern may match nothing",
         "_select.py",
-        "        if not any(mask >> number & 1 for mask in found):",
+        "        if not found_by_any >> number & 1:",
         "        if False:",
     ),
     Fault(
@@ -220,8 +220,14 @@ FAULTS = [
     Fault(
         "partial_modules takes nested paths",
         "_replace.py",
-        "    _check_nesting(places)\n    return nest(",
-        "    return nest(",
+        "    _check_nesting(places)\n    _check_aliases(",
+        "    _check_aliases(",
+    ),
+    Fault(
+        "partial_modules takes two modules for one place",
+        "_replace.py",
+        "    _check_aliases(places, list(modules.values()))\n",
+        "",
     ),
     Fault(
         "a path may mean two places",
