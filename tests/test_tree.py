@@ -885,12 +885,15 @@ def half_frozen() -> nn.Module:
     return model
 
 
+def page_of(picture: Any) -> str:
+    """The page line by line, without its style."""
+    html = re.sub("(?s)<style>.*</style>", "<style></style>", picture._repr_html_())
+    return re.sub("(?=<(details|summary|p|/details|footer))", "\n", html)
+
+
 def test_a_whole_page():
-    html = tree(half_frozen(), "layers.0.**")._repr_html_()
-    style = html[html.index("<style>") : html.index("</style>")]
-    lines = re.sub("(?=<(details|summary|p|/details|footer))", "\n", html.replace(style, "<style>"))
     assert (
-        lines
+        page_of(tree(half_frozen(), "layers.0.**"))
         == """\
 <div class="mlx-modswap"><style></style>
 <details open>
@@ -908,10 +911,8 @@ def test_a_whole_page():
 </details>
 <footer>&#x27;layers.0.**&#x27; selects 2 of 6 modules</footer></div>"""
     )
-    html = tree(net(**{"<": nn.Linear(1, 1)}))._repr_html_()
-    lines = re.sub("(?=<(details|summary|p|/details|footer))", "\n", html.replace(style, "<style>"))
     assert (
-        lines
+        page_of(tree(net(**{"<": nn.Linear(1, 1)})))
         == """\
 <div class="mlx-modswap"><style></style>
 <details open>
