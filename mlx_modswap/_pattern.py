@@ -1,9 +1,9 @@
 """Text -> pattern -> matcher. Knows nothing of MLX.
 
-A pattern becomes a row of *items*, one for each segment of a path. The items of
-all patterns of a call stand one behind the other in one :class:`Matcher`, whose
-states say where a walk through a model stands in every pattern at once. A state
-remembers the state behind each key it has met, so most steps are one look-up.
+A pattern becomes a row of *items*, one for each segment of a path. The patterns
+of a call become one tree in a :class:`Matcher`, whose states say where a walk
+through a model stands in every pattern at once. A state remembers the state
+behind each key it has met, so most steps are one look-up.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
+from itertools import product
 from typing import Any
 
 from ._errors import PatternError
@@ -94,23 +95,30 @@ class _Glob:
 
     def accepts(self, text: str) -> bool:
         # The set of all places where the parts so far can end: no backtracking.
-        ends = {0}
-        for alternatives in self.parts:
-            ends = set().union(*(_advance(ends, tokens, text) for tokens in alternatives))
+        ends: Ends = {0}
+        for first, *others in self.parts:
+            before, ends = ends, _advance(ends, first, text)
+            for tokens in others:
+                ends = {*ends, *_advance(before, tokens, text)}
         return len(text) in ends
 
     def indices(self, length: int) -> Iterable[int]:
         return filter(lambda i: self.accepts(str(i)), range(length)) if self.fits_numbers else ()
 
 
-def _advance(ends: set[int], tokens: list[str], text: str) -> set[int]:
+Ends = set[int] | range
+
+
+def _advance(ends: Ends, tokens: list[str], text: str) -> Ends:
     for token in tokens:
         if not ends:
             break
         if token == "*":
-            ends = set(range(min(ends), len(text) + 1))
+            ends = range(min(ends), len(text) + 1)
         elif token == "?":
             ends = {end + 1 for end in ends if end < len(text)}
+        elif token not in text:  # mostly
+            return set()
         else:
             ends = {end + len(token) for end in ends if text.startswith(token, end)}
     return ends
@@ -194,9 +202,8 @@ def _parse_name(text: str, start: int, name: str) -> Any:
         raise _brace_error(text, start, name)
     pieces = re.split(r"\{([^{}]*)\}", name)
     parts = [piece.split(",") if i % 2 else [piece] for i, piece in enumerate(pieces)]
-    if "*" not in name and "?" not in name and len(parts) == 3:
-        before, options, after = parts
-        return _Names(before[0] + option + after[0] for option in options)
+    if "*" not in name and "?" not in name and len(parts) <= 3:
+        return _Names(map("".join, product(*parts)))
     return _Glob([[_TOKEN.findall(option) for option in options] for options in parts])
 
 
@@ -279,8 +286,40 @@ def shorten(text: str) -> str:
 # ---------------------------------------------------------------- items -> matcher
 
 
+class _Node:
+    """Where some patterns stand behind their first items: those that begin alike share it.
+
+    Attributes:
+        edges (dict[Any, _Node]): The node behind each item that may follow.
+        names (dict[str, list[_Node]]): The same for those that are names, by name.
+        globs (list[tuple[_Glob, _Node]]): The same for those with wildcards.
+        loops (bool): Whether any segment leads back here: the last item is ``**``.
+        mask (int): Bit ``i`` is set if pattern ``i`` ends here.
+    """
+
+    __slots__ = ("edges", "globs", "loops", "mask", "names")
+
+    def __init__(self, loops: bool = False):
+        self.edges: dict[Any, _Node] = {}
+        self.names: dict[str, list[_Node]] = {}
+        self.globs: list[tuple[_Glob, _Node]] = []
+        self.loops = loops
+        self.mask = 0
+
+    def behind(self, item: Any) -> _Node:
+        """The node behind an item, a new one if there is none."""
+        if item not in self.edges:
+            self.edges[item] = node = _Node(loops=item is _DEEP)
+            if isinstance(item, _Names):
+                for name in item:
+                    self.names.setdefault(name, []).append(node)
+            elif isinstance(item, _Glob):
+                self.globs.append((item, node))
+        return self.edges[item]
+
+
 class State(dict[str, "State"]):
-    """Where a walk stands in all patterns of a matcher: a set of their items.
+    """Where a walk stands in all patterns of a matcher: a set of nodes.
 
     ``state[key]`` is the state behind ``key``, ``state.entries(n)`` are the
     states behind the entries of a list of ``n``.
@@ -290,18 +329,17 @@ class State(dict[str, "State"]):
         goes_on (bool): Whether anything deeper could match.
     """
 
-    __slots__ = ("_live", "_matcher", "_tables", "goes_on", "mask")
+    __slots__ = ("_matcher", "_nodes", "_tables", "goes_on", "mask")
 
-    def __init__(self, matcher: Matcher, live: frozenset[int]):
+    def __init__(self, matcher: Matcher, nodes: frozenset[_Node]):
         self._matcher = matcher
-        self._live = live
+        self._nodes = nodes
         self._tables: dict[int, list[State]] = {}
-        ends = matcher.ends
         self.mask = 0
-        for at in live:
-            if at in ends:
-                self.mask |= 1 << ends[at]
-        self.goes_on = any(at not in ends for at in live)
+        self.goes_on = False
+        for node in nodes:
+            self.mask |= node.mask
+            self.goes_on |= bool(node.edges)
 
     def __missing__(self, key: Any) -> State:
         """Step along ``key``, which may hold dots; remember the way if it is a plain str."""
@@ -318,15 +356,15 @@ class State(dict[str, "State"]):
         return state
 
     def _step(self, segment: str) -> State:
-        items = self._matcher.items
-        live = set[int]()
-        for at in self._live:
-            item = items[at]
-            if item is _DEEP:
-                live.add(at)
-            elif item is _ANY or (item is not None and item.accepts(segment)):
-                live.add(at + 1)
-        return self._matcher.state(live)
+        reached: list[_Node] = []
+        for node in self._nodes:
+            if node.loops:
+                reached.append(node)
+            reached += node.names.get(segment, ())
+            for glob, behind in node.globs:
+                if glob is _ANY or glob.accepts(segment):
+                    reached.append(behind)
+        return self._matcher.state(reached)
 
     def entries(self, length: int) -> list[State]:
         """The states behind the entries of a list of ``length``."""
@@ -336,19 +374,18 @@ class State(dict[str, "State"]):
         return table
 
     def _entries(self, length: int) -> list[State]:
-        items, state = self._matcher.items, self._matcher.state
-        everywhere = set[int]()
-        somewhere: list[tuple[int, ...]] = [()] * length
-        for at in self._live:
-            item = items[at]
-            if item is _DEEP:
-                everywhere.add(at)
-            elif item is _ANY:
-                everywhere.add(at + 1)
-            elif item is not None:
-                for index in item.indices(length):
-                    somewhere[index] += (at + 1,)
-        states = {live: state(everywhere.union(live)) for live in set(somewhere)}
+        everywhere: list[_Node] = []
+        somewhere: list[tuple[_Node, ...]] = [()] * length
+        for node in self._nodes:
+            if node.loops:
+                everywhere.append(node)
+            for item, behind in node.edges.items():
+                if item is _ANY:
+                    everywhere.append(behind)
+                elif item is not _DEEP:
+                    for index in item.indices(length):
+                        somewhere[index] += (behind,)
+        states = {some: self._matcher.state([*everywhere, *some]) for some in set(somewhere)}
         return list(map(states.__getitem__, somewhere))
 
 
@@ -363,22 +400,20 @@ class Matcher:
     """
 
     def __init__(self, patterns: Sequence[Parsed]):
-        self.items: list[Any] = []  # None ends a pattern
-        self.ends: dict[int, int] = {}
-        starts = []
+        root = _Node()
         for number, pattern in enumerate(patterns):
-            starts.append(len(self.items))
-            self.items.extend(pattern.items)
-            self.ends[len(self.items)] = number
-            self.items.append(None)
+            node = root
+            for item in pattern.items:
+                node = node.behind(item)
+            node.mask |= 1 << number
         self.odd_keys = False
-        self._states: dict[frozenset[int], State] = {}
-        self.start = self.state(starts)
+        self._states: dict[frozenset[_Node], State] = {}
+        self.start = self.state([root])
 
-    def state(self, live: Iterable[int]) -> State:
-        items = self.items
+    def state(self, nodes: list[_Node]) -> State:
+        """The state of a walk that has come to some nodes."""
         # None of its segments is one way to take `**`, and no other `**` follows it.
-        key = frozenset(live).union([at + 1 for at in live if items[at] is _DEEP])
+        key = frozenset(nodes + [node.edges[_DEEP] for node in nodes if _DEEP in node.edges])
         if key not in self._states:
             self._states[key] = State(self, key)
         return self._states[key]
