@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain, compress, count
 from operator import is_not
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -26,6 +26,7 @@ Swaps = Mapping[tuple[int, Any], nn.Module]  # (id(container), key) -> module
 
 WRAPPED = "(wrapped)"  # the key of the layer in a module that stands in for it
 _MOST_PATHS = 10_000_000
+_PART = 1000
 _DICT_GET: Any = dict.get
 
 
@@ -74,6 +75,12 @@ def _values(container: Container) -> Iterable[Any]:
     if isinstance(container, dict):
         return dict.values(container)
     return list.__iter__(container)
+
+
+def parts(things: Sequence[Any]) -> Iterator[Sequence[Any]]:
+    """A sequence in parts: what loops in C go over several times stays in the caches."""
+    for start in range(0, len(things), _PART):
+        yield things[start : start + _PART]
 
 
 def is_container(value: Any) -> bool:
@@ -244,7 +251,7 @@ def find(model: nn.Module, matcher: Matcher) -> Places:
             if not state.goes_on:
                 places.skipped.append(value)
                 continue
-            held = dict.values(value) if kind > _LIST else tuple(list.__iter__(value))
+            held: Any = dict.values(value) if kind > _LIST else tuple(list.__iter__(value))
             if not held or not any(map(kind_of, map(type, held))):
                 continue
             if id(value) in entered and places.sharing is None:
@@ -255,7 +262,11 @@ def find(model: nn.Module, matcher: Matcher) -> Places:
             keys_above.append(key)
             row, prefix = len(containers), f"{prefix}{key}."
             containers.append(value)
-            if kind == _LIST or dict.__contains__(value, WRAPPED):
+            if kind == _LIST:
+                states = state.entries(len(held))
+                taken = _take_alike(places, prefix, held, states, kinds)
+                steps = zip(count(taken), held[taken:], states[taken:])
+            elif dict.__contains__(value, WRAPPED):
                 steps = _steps(places.open(row), state)
             else:  # the same, faster
                 names = dict.keys(value)
@@ -274,6 +285,103 @@ def _steps(container: Container, state: State) -> Iterator[tuple[Any, Any, State
         return zip(keys, dict.values(container), map(state.__getitem__, keys))
     states = state.entries(list.__len__(container))
     return zip(range(len(states)), list.__iter__(container), states)
+
+
+def _take_alike(
+    places: Places, prefix: str, held: Sequence[Any], states: list[State], kinds: _Kinds
+) -> int:
+    """Take the first entries of the list that was entered last, as far as they look alike.
+
+    Column by column, with loops in C: a step for each is most of the cost of a big walk.
+
+    Returns:
+        How many were taken. The others have to be walked one by one.
+    """
+    row, taken = len(places.containers) - 1, 0
+    for modules, their_states in zip(parts(held), parts(states)):
+        state = their_states[0]
+        if not state.goes_on or len(set(map(id, their_states))) > 1:
+            break
+        columns = _columns(modules, kinds)
+        if columns is None:
+            break
+        _take(places, row, prefix, range(taken, taken + len(modules)), state, columns)
+        taken += len(modules)
+    return taken
+
+
+class _Columns(NamedTuple):
+    """Modules of one class that hold the same, and no containers but leaves.
+
+    Attributes:
+        modules (Sequence): The modules.
+        names (list[str]): The keys of each of them.
+        kinds (list[int]): What stands there.
+        values (list): What they hold, one after the other.
+        leaves (list): The containers among these.
+    """
+
+    modules: Sequence[Any]
+    names: list[str]
+    kinds: list[int]
+    values: list[Any]
+    leaves: list[Any]
+
+
+def _columns(modules: Sequence[Any], kinds: _Kinds) -> _Columns | None:
+    kind_of, first = kinds.__getitem__, modules[0]
+    if kind_of(type(first)) != _MODULE or len(set(map(type, modules))) > 1:
+        return None
+    names = list(dict.keys(first))
+    its_kinds = list(map(kind_of, map(type, dict.values(first))))
+    its_leaves = list(compress(dict.values(first), its_kinds))
+    if _LIST in its_kinds or WRAPPED in names or _inner(its_leaves, kinds):
+        return None  # mostly here, before the others were looked at
+    if not any(map(dict.__len__, modules)):
+        return _Columns(modules, [], [], [], [])
+    keys = list(chain.from_iterable(map(dict.keys, modules)))
+    if keys != names * len(modules) or set(map(type, keys)) - {str}:
+        return None
+    values = list(chain.from_iterable(map(dict.values, modules)))
+    all_kinds = list(map(kind_of, map(type, values)))
+    leaves = list(compress(values, all_kinds))
+    if all_kinds != its_kinds * len(modules) or _inner(leaves, kinds):
+        return None
+    return _Columns(modules, names, its_kinds, values, leaves)
+
+
+def _take(
+    places: Places, row: int, prefix: str, indices: range, state: State, columns: _Columns
+) -> None:
+    modules, names, kinds, values, leaves = columns
+    some, first_row = len(modules), len(places.containers)
+    hits: list[Any] = []  # how paths end, modules, mask, rows and keys
+    if state.mask:
+        hits.append(("", modules, state.mask, [row] * some, indices))
+    for at, (name, kind) in enumerate(zip(names, kinds)):
+        mask = state[name].mask
+        if mask and kind == _MODULE:
+            rows = range(first_row, first_row + some)
+            hits.append((f".{name}", values[at :: len(names)], mask, rows, [name] * some))
+    if hits:
+        ends, found, masks, rows, keys = zip(*hits)
+        starts = [f"{prefix}{index}" for index in indices]
+        places.paths += [start + end for start in starts for end in ends] if any(ends) else starts
+        places.modules += _by_turns(found)
+        places.masks += masks * some
+        places.inside += _by_turns(rows)
+        places.keys += _by_turns(keys)
+    places.seen += modules
+    if leaves:
+        places.seen += leaves
+        places.containers += modules
+        places.above += [row] * some
+        places.keys_above += indices
+
+
+def _by_turns(columns: Sequence[Sequence[Any]]) -> Iterable[Any]:
+    """What stands first in each column, what stands second, and so on."""
+    return chain.from_iterable(zip(*columns)) if len(columns) > 1 else columns[0]
 
 
 def locate(model: nn.Module, paths: Iterable[str]) -> tuple[Places, list[int]]:
@@ -326,12 +434,15 @@ class _Names:
 
 def nest(places: Places, modules: Iterable[nn.Module]) -> dict[Any, Any]:
     """The partial module dict that puts ``modules`` into ``places``."""
-    partial: dict[int, Any] = {0: {}}  # by row
+    containers, above, keys_above = places.containers, places.above, places.keys_above
+    partial: list[Any] = [None] * len(containers)  # by row
+    partial[0] = {}
     for row in places.around()[1:]:
-        outer, key = partial[places.above[row]], places.keys_above[row]
+        partial[row] = inner = {} if isinstance(containers[row], dict) else []
+        outer, key = partial[above[row]], keys_above[row]
         if type(outer) is list:
             _lengthen(outer, key)
-        outer[key] = partial[row] = {} if isinstance(places.containers[row], dict) else []
+        outer[key] = inner
     for outer, key, module in zip(map(partial.__getitem__, places.inside), places.keys, modules):
         if type(outer) is list:
             if key == len(outer):  # mostly
@@ -344,7 +455,8 @@ def nest(places: Places, modules: Iterable[nn.Module]) -> dict[Any, Any]:
 
 def _lengthen(entries: list[Any], index: int) -> None:
     """Make room: an empty dict tells update_modules to leave an entry of a list alone."""
-    entries.extend([{}] * (index + 1 - len(entries)))
+    while len(entries) <= index:
+        entries.append({})
 
 
 # ---------------------------------------------------------------- all containers at once

@@ -128,6 +128,7 @@ def _match(model: nn.Module, patterns: list[Parsed]) -> Places:
             fullmatch, rest = pattern.regex.fullmatch, ~(1 << number)
             pairs = zip(places.masks, places.paths)
             places.masks = [mask if fullmatch(path) else mask & rest for mask, path in pairs]
+            places.keep(places.masks)
     return places
 
 
