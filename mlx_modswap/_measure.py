@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
-from ._locations import entries, is_container, opened
+from ._locations import entries, is_container, opened, parts
 
 _ARRAY = mx.array
 _SIZE, _DTYPE = attrgetter("size"), attrgetter("dtype")
@@ -49,18 +49,22 @@ def record(modules: Sequence[nn.Module]) -> Callable[[], list[Measure]]:
     layers it takes the numbers of all arrays, with loops in C, and leaves the rest
     for later.
     """
-    arrays = list(chain.from_iterable(map(dict.values, modules)))
-    if arrays and not (set(map(type, arrays)) == {_ARRAY} and _are_plain(modules)):
-        measures = measure(modules)
-        return lambda: measures
-    ids, classes = list(map(id, modules)), list(map(type, modules))
-    lengths = list(map(dict.__len__, modules))
-    sizes, dtypes = list(map(_SIZE, arrays)), list(map(_DTYPE, arrays))
-
-    def measures_later() -> list[Measure]:
-        return _once(ids, _measures(classes, lengths, zip(sizes, dtypes)))
-
-    return measures_later
+    classes: list[type] = []
+    lengths: list[int] = []
+    sizes: list[int] = []
+    dtypes: list[mx.Dtype] = []
+    for part in parts(modules):
+        arrays = list(chain.from_iterable(map(dict.values, part)))
+        if arrays and not (set(map(type, arrays)) == {_ARRAY} and _are_plain(part)):
+            measures = measure(modules)
+            return lambda: measures
+        classes += map(type, part)
+        lengths += map(dict.__len__, part)
+        sizes += map(_SIZE, arrays)
+        few = list(set(map(_DTYPE, arrays)))
+        dtypes += few * len(arrays) if len(few) == 1 else map(_DTYPE, arrays)
+    ids = list(map(id, modules))
+    return lambda: _once(ids, _measures(classes, lengths, zip(sizes, dtypes)))
 
 
 def _are_plain(modules: Sequence[nn.Module]) -> bool:
