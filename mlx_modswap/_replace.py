@@ -294,18 +294,21 @@ def _rules(pattern: Any, factory: Any) -> tuple[list[Parsed], list[Factory | Non
     if isinstance(pattern, Mapping) and not isinstance(pattern, nn.Module):
         if factory is not None:
             raise TypeError("rules hold their own factories: leave the factory out")
-        for rule, made_by in pattern.items():
+        rules = [parse(rule) for rule in pattern]
+        factories = list(pattern.values())
+        for rule, made_by in zip(rules, factories):
             if made_by is not None:
-                _check_factory(f"the factory of rule {parse(rule).text}", made_by)
-        return [parse(rule) for rule in pattern], list(pattern.values()), True
+                _check_factory(made_by, rule)
+        return rules, factories, True
     patterns = parse_argument("pattern", pattern)
-    _check_factory("factory", factory)
+    _check_factory(factory)
     return patterns, [factory], False
 
 
-def _check_factory(name: str, factory: Any) -> None:
+def _check_factory(factory: Any, rule: Parsed | None = None) -> None:
     # A module is callable, but what it returns for a path and a module is no module.
     if not callable(factory) or isinstance(factory, nn.Module):
+        name = "factory" if rule is None else f"the factory of rule {rule.text}"
         what = _hints.described(factory)
         raise TypeError(f"{name} must be a function of path and module, not {what}")
 
