@@ -136,13 +136,6 @@ class Places:
         """The model that the places are in."""
         return self.containers[0]
 
-    def enter(self, container: Container, row: int, key: Any) -> int:
-        """Add a row for a container, and return its number."""
-        self.containers.append(container)
-        self.above.append(row)
-        self.keys_above.append(key)
-        return len(self.containers) - 1
-
     def open(self, row: int) -> Container:
         """What has the keys that the paths through a row go on with."""
         layers = wrapped(self.containers[row])
@@ -382,54 +375,6 @@ def _take(
 def _by_turns(columns: Sequence[Sequence[Any]]) -> Iterable[Any]:
     """What stands first in each column, what stands second, and so on."""
     return chain.from_iterable(zip(*columns)) if len(columns) > 1 else columns[0]
-
-
-def locate(model: nn.Module, paths: Iterable[str]) -> tuple[Places, list[int]]:
-    """The places that print these paths, which are taken literally.
-
-    Returns:
-        The places, in the order of the paths, and how many there are for each path.
-    """
-    places = Places(model)
-    rows: dict[tuple[int, Any], int] = {}  # by the row around it, and its key there
-    names: dict[int, _Names] = {}
-    counts: list[int] = []
-    for path in paths:
-        segments = path.split(".")
-        before = len(places.paths)
-        reached = [(0, 0)]  # a row, and how many segments lead to it
-        for row, used in reached:
-            if row not in names:
-                names[row] = _Names(places.open(row))
-            for end, key, value in names[row].next(segments, used):
-                if end < len(segments):
-                    if (row, key) not in rows:
-                        rows[row, key] = places.enter(value, row, key)
-                    reached.append((rows[row, key], end))
-                elif issubclass(type(value), nn.Module):
-                    places.paths.append(path)
-                    places.modules.append(value)
-                    places.inside.append(row)
-                    places.keys.append(key)
-        counts.append(len(places.paths) - before)
-    return places, counts
-
-
-class _Names:
-    """The containers right inside a container, by the text of their key."""
-
-    def __init__(self, container: Container):
-        self.held: dict[str, list[tuple[Any, Any]]] = {}
-        for key, value in _raw_entries(container):
-            if is_container(value):
-                self.held.setdefault(str(key), []).append((key, value))
-        self.longest = max((name.count(".") + 1 for name in self.held), default=0)
-
-    def next(self, segments: list[str], used: int) -> Iterator[tuple[int, Any, Any]]:
-        """What the next segments name: how many are used then, the key, the value."""
-        for end in range(used + 1, min(used + self.longest, len(segments)) + 1):
-            for key, value in self.held.get(".".join(segments[used:end]), ()):
-                yield end, key, value
 
 
 def nest(places: Places, modules: Iterable[nn.Module]) -> dict[Any, Any]:

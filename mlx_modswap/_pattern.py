@@ -346,7 +346,7 @@ class State(dict[str, "State"]):
         matcher = self._matcher
         if type(key) is not str:
             matcher.odd_keys = True
-            return self[str(key)]
+            return self[f"{key}"]
         state = self
         segments = key.split(".")
         for segment in segments:
@@ -393,22 +393,29 @@ class Matcher:
     """Several patterns side by side, as one lazily built automaton.
 
     Attributes:
-        start (State): The state at the model itself.
         odd_keys (bool): Whether a walk met a key of a dict that is no str, a
             number or holds a dot. Only then may two places print the same path,
             or a number in a path be no index of a list.
     """
 
-    def __init__(self, patterns: Sequence[Parsed]):
-        root = _Node()
-        for number, pattern in enumerate(patterns):
-            node = root
-            for item in pattern.items:
-                node = node.behind(item)
-            node.mask |= 1 << number
+    def __init__(self, patterns: Sequence[Parsed] = ()):
         self.odd_keys = False
+        self._root = _Node()
         self._states: dict[frozenset[_Node], State] = {}
-        self.start = self.state([root])
+        for number, pattern in enumerate(patterns):
+            self.add(pattern.items, 1 << number)
+
+    def add(self, items: Iterable[Any], mask: int) -> None:
+        """Match what the items match, too."""
+        node = self._root
+        for item in items:
+            node = node.behind(item)
+        node.mask |= mask
+
+    @property
+    def start(self) -> State:
+        """The state at the model itself."""
+        return self.state([self._root])
 
     def state(self, nodes: list[_Node]) -> State:
         """The state of a walk that has come to some nodes."""
@@ -417,3 +424,11 @@ class Matcher:
         if key not in self._states:
             self._states[key] = State(self, key)
         return self._states[key]
+
+
+def literally(paths: Iterable[str]) -> Matcher:
+    """A matcher of some paths, as they are printed and not as patterns."""
+    matcher = Matcher()
+    for path in paths:
+        matcher.add([_Names((segment,)) for segment in path.split(".")], 1)
+    return matcher

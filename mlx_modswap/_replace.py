@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from itertools import compress, groupby
@@ -20,14 +20,13 @@ from ._locations import (
     brought_in,
     find,
     holds_array,
-    locate,
     nest,
     opened,
     sort_containers,
     survey,
     wrapped,
 )
-from ._pattern import Matcher, Parsed, Pattern, parse
+from ._pattern import Matcher, Parsed, Pattern, literally, parse
 from ._report import Replacement
 from ._select import Patterns, Where, check_model, choose, first_pattern, note, parse_argument
 
@@ -235,15 +234,16 @@ def partial_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[
             raise TypeError(f"a path is a str, not {_hints.described(path)}")
         if not issubclass(type(module), nn.Module):
             raise TypeError(f"{path!r} needs an mlx.nn.Module, not {_hints.described(module)}")
-    places, counts = locate(model, modules)
-    for path, number in zip(modules, counts):
-        if number == 0:
+    places = find(model, literally(modules))
+    found = set(places.paths)
+    for path in modules:
+        if path not in found:
             raise NoMatchError(_hints.no_place(model, path))
-        if number > 1:
-            raise SelectionError(_ambiguous(path, number))
+    _check_names(places)
     _check_nesting(places)
-    _check_aliases(places, list(modules.values()))
-    return nest(places, modules.values())
+    news = [modules[path] for path in places.paths]
+    _check_aliases(places, news)
+    return nest(places, news)
 
 
 # ---------------------------------------------------------------- the plan
@@ -461,17 +461,13 @@ def _check_aliases(places: Places, modules: list[nn.Module]) -> None:
 def _check_names(places: Places) -> None:
     """No other place may print the path of one of these."""
     if places.odd_keys:
-        _, counts = locate(places.model, places.paths)
-        for path, number in zip(places.paths, counts):
+        everywhere = find(places.model, literally(places.paths))
+        for path, number in Counter(everywhere.paths).most_common(1):
             if number > 1:
-                raise SelectionError(_ambiguous(path, number))
-
-
-def _ambiguous(path: str, number: int) -> str:
-    return (
-        f"{number} places print the path {path!r}, for instance by the keys 0 and '0' of one dict; "
-        "rename one of the keys"
-    )
+                raise SelectionError(
+                    f"{number} places print the path {path!r}, for instance by the keys 0 and '0' "
+                    "of one dict; rename one of the keys"
+                )
 
 
 def _bring_in(places: Places, news: list[nn.Module], known: set[int]) -> None:

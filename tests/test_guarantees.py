@@ -666,7 +666,7 @@ class TestTies:
         with pytest.raises(SelectionError) as error:
             partial_modules(model, {"b.act": tanh, "a.act": nn.Tanh()})
         assert str(error.value) == (
-            "'b.act' and 'a.act' are one place: a module or list around it is shared; "
+            "'a.act' and 'b.act' are one place: a module or list around it is shared; "
             "give both paths the same module"
         )
 
