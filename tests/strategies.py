@@ -119,7 +119,7 @@ DICT_KEYS = st.lists(KEYS, min_size=1, max_size=3, unique_by=str)
 ATTRIBUTES = st.lists(NAMES, min_size=1, max_size=4, unique=True)
 ATTRIBUTES_OF_A_MODEL = st.lists(NAMES, min_size=3, max_size=4, unique=True)
 LEAVES = ["leaf"] * 4 + ["empty"] * 2 + ["nothing"]
-HOLDERS = ["module"] * 3 + ["list"] * 3 + ["dict"] * 2
+HOLDERS = ["module"] * 3 + ["list"] * 3 + ["alike"] * 2 + ["dict"] * 2
 KINDS = {
     (deeper, again): st.sampled_from(LEAVES + HOLDERS * deeper + ["again"] * 6 * again)
     for deeper in (False, True)
@@ -139,6 +139,11 @@ MAKE = {
     "nothing": st.sampled_from(NOTHING),
     "module": st.sampled_from(NETS),
     "list": st.sampled_from([list, list, list, Chain]),
+    "inside": st.lists(
+        st.tuples(NAMES, st.sampled_from(WITH_ARRAYS * 2 + WITHOUT * 2 + NOTHING)),
+        max_size=3,
+        unique_by=lambda pair: pair[0],
+    ),
 }
 LENGTHS = st.integers(1, 4)
 SHARED = st.booleans()
@@ -162,11 +167,24 @@ def models(draw: st.DrawFn, *, shared: bool | None = None) -> nn.Module:
             "empty": lambda: draw(MAKE[kind])(),
             "module": lambda: module(depth - 1, ATTRIBUTES),
             "list": lambda: draw(MAKE[kind])(thing(depth - 1) for _ in range(draw(LENGTHS))),
+            "alike": lambda: alike(depth),
             "dict": lambda: {key: thing(depth - 1) for key in draw(DICT_KEYS)},
         }[kind]()
         if shared and size(new) <= 8:
             made.append(new)
         return new
+
+    def alike(depth: int) -> list[Any]:
+        """Layers that look alike, but for one of them in most lists."""
+        layer_class, inside = draw(MAKE["module"]), draw(MAKE["inside"])
+        layers = [layer_class() for _ in range(draw(LENGTHS) + 1)]
+        for layer in layers:
+            for name, make in inside:
+                setattr(layer, name, make())
+        other = draw(st.integers(0, len(layers)))
+        if other < len(layers):
+            layers[other] = thing(depth - 1)
+        return layers
 
     def module(depth: int, names: st.SearchStrategy[list[str]]) -> nn.Module:
         new = draw(MAKE["module"])()
