@@ -27,6 +27,7 @@ Swaps = Mapping[tuple[int, Any], nn.Module]  # (id(container), key) -> module
 WRAPPED = "(wrapped)"  # the key of the layer in a module that stands in for it
 _MOST_PATHS = 10_000_000
 _PART = 1000
+_LONG = 8  # a list that is worth a look at its entries as a whole
 _DICT_GET: Any = dict.get
 
 
@@ -257,7 +258,8 @@ def find(model: nn.Module, matcher: Matcher) -> Places:
             containers.append(value)
             if kind == _LIST:
                 states = state.entries(len(held))
-                taken = _take_alike(places, prefix, held, states, kinds)
+                is_long = len(held) >= _LONG
+                taken = _take_alike(places, prefix, held, states, kinds) if is_long else 0
                 steps = zip(count(taken), held[taken:], states[taken:])
             elif dict.__contains__(value, WRAPPED):
                 steps = _steps(places.open(row), state)
@@ -333,7 +335,7 @@ def _columns(modules: Sequence[Any], kinds: _Kinds) -> _Columns | None:
     if not any(map(dict.__len__, modules)):
         return _Columns(modules, [], [], [], [])
     keys = list(chain.from_iterable(map(dict.keys, modules)))
-    if keys != names * len(modules) or set(map(type, keys)) - {str}:
+    if set(map(type, keys)) - {str} or keys != names * len(modules):
         return None
     values = list(chain.from_iterable(map(dict.values, modules)))
     all_kinds = list(map(kind_of, map(type, values)))
@@ -351,7 +353,7 @@ def _take(
     hits: list[Any] = []  # how paths end, modules, mask, rows and keys
     if state.mask:
         hits.append(("", modules, state.mask, [row] * some, indices))
-    for at, (name, kind) in enumerate(zip(names, kinds)):
+    for at, (name, kind) in enumerate(zip(names, kinds) if leaves else ()):
         mask = state[name].mask
         if mask and kind == _MODULE:
             rows = range(first_row, first_row + some)

@@ -117,6 +117,7 @@ def short_parts():
     """What is done in parts of many is done in parts of two, as no model here has many."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_locations, "_PART", 2)
+        patch.setattr(_locations, "_LONG", 1)
         yield
 
 

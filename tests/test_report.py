@@ -265,6 +265,25 @@ def test_digit_keys_of_a_dict_are_no_indices():
     assert str(replace_layers(model, "**", nothing)) == "keyed.{0,1,2}   ReLU -> Identity   x3"
 
 
+def test_arrays_that_hold_other_numbers_are_no_layers_with_digit_keys():
+    model = holding(layers=[nn.Module() for _ in range(10)])
+    for layer in model.layers:
+        layer["0"] = mx.zeros(1)
+    assert str(replace_layers(model, "**", nothing)).startswith("layers[0:10]   Module -> Identity")
+
+
+def test_of_many_layers_each_keeps_its_own_dtype():
+    model = holding(layers=[nn.Linear(1, 1, bias=False) for _ in range(2000)])
+    for layer in model.layers[:1000]:
+        layer.set_dtype(mx.float16)
+    assert str(replace_layers(model, "layers.*", nothing)).splitlines() == [
+        "layers[0:1000]      Linear -> Identity   x1000   1.0K -> 0 params   2.0 KB -> 0 B   "
+        "float16 -> no arrays",
+        "layers[1000:2000]   Linear -> Identity   x1000   1.0K -> 0 params   4.0 KB -> 0 B   "
+        "float32 -> no arrays",
+    ]
+
+
 def test_what_differs_has_a_line_of_its_own():
     def linear(dtype: mx.Dtype) -> nn.Module:
         layer = nn.Linear(1, 1)
