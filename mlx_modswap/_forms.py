@@ -10,12 +10,11 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from . import _hints
-from ._fold import inside
 from ._locations import Container, entries, opened
-from ._measure import Measure, measure
+from ._measure import Measure, measure_own
 
 _ARRAY = mx.array
-_NOTHING = Measure("", 0, 0, 0, ())
+_NOTHING = Measure()
 _PLAIN = {int, float, str, bool}
 _LONGEST = 48  # text of numbers
 _USUAL = re.compile(
@@ -61,7 +60,7 @@ class Form:
         if is_module:
             numbers = _numbers(example)
             self.text += f"({numbers})" if numbers else ""
-            self.own = _own(example)
+            self.own, _ = measure_own(example)
         inner = [(key, what) for key, what, *_ in held if isinstance(what, Form)]
         self.solid = self.own.params > 0 or any(
             what.solid and not (is_module and str(key).startswith("_")) for key, what in inner
@@ -116,15 +115,6 @@ def _setting(value: Any) -> Any:
     if type(value) is set:  # such as the names of what is frozen
         return frozenset(value)
     return value if type(value) in _PLAIN else id(value)
-
-
-def _own(module: nn.Module) -> Measure:
-    bare = nn.Module()
-    vars(bare).update(vars(module))
-    for path, _, _, value in inside(module):
-        if type(value) is _ARRAY:
-            dict.__setitem__(bare, ".".join(map(str, path)), value)
-    return measure([bare])[0]
 
 
 # ---------------------------------------------------------------- the numbers that matter
