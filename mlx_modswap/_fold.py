@@ -181,6 +181,14 @@ def inside(module: Container) -> Iterator[Entry]:
         waiting.extend(reversed(held))
 
 
+def attributes(module: Container) -> Iterator[Entry]:
+    """The public attributes of a module, of which it is no container."""
+    if isinstance(module, nn.Module):
+        for name, value in vars(module).items():
+            if not name.startswith("_") and not is_container(value):
+                yield Entry((name,), module, (name,), value)
+
+
 def outline(container: Container) -> list[str]:
     """The modules right inside a container, folded: ``["'norm'", "'layers[0:32]' (32 Block)"]``."""
     alike: dict[type, list[tuple[Segment, ...]]] = {}

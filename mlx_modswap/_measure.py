@@ -29,11 +29,14 @@ class Measure(NamedTuple):
         dtypes (frozenset[mx.Dtype]): Their dtypes.
     """
 
-    name: str = ""
-    params: int = 0
-    trainable: int = 0
-    nbytes: int = 0
-    dtypes: frozenset[mx.Dtype] = frozenset()
+    name: str
+    params: int
+    trainable: int
+    nbytes: int
+    dtypes: frozenset[mx.Dtype]
+
+
+NOTHING = Measure("", 0, 0, 0, frozenset())
 
 
 def measure(modules: Sequence[nn.Module]) -> list[Measure]:
