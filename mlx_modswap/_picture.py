@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from html import escape
@@ -36,6 +35,8 @@ class Row:
         modules (int): How many modules there are in the lines below.
         held (Measure): What the places hold together.
         rows (list[Row]): The lines below.
+        whole (Product): The places, seen from the model.
+        is_plain (bool): Whether these are a pattern without a regular expression.
         path (str): The pattern that selects the places.
         selected (int): How many places are, these and those in the lines below.
     """
@@ -90,7 +91,12 @@ class Tree:
 
     def _drawn(self, opened: Opened) -> list[tuple[int, Row, str]]:
         """Depth, row and text of each line, in columns."""
-        lines = list(_walk(self._rows[0], opened))
+        lines: list[tuple[int, Row]] = []
+        waiting = [(0, self._rows[0])]
+        while waiting:
+            depth, row = waiting.pop()
+            lines.append((depth, row))
+            waiting.extend((depth + 1, one) for one in reversed(opened.get(row, [])))
         texts = aligned([self._cells(depth, row, opened) for depth, row in lines])
         return [(depth, row, text) for (depth, row), text in zip(lines, texts)]
 
@@ -167,15 +173,6 @@ _STYLE = """
 """
 
 
-def _walk(top: Row, opened: Opened) -> Iterator[tuple[int, Row]]:
-    """Depth and line, from the top down."""
-    waiting = [(0, top)]
-    while waiting:
-        depth, row = waiting.pop()
-        yield depth, row
-        waiting.extend((depth + 1, one) for one in reversed(opened.get(row, [])))
-
-
 def _opened(top: Row, lines: int, lines_inside: int) -> Opened:
     """The lines that are open, and what is shown below each: the most telling that fit."""
     opened: Opened = {}
@@ -207,10 +204,9 @@ def _what_is_closed(row: Row, opened: Opened) -> str:
     if not row.rows or row in opened:
         return ""
     same = next((one for one in opened if one.look == row.look), None)
-    if same and len(same.path) > _LONGEST_PATH:
-        return f"as ...{same.path[3 - _LONGEST_PATH :]}"
     if same:
-        return f"as {same.path}"
+        is_short = len(same.path) <= _LONGEST_PATH
+        return "as " + (same.path if is_short else f"...{same.path[3 - _LONGEST_PATH :]}")
     selected = row.selected - row.marked * row.count
     return f"{_counted(row.modules)} inside" + (f", {selected} selected" if selected else "")
 
