@@ -1,4 +1,23 @@
-"""``python -m mlx_modswap MODEL_DIR [PATTERN]``: draw a model of mlx-lm from its config."""
+"""Draw a model of mlx-lm from the config.json in its folder.
+
+--json prints one object:
+  modules   how many modules there are in the model
+  selected  how many of them PATTERN selects, or null if it was not given
+  places    the lines of the picture, all of them, from the top down. Each has
+    path       the pattern of its places ('' is the model itself)
+    class      the class of the modules, or null for what is no module to MLX
+    text       the same with the numbers that matter
+    count      how many places there are
+    params, trainable, bytes, dtypes
+               what they hold together; a module in several places counts in the first
+    selected   whether PATTERN selects them
+    note       such as 'tied to model.embed_tokens'
+
+No weights are read: dtype and quantization are what the config says. PATTERN marks the
+modules it selects.
+
+Exit status: 0, 1 if there is no model to draw, 2 if the arguments are wrong.
+"""
 
 from __future__ import annotations
 
@@ -15,26 +34,6 @@ import mlx.nn as nn
 from ._errors import NoMatchError, PatternError
 from ._tree import tree
 
-_DESCRIPTION = """\
-Draw a model of mlx-lm from the config.json in its folder. No weights are read:
-dtype and quantization are what the config says. PATTERN marks the modules it selects."""
-
-_JSON = """\
---json prints one object:
-  modules   how many modules there are in the model
-  selected  how many of them PATTERN selects, or null if it was not given
-  places    the lines of the picture, all of them, from the top down. Each has
-    path       the pattern of its places ('' is the model itself)
-    class      the class of the modules, or null for what is no module to MLX
-    text       the same with the numbers that matter
-    count      how many places there are
-    params, trainable, bytes, dtypes
-               what they hold together; a module in several places counts in the first
-    selected   whether PATTERN selects them
-    note       such as 'tied to model.embed_tokens'
-
-Exit status: 0, 1 if there is no model to draw, 2 if the arguments are wrong."""
-
 
 class _NoModel(Exception):
     """Why there is nothing to draw, in one line."""
@@ -44,38 +43,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     given = _parser().parse_args(arguments)
     try:
-        model = _build(Path(given.folder))
-    except _NoModel as error:
-        return _fail(1, error)
-    try:
-        picture = tree(model, given.pattern, exclude=given.exclude)
-    except (PatternError, NoMatchError) as error:
-        return _fail(2, error)
+        picture = tree(_build(Path(given.MODEL_DIR)), given.PATTERN, exclude=given.exclude)
+    except (_NoModel, PatternError, NoMatchError) as error:
+        print(f"mlx_modswap: {str(error).splitlines()[0]}", file=sys.stderr)
+        return 1 if isinstance(error, _NoModel) else 2
     print(json.dumps(picture.data(), indent=1) if given.json else picture)
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
+    description, _, details = (__doc__ or "").partition("\n\n")
     parser = argparse.ArgumentParser(
         "python -m mlx_modswap",
-        description=_DESCRIPTION,
-        epilog=_JSON,
+        description=description,
+        epilog=details,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("folder", metavar="MODEL_DIR", help="a folder with a config.json")
-    parser.add_argument(
-        "pattern", metavar="PATTERN", nargs="?", default="**", help="such as '**.q_proj', in quotes"
-    )
+    parser.add_argument("MODEL_DIR", help="a folder with a config.json")
+    parser.add_argument("PATTERN", nargs="?", default="**", help="such as '**.q_proj', in quotes")
     parser.add_argument(
         "--exclude", metavar="PATTERN", action="append", default=[], help="what not to select"
     )
     parser.add_argument("--json", action="store_true", help="print data, not a picture; see below")
     return parser
-
-
-def _fail(status: int, error: Exception) -> int:
-    print(f"mlx_modswap: {str(error).splitlines()[0]}", file=sys.stderr)
-    return status
 
 
 def _build(folder: Path) -> nn.Module:
@@ -86,21 +76,19 @@ def _build(folder: Path) -> nn.Module:
         raise _NoModel("this needs mlx-lm: pip install mlx-lm") from None
     try:
         config = utils.load_config(folder)
-    except OSError as error:
-        raise _NoModel(f"cannot read {error.filename}: {error.strerror}") from None
-    except ValueError as error:
-        raise _NoModel(f"{folder / 'config.json'} is no JSON: {error}") from None
-    try:
         model_class, args_class = utils._get_classes(config)
         model = model_class(args_class.from_dict(config))
         _set_dtype(model, config)
         _quantize(model, config)
+        return model
+    except OSError as error:
+        reason = f"cannot read {error.filename}: {error.strerror}"
+    except json.JSONDecodeError as error:
+        reason = f"{folder / 'config.json'} is no JSON: {error}"
     except Exception as error:  # code of mlx-lm, at work on any config
         what = " ".join(str(error).split())
-        raise _NoModel(
-            f"mlx-lm builds no model from {folder}: {type(error).__name__}: {what}"
-        ) from None
-    return model
+        reason = f"mlx-lm builds no model from {folder}: {type(error).__name__}: {what}"
+    raise _NoModel(reason)
 
 
 def _set_dtype(model: nn.Module, config: dict[str, Any]) -> None:

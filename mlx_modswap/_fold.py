@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from itertools import chain
+from itertools import chain, groupby, takewhile
 from itertools import product as each_of
+from operator import contains
 from typing import Any, NamedTuple
 
 import mlx.nn as nn
@@ -33,14 +34,10 @@ def fold(paths: Sequence[Sequence[Segment]]) -> Iterator[tuple[Product, list[int
         product = tuple((segment,) for segment in path)
         by_length.setdefault(len(path), {}).setdefault(product, []).append(number)
     merged = chain.from_iterable(_merged(some).items() for some in by_length.values())
-    products = sorted(merged, key=lambda item: min(item[1]))
-    for product, numbers in products:
-        narrow = list(each_of(*map(_narrowed, product)))
-        for part in narrow if len(narrow) > 1 else ():
+    for product, numbers in sorted(merged, key=lambda item: min(item[1])):
+        for part in each_of(*map(_narrowed, product)):
             choices = list(map(set, part))
-            yield part, [n for n in sorted(numbers) if all(map(_is_in, paths[n], choices))]
-        if len(narrow) == 1:
-            yield product, sorted(numbers)
+            yield part, [n for n in sorted(numbers) if all(map(contains, choices, paths[n]))]
 
 
 def _merged(products: dict[Product, list[int]]) -> dict[Product, list[int]]:
@@ -64,40 +61,30 @@ def _merged(products: dict[Product, list[int]]) -> dict[Product, list[int]]:
     return products
 
 
-def _is_in(segment: Segment, choices: set[Segment]) -> bool:
-    return segment in choices
-
-
-def _narrowed(choice: tuple[Segment, ...]) -> Iterator[tuple[Segment, ...]]:
+def _narrowed(choice: tuple[Segment, ...]) -> list[tuple[Segment, ...]]:
     """The choices to make of one, so that each of them is written in few characters."""
     if len(_written(choice)) <= _WIDEST:
-        yield choice
-        return
-    rest: list[Segment] = []
+        return [choice]
+    long_runs: list[tuple[Segment, ...]] = []
+    others: list[tuple[Segment, ...]] = [()]
     for run in _runs(choice):
         if len(run) > 2:
-            yield run
-        else:
-            rest.extend(run)
-    some: tuple[Segment, ...] = ()
-    for segment in rest:
-        if some and len(_written((*some, segment))) > _WIDEST:
-            yield some
-            some = ()
-        some += (segment,)
-    if some:
-        yield some
+            long_runs.append(run)
+            continue
+        for segment in run:
+            if len(_written((*others[-1], segment))) > _WIDEST:
+                others.append(())
+            others[-1] += (segment,)
+    return [*long_runs, *filter(None, others)]
 
 
-def _runs(choice: tuple[Segment, ...]) -> Iterator[tuple[Segment, ...]]:
+def _runs(choice: tuple[Any, ...]) -> Iterator[tuple[Segment, ...]]:
     """Indices in a row, as long as they go; a name is a run of its own."""
-    run: tuple[Any, ...] = ()
-    for segment in sorted(choice) if isinstance(choice[0], int) else choice:
-        if run and (isinstance(segment, str) or segment != run[-1] + 1):
-            yield run
-            run = ()
-        run += (segment,)
-    yield run
+    if isinstance(choice[0], str):
+        yield from ((name,) for name in choice)
+    else:
+        for _, run in groupby(enumerate(sorted(choice)), lambda item: item[1] - item[0]):
+            yield tuple(index for _, index in run)
 
 
 def segments(path: str, *, slices: bool) -> list[Segment]:
@@ -162,9 +149,7 @@ def _braces(names: list[str]) -> str:
 
 def _common(words: list[list[str]]) -> int:
     """How many words all of them begin with."""
-    return next(
-        (n for n, same in enumerate(zip(*words)) if len(set(same)) > 1), min(map(len, words))
-    )
+    return len(list(takewhile(lambda same: len(set(same)) == 1, zip(*words))))
 
 
 # ---------------------------------------------------------------- what one module holds
@@ -194,6 +179,14 @@ def inside(module: Container) -> Iterator[Entry]:
             for key, one in entries(value)
         ]
         waiting.extend(reversed(held))
+
+
+def attributes(module: Container) -> Iterator[Entry]:
+    """The public attributes of a module, of which it is no container."""
+    if isinstance(module, nn.Module):
+        for name, value in vars(module).items():
+            if not name.startswith("_") and not is_container(value):
+                yield Entry((name,), module, (name,), value)
 
 
 def outline(container: Container) -> list[str]:

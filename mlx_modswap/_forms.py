@@ -3,38 +3,29 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from . import _hints
-from ._fold import inside
-from ._locations import Container, entries, opened
-from ._measure import Measure, measure
+from ._locations import Container, entries, is_container, opened
+from ._measure import NOTHING, measure_own
+
+Location = tuple[int, Any]  # the id of a container, and a key in it
 
 _ARRAY = mx.array
-_NOTHING = Measure("", 0, 0, 0, ())
 _PLAIN = {int, float, str, bool}
 _LONGEST = 48  # text of numbers
 _USUAL = re.compile(
     r",? ?\b(\w+=False|mode=affine|affine=True|padding=(0|\(0(, 0)+\))"
     r"|(stride|dilation|groups)=(1|\(1(, 1)+\)))(?=,|$)"
 )
-_ATTRIBUTES = {  # what modules without an `_extra_repr` have to say
-    "num_heads": "{} heads",
-    "n_heads": "{} heads",
-    "num_attention_heads": "{} heads",
-    "n_kv_heads": "{} kv heads",
-    "num_kv_heads": "{} kv heads",
-    "num_key_value_heads": "{} kv heads",
-    "num_experts": "{} experts",
-    "n_routed_experts": "{} experts",
-    "input_dims": "input_dims={}",
-    "output_dims": "output_dims={}",
-    "group_size": "group_size={}",
-    "bits": "bits={}",
+_ATTRIBUTES = {  # what modules without an `_extra_repr` have to say, and where: the first counts
+    "{} heads": ("num_heads", "n_heads", "num_attention_heads"),
+    "{} kv heads": ("n_kv_heads", "num_kv_heads", "num_key_value_heads"),
+    "{} experts": ("num_experts", "n_routed_experts"),
+    **{f"{name}={{}}": (name,) for name in ("input_dims", "output_dims", "group_size", "bits")},
 }
 
 
@@ -43,25 +34,23 @@ class Form:
 
     Attributes:
         example (Container): One of them.
-        marked (frozenset): The keys of what is marked in it.
         text (str): Its class and the numbers that matter.
         own (Measure): What it holds without the modules inside.
         solid (bool): Whether it has parameters.
         modules (int): How many modules there are inside.
     """
 
-    __slots__ = ("example", "marked", "modules", "own", "solid", "text")
+    __slots__ = ("example", "modules", "own", "solid", "text")
 
-    def __init__(self, example: Container, held: list[Any], marked: frozenset[Any]):
+    def __init__(self, example: Container, held: list[Any]):
         self.example = example
-        self.marked = marked
         self.text = type(example).__name__
-        self.own = _NOTHING
+        self.own = NOTHING
         is_module = isinstance(example, nn.Module)
         if is_module:
             numbers = _numbers(example)
             self.text += f"({numbers})" if numbers else ""
-            self.own = _own(example)
+            self.own, _ = measure_own(example)
         inner = [(key, what) for key, what, *_ in held if isinstance(what, Form)]
         self.solid = self.own.params > 0 or any(
             what.solid and not (is_module and str(key).startswith("_")) for key, what in inner
@@ -69,45 +58,45 @@ class Form:
         self.modules = sum(what.modules + isinstance(what.example, nn.Module) for _, what in inner)
 
 
-def forms_of(
-    order: list[Container], marked: dict[int, set[Any]], shared: set[int]
-) -> dict[int, Form]:
+def forms_of(order: list[Container], marked: set[Location], shared: set[int]) -> dict[int, Form]:
     """The form of each container, by ``id``.
 
     Args:
         order (list): The containers, each before what it holds.
-        marked (dict): The keys of what is marked, by the ``id`` of what holds it.
+        marked (set): The locations that are marked.
         shared (set): The ``id`` of each container, but no wrapper, that is in several places.
     """
     forms: dict[int, Form] = {}
-    known: dict[Any, Form] = {}
-    alike: dict[Any, Form] = {}
+    known: dict[Any, Form] = {}  # by all that a container holds
+    alike: dict[Any, Form] = {}  # by what the picture shows of it
     settings: dict[int, Any] = {}  # of lists and dicts
     for container in reversed(order):
+        holder = id(opened(container))
         held: list[Any] = []
         state: list[Any] = []  # what a text may tell of
         for key, value in entries(container):
             if type(value) is _ARRAY:
                 held.append((key, value.shape, value.dtype))
             elif form := forms.get(id(value)):
-                held.append((key, form, id(opened(value)) in shared))
+                held.append((key, form, id(opened(value)) in shared, (holder, key) in marked))
                 state.append(settings.get(id(value)))
             else:
-                if text := stand_in(value):
-                    held.append((key, text))
                 state.append((key, _setting(value)))
+                if text := stand_in(value, container):
+                    held.append((key, text))
         if isinstance(container, nn.Module):
-            state += ((name, _setting(value)) for name, value in vars(container).items())
+            for key, value in vars(container).items():
+                state.append((key, _setting(value)))
+                if not key.startswith("_") and (text := stand_in(value, container)):
+                    held.append((key, text))
         else:
             settings[id(container)] = tuple(state)
-        marks = frozenset(marked.get(id(opened(container)), ()))
-        look = type(container), tuple(held), marks, tuple(state)
-        form = known.get(look)
+        look = type(container), tuple(held)
+        form = known.get((look, tuple(state)))
         if form is None:
-            form = Form(container, held, marks)
-            # Of the attributes only what the picture shows makes a difference.
-            seen = (*look[:3], form.text, form.own, tuple(functions(container)))
-            form = known[look] = alike.setdefault(seen, form)
+            form = Form(container, held)
+            form = alike.setdefault((look, form.text, form.own), form)
+            known[look, tuple(state)] = form
         forms[id(container)] = form
     return forms
 
@@ -116,15 +105,6 @@ def _setting(value: Any) -> Any:
     if type(value) is set:  # such as the names of what is frozen
         return frozenset(value)
     return value if type(value) in _PLAIN else id(value)
-
-
-def _own(module: nn.Module) -> Measure:
-    bare = nn.Module()
-    vars(bare).update(vars(module))
-    for path, _, _, value in inside(module):
-        if type(value) is _ARRAY:
-            dict.__setitem__(bare, ".".join(map(str, path)), value)
-    return measure([bare])[0]
 
 
 # ---------------------------------------------------------------- the numbers that matter
@@ -143,28 +123,25 @@ def _numbers(module: nn.Module) -> str:
 
 def _attributes(module: nn.Module) -> str:
     texts: dict[str, int] = {}
-    for name, text in _ATTRIBUTES.items():
-        value = getattr(module, name, None)
-        if type(value) is int:
-            texts.setdefault(text, value)
+    for text, names in _ATTRIBUTES.items():
+        values = (getattr(module, name, None) for name in names)
+        texts.update((text, value) for value in values if type(value) is int and text not in texts)
     words = [text.format(value) for text, value in texts.items()]
-    arrays = [(str(key), v.shape) for key, v in dict.items(module) if _is_public(key, v)]
+    arrays = [(str(key), v.shape) for key, v in dict.items(module) if type(v) is _ARRAY]
+    arrays = [(key, shape) for key, shape in arrays if not key.startswith("_")]
     if len(arrays) <= 3 and not texts.keys() & {"input_dims={}", "bits={}"}:
         words += [f"{key} {'x'.join(map(str, shape)) or 'scalar'}" for key, shape in arrays]
     return ", ".join(words)
 
 
-def _is_public(key: Any, value: Any) -> bool:
-    return type(value) is _ARRAY and not str(key).startswith("_")
-
-
 # ---------------------------------------------------------------- what is no module to MLX
 
 
-def stand_in(value: Any) -> str:
+def stand_in(value: Any, holder: Container) -> str:
     """What to call a value that stands where a module could, or ``''``."""
-    if value is None:
-        return "None"
+    if value is None:  # an entry that was left out, if there are others
+        among_others = isinstance(holder, list) and any(map(is_container, list.__iter__(holder)))
+        return "None" if among_others else ""
     if isinstance(value, tuple):
         modules = _modules_in(value)
         return f"tuple of {_hints.classes(modules)}, which MLX does not see" if modules else ""
@@ -180,11 +157,3 @@ def _modules_in(value: tuple[Any, ...]) -> list[nn.Module]:
         if isinstance(one, (tuple, list)):
             found.extend(one)
     return [one for one in found if issubclass(type(one), nn.Module)]
-
-
-def functions(container: Container) -> Iterator[tuple[str, str]]:
-    """The public attributes of a module that are functions, where others hold a module."""
-    if isinstance(container, nn.Module):
-        for name, value in vars(container).items():
-            if value is not None and not name.startswith("_") and (text := stand_in(value)):
-                yield name, text

@@ -8,10 +8,12 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from difflib import get_close_matches
+from functools import reduce
+from itertools import chain
 from typing import Any, NamedTuple
 
-import mlx.core as mx
 import mlx.nn as nn
 
 from ._errors import SelectionError
@@ -55,13 +57,11 @@ def _no_match_of_regex(model: nn.Module, regex: re.Pattern[str], text: str) -> s
     letters = "".join(letter for letter, flag in _FLAGS.items() if regex.flags & flag)
     flags = f"(?{letters})" if letters else ""  # only at the beginning, and there they are shown
     inner = _INLINE_FLAGS.sub("", regex.pattern)
-    for wider in (rf"{flags}(.*\.)?({inner})", rf"{flags}.*({inner}).*"):
-        try:
+    with suppress(re.error):  # it ends in a comment, say
+        for wider in (rf"{flags}(.*\.)?({inner})", rf"{flags}.*({inner}).*"):
             candidate = re.compile(wider)
-        except re.error:  # it ends in a comment, say
-            break
-        if count := sum(candidate.fullmatch(path) is not None for path in paths):
-            return f"{text} matches no whole path; {parse(candidate).text} matches {count}"
+            if count := sum(candidate.fullmatch(path) is not None for path in paths):
+                return f"{text} matches no whole path; {parse(candidate).text} matches {count}"
     return f"{text} matches no whole path"
 
 
@@ -94,17 +94,13 @@ def described(value: Any) -> str:
         return "None"
     if isinstance(value, type):
         return f"the class {value.__name__}"
-    if isinstance(value, mx.array):
-        return "an array"
+    name = type(value).__name__
     if issubclass(type(value), nn.Module):
-        return f"a module ({type(value).__name__})"
+        return f"a module ({name})"
+    if isinstance(value, (list, tuple)):
+        return f"a {name} of {len(value)}"
     if callable(value):
         return "a function"
-    name = type(value).__name__
-    if isinstance(value, list):
-        return f"a {name} of {list.__len__(value)}"
-    if isinstance(value, tuple):
-        return f"a {name} of {tuple.__len__(value)}"
     return f"an {name}" if name[:1].lower() in "aeiou" else f"a {name}"
 
 
@@ -113,6 +109,7 @@ def described(value: Any) -> str:
 
 class _Thing(NamedTuple):
     value: Any
+    name: str = ""
     path: str = ""
     hidden: bool = False  # inside a tuple, which hides it from MLX
 
@@ -123,50 +120,41 @@ _INLINE_FLAGS = re.compile(r"\A(\(\?[aimsux]+\))+")
 _TOKENS = re.compile(r"\[[^\]]*\]|[^.\[]+")
 
 
-def _inside(thing: _Thing) -> Iterator[tuple[str, _Thing]]:
-    """Everything that a thing holds, by name: also what MLX does not see."""
-    value, hidden = thing.value, thing.hidden
+def _inside(thing: _Thing) -> list[_Thing]:
+    """Everything that a thing holds: also what MLX does not see."""
+    value = thing.value
+    is_tuple = isinstance(value, tuple)
+    held: list[tuple[Any, Any]] = list(enumerate(value)) if is_tuple else []
     if is_container(value):
-        held = list(entries(value))
-    elif isinstance(value, tuple):
-        held, hidden = list(enumerate(value)), True
-    else:
-        held = []
+        held += entries(value)
     if issubclass(type(value), nn.Module):
         held += [(k, v) for k, v in vars(value).items() if not k.startswith("_")]
-    prefix = f"{thing.path}." if thing.path else ""
-    for key, inner in held:
-        yield str(key), _Thing(inner, f"{prefix}{key}", hidden)
+    prefix, hidden = thing.path and f"{thing.path}.", thing.hidden or is_tuple
+    return [_Thing(inner, str(key), f"{prefix}{key}", hidden) for key, inner in held]
 
 
 def _everything(things: list[_Thing]) -> list[_Thing]:
-    """The things and all that is inside of them, each object once."""
-    seen: set[int] = set()
-    reached: list[_Thing] = []
-    waiting = list(reversed(things))
-    while waiting:
-        thing = waiting.pop()
-        if id(thing.value) in seen and is_container(thing.value):
-            continue
-        seen.add(id(thing.value))
-        reached.append(thing)
-        waiting.extend(reversed([inner for _, inner in _inside(thing)]))
+    """The things and all that is inside of them, level by level."""
+    reached, entered = list(things), set[int]()
+    for thing in reached:
+        if id(thing.value) not in entered:
+            entered.add(id(thing.value))
+            reached += _inside(thing)
     return reached
 
 
 def _step(things: list[_Thing], token: str) -> list[_Thing]:
     """What one token of a pattern leads to from some things."""
-    item = parse(f"_{token}" if token.startswith("[") else token).items[-1]
     if token == "**":
         return _everything(things)
+    item = parse(f"_{token}" if token.startswith("[") else token).items[-1]
     reached: list[_Thing] = []
     for thing in things:
-        inside = list(_inside(thing))
-        if token.startswith("["):
-            if isinstance(thing.value, (list, tuple)):
-                reached.extend(inside[index][1] for index in item.indices(len(inside)))
+        inside = _inside(thing)
+        if isinstance(thing.value, (list, tuple)):
+            reached += [inside[index] for index in item.indices(len(inside))]
         else:
-            reached.extend(inner for name, inner in inside if item.accepts(name))
+            reached += [inner for inner in inside if item.accepts(inner.name)]
     return reached
 
 
@@ -190,7 +178,7 @@ def _instead_of(token: str, thing: _Thing) -> str:
     if token.startswith("["):
         return f"{place} is {described(thing.value)}, not a list"
     there = outline(thing.value) if is_container(thing.value) else []
-    return f"{place} holds {listed(there)}" if there else f"{place} holds no modules"
+    return f"{place} holds {listed(there) or 'no modules'}"
 
 
 def _no_module(thing: _Thing, pattern: str) -> str:
@@ -202,13 +190,6 @@ def _no_module(thing: _Thing, pattern: str) -> str:
     return f"{place} is {described(thing.value)}, not a module"
 
 
-def _may_hold_modules(value: Any) -> bool:
-    if issubclass(type(value), nn.Module):
-        return True
-    inside = (inner.value for _, inner in _inside(_Thing(value)))
-    return any(is_container(inner) or isinstance(inner, tuple) for inner in inside)
-
-
 # ---------------------------------------------------------------- what would work
 
 
@@ -218,10 +199,7 @@ def _mended(model: nn.Module, tokens: list[str]) -> str | None:
     mended: list[str] = []
     for token in tokens:
         for way in _ways(reached, token, mended[-1:]):
-            further = reached
-            for step in way:
-                further = _step(further, step)
-            if further:
+            if further := reduce(_step, way, reached):
                 mended += way
                 reached = further
                 break
@@ -251,13 +229,15 @@ def _ways(things: list[_Thing], token: str, before: list[str]) -> Iterator[list[
 
 
 def _close(token: str, things: list[_Thing]) -> list[str]:
-    """Names in some things that are like a token, the most alike first."""
+    """Names in some things that are like a token and may lead to modules, the likest first."""
     names: dict[str, str] = {}
-    for thing in things:
-        for name, inner in _inside(thing):
-            if _may_hold_modules(inner.value) and _NAME.fullmatch(name):
-                names.setdefault(name.lower(), name)
+    for inner in chain.from_iterable(map(_inside, things)):
         if len(names) > _MOST_CHOICES:
             break
+        leads_on = issubclass(type(inner.value), nn.Module) or any(
+            is_container(one.value) for one in _inside(inner)
+        )
+        if leads_on and _NAME.fullmatch(inner.name):
+            names.setdefault(inner.name.lower(), inner.name)
     close = get_close_matches(token.lower(), names) if len(token) <= 100 else []
     return [names[name] for name in close]

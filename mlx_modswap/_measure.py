@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
-from ._locations import entries, is_container, opened, parts
+from ._fold import inside
+from ._locations import opened, parts
 
 _ARRAY = mx.array
 _SIZE, _DTYPE = attrgetter("size"), attrgetter("dtype")
@@ -25,21 +26,24 @@ class Measure(NamedTuple):
         params (int): The number of its parameters, before quantization.
         trainable (int): How many of them are not frozen.
         nbytes (int): The size of its arrays in bytes.
-        dtypes (tuple[mx.Dtype, ...]): Their dtypes.
+        dtypes (frozenset[mx.Dtype]): Their dtypes.
     """
 
     name: str
     params: int
     trainable: int
     nbytes: int
-    dtypes: tuple[mx.Dtype, ...]
+    dtypes: frozenset[mx.Dtype]
+
+
+NOTHING = Measure("", 0, 0, 0, frozenset())
 
 
 def measure(modules: Sequence[nn.Module]) -> list[Measure]:
     """Measure modules. One that comes again counts nothing the second time."""
-    known: dict[Any, Measure] = {}  # few differ, so few are made into objects
-    found = map(_measure, modules)
-    return _once(map(id, modules), [known.setdefault(one, Measure(*one)) for one in found])
+    known: dict[Measure, Measure] = {}  # few differ, so few are kept
+    found = map(_with_inner, modules)
+    return _once(map(id, modules), [known.setdefault(one, one) for one in found])
 
 
 def record(modules: Sequence[nn.Module]) -> Callable[[], list[Measure]]:
@@ -85,7 +89,7 @@ def _measures(
         held = list(islice(arrays, length))
         size = sum(size for size, _ in held)
         nbytes = sum(size * dtype.size for size, dtype in held)
-        yield Measure(cls.__name__, size, size, nbytes, tuple(dict.fromkeys(d for _, d in held)))
+        yield Measure(cls.__name__, size, size, nbytes, frozenset(d for _, d in held))
 
 
 def _once(ids: Iterable[int], measures: Iterable[Measure]) -> list[Measure]:
@@ -97,37 +101,40 @@ def _once(ids: Iterable[int], measures: Iterable[Measure]) -> list[Measure]:
     return counted
 
 
-def _measure(module: nn.Module) -> tuple[str, int, int, int, tuple[mx.Dtype, ...]]:
-    bits = _bits(module)
-    name = f"{type(module).__name__}(bits={bits})" if bits else type(module).__name__
+def _with_inner(module: nn.Module) -> Measure:
+    modules, seen = [module], {id(module)}
+    measures: list[Measure] = []
+    for one in modules:
+        own, inner = measure_own(one)
+        measures.append(own)
+        fresh = {id(module): module for module in inner if id(module) not in seen}
+        seen |= fresh.keys()
+        modules += fresh.values()
+    return total(measures)
+
+
+def measure_own(module: nn.Module) -> tuple[Measure, list[nn.Module]]:
+    """Measure what a module holds itself; returns also the modules inside it that count."""
+    bits, frozen = _bits(module), vars(module).get("_no_grad", ())
     params = trainable = nbytes = 0
-    dtypes: tuple[mx.Dtype, ...] = ()
-    # An owner names its frozen arrays by their path inside it.
-    seen: set[int] = set()
-    waiting: list[tuple[nn.Module, str, Any]] = [(module, "", module)]
-    for owner, prefix, container in waiting:
-        frozen = vars(owner).get("_no_grad", ())
-        bits = _bits(owner)
-        for key, value in entries(container):
-            path = f"{prefix}{key}"
-            if type(value) is _ARRAY:
-                if path[:1] == "_":
-                    continue
-                numbers = value.size
-                if bits:  # the numbers that the packed ones stand for, and no scales
-                    numbers = {"weight": numbers * 32 // bits, "bias": numbers}.get(path, 0)
-                params += numbers
-                if path not in frozen:
-                    trainable += numbers
-                nbytes += value.nbytes
-                dtype = value.dtype
-                if dtype not in dtypes:
-                    dtypes += (dtype,)
-            elif is_container(value) and path[:1] != "_" and id(value) not in seen:
-                seen.add(id(value))
-                inside = issubclass(type(value), nn.Module)
-                waiting.append((value, "", value) if inside else (owner, f"{path}.", value))
-    return name, params, trainable, nbytes, dtypes
+    dtypes: set[mx.Dtype] = set()
+    inner: list[nn.Module] = []
+    for names, _, _, value in inside(module):
+        path = ".".join(map(str, names))
+        if path.startswith("_"):  # no parameter, as in MLX
+            continue
+        if type(value) is _ARRAY:
+            size = value.size
+            if bits:  # the numbers that the packed ones stand for, and no scales
+                size = {"weight": size * 32 // bits, "bias": size}.get(path, 0)
+            params += size
+            trainable += size if path not in frozen else 0
+            nbytes += value.nbytes
+            dtypes.add(value.dtype)
+        elif issubclass(type(value), nn.Module):
+            inner.append(value)
+    name = f"{type(module).__name__}(bits={bits})" if bits else type(module).__name__
+    return Measure(name, params, trainable, nbytes, frozenset(dtypes)), inner
 
 
 def _bits(module: nn.Module) -> int:
@@ -138,6 +145,7 @@ def _bits(module: nn.Module) -> int:
 
 
 def total(measures: Iterable[Measure]) -> Measure:
-    """The sum of some measures that have name and dtypes in common."""
+    """The sum of some measures, under the name of the first."""
     names, params, trainable, nbytes, dtypes = zip(*measures)
-    return Measure(names[0], sum(params), sum(trainable), sum(nbytes), dtypes[0])
+    sums = sum(params), sum(trainable), sum(nbytes)
+    return Measure(names[0], *sums, frozenset().union(*dtypes))

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import mlx.nn as nn
 
 from . import _hints
-from ._fold import Entry, Product, fold, inside
-from ._forms import Form, forms_of, functions, stand_in
+from ._fold import attributes, fold, inside
+from ._forms import Form, Location, forms_of, stand_in
 from ._locations import Container, Sharing, entries, is_container, opened
+from ._measure import Measure, total
 from ._picture import Row, Tree
 from ._select import Patterns, Where, check_model, choose, parse_argument
 
@@ -63,20 +63,19 @@ def tree(
     check_model(model)
     patterns, excludes = parse_argument("pattern", pattern), parse_argument("exclude", exclude)
     narrowed = ["where"] * (where is not None) + ["exclude"] * bool(excludes)
-    marked: dict[int, set[Any]] = {}  # keys by the id of their container
+    marked: set[Location] = set()
     chosen_by, selected = "", None
     if narrowed or not isinstance(pattern, str) or pattern != "**":
         places = choose(model, patterns, where, excludes, strict=True)
         selected = len(places.paths)
-        for holder, key in places.locations():
-            marked.setdefault(holder, set()).add(key)
+        marked.update(places.locations())
         chosen_by = _hints.listed(one.text for one in patterns)
         chosen_by += " with " * bool(narrowed) + " and ".join(narrowed)
-    order = Sharing(model).order  # there are no more paths than anyone can walk
-    shared = _shared(order)
-    forms = forms_of(order, marked, shared)
+    sharing = Sharing(model)  # there are no more paths than anyone can walk
+    shared = _shared(sharing)
+    forms = forms_of(sharing.order, marked, shared)
     frozen = any(map(_is_frozen, set(forms.values())))
-    return Tree(_rows(model, forms, shared), chosen_by, selected, frozen)
+    return Tree(_rows(model, forms, marked, shared), chosen_by, selected, frozen)
 
 
 def _is_frozen(form: Form) -> bool:
@@ -84,82 +83,36 @@ def _is_frozen(form: Form) -> bool:
     return form.own.trainable < form.own.params and "bits" not in vars(form.example)
 
 
-def _shared(order: list[Container]) -> set[int]:
+def _shared(sharing: Sharing) -> set[int]:
     """The ids of what is in several places, or in a list or dict that is."""
-    seen, shared = set[int](), set[int]()
-    for container in order:
-        if opened(container) is not container:  # a wrapper is where its layer is
-            continue
-        is_again = id(container) in shared and not isinstance(container, nn.Module)
-        for key in (id(opened(one)) for _, one in entries(container) if is_container(one)):
-            if is_again or key in seen:
-                shared.add(key)
-            seen.add(key)
+    shared = {id(opened(one)) for one in sharing.order if sharing.holders[id(one)] > 1}
+    for container in sharing.order:  # each before what it holds
+        if id(container) in shared and not isinstance(container, nn.Module):
+            shared.update(id(opened(one)) for _, one in entries(container) if is_container(one))
     return shared
 
 
-class _Group(NamedTuple):
-    """Places inside a module that look the same."""
-
-    form: Form | None  # None if it is no module
-    text: str
-    marked: bool = False
-    private: bool = False
-    tied: bool = False
-    product: Product = ()
-    ways: Sequence[tuple[Any, ...]] = ((),)  # the keys that lead to each
-
-
-def _groups(form: Form, forms: dict[int, Form], shared: set[int]) -> list[_Group]:
-    """What is inside a module, in the order in which each group begins."""
-    alike: dict[_Group, list[tuple[int, Entry]]] = {}
-    for number, entry in enumerate(inside(form.example)):
-        inner = forms.get(id(entry.value))
-        text = inner.text if inner else stand_in(entry.value)
-        if text and not _is_nothing(entry):
-            marked = entry.keys[-1] in forms[id(entry.holder)].marked
-            private = str(entry.path[0]).startswith("_")
-            tied = inner is not None and inner.solid and id(opened(entry.value)) in shared
-            group = _Group(inner, text, marked, private, tied)
-            alike.setdefault(group, []).append((number, entry))
-    groups: dict[int, _Group] = {}
-    for group, found in alike.items():
-        for product, places in fold([entry.path for _, entry in found]):
-            ways = tuple(found[place][1].keys for place in places)
-            groups[found[places[0]][0]] = group._replace(product=product, ways=ways)
-    others = [_Group(None, text, product=((name,),)) for name, text in functions(form.example)]
-    return [groups[number] for number in sorted(groups)] + others
-
-
-def _is_nothing(entry: Entry) -> bool:
-    """Whether a ``None`` stands there, and not in a list of modules."""
-    if entry.value is not None:
-        return False
-    holder = entry.holder
-    return not (isinstance(holder, list) and any(map(is_container, list.__iter__(holder))))
-
-
-def _rows(model: nn.Module, forms: dict[int, Form], shared: set[int]) -> list[Row]:
+def _rows(
+    model: nn.Module, forms: dict[int, Form], marked: set[Location], shared: set[int]
+) -> list[Row]:
     """The picture, line by line. What comes again is not counted again."""
     firsts: dict[int, Row] = {}  # where each module with parameters is first, if some are shared
     hidden: set[Row] = set()
     rows: list[Row] = []
-    whole = _Group(forms[id(model)], forms[id(model)].text)
-    waiting: list[tuple[Row | None, _Group, list[Any]]] = [(None, whole, [model])]
+    form = forms[id(model)]
+    waiting: list[_Line] = [(Row(None, (), 1, form.text), form, False, [model])]
     while waiting:
-        above, group, modules = waiting.pop()
-        row = Row(above, group.product, group.text, len(modules), group.marked, group.private)
+        row, form, is_tied, modules = waiting.pop()
         rows.append(row)
-        if group.private or above in hidden:
+        if row.private or row.above in hidden:
             hidden.add(row)
-        form = group.form
         if form is None:
             continue
         row.look = id(form)
         row.modules = form.modules * row.count
-        if form.solid and group.private:
+        if form.solid and row.private:
             row.note = "not in parameters()"
-        if group.tied:
+        if is_tied:
             different = {id(opened(module)): module for module in modules}
             modules = [module for key, module in different.items() if key not in firsts]
             row.note = "tied"
@@ -171,15 +124,53 @@ def _rows(model: nn.Module, forms: dict[int, Form], shared: set[int]) -> list[Ro
             if row not in hidden:
                 firsts.update((id(opened(module)), row) for module in modules)
         if modules:
-            row.params, row.trainable, row.nbytes = (len(modules) * n for n in form.own[1:4])
-            row.dtypes.update(form.own.dtypes)
-            for inner in reversed(_groups(form, forms, shared)):
-                held = [_at(module, way) for module in modules for way in inner.ways]
-                waiting.append((row, inner, held))
+            params, trainable, nbytes = (len(modules) * number for number in form.own[1:4])
+            row.held = Measure(row.text, params, trainable, nbytes, form.own.dtypes)
+            waiting.extend(reversed(_below(row, form, modules, forms, marked, shared)))
     for row in reversed(rows):
-        if row.above is not None:
-            row.above.add(row)
+        if row.above:
+            row.above.selected += row.selected
+            if not row.private:
+                row.above.held = total([row.above.held, row.held])
     return rows
+
+
+# A row, the form of what stands there if that is a module, whether it is tied, the modules.
+_Line = tuple[Row, Form | None, bool, list[Any]]
+
+
+def _below(
+    above: Row,
+    form: Form,
+    modules: list[Any],
+    forms: dict[int, Form],
+    marked: set[Location],
+    shared: set[int],
+) -> list[_Line]:
+    """The lines for what is inside some modules, in the order in which each begins."""
+    entries = [*inside(form.example), *attributes(form.example)]
+    alike: dict[Any, list[int]] = {}
+    for number, (path, holder, keys, value) in enumerate(entries):
+        inner = forms.get(id(value))
+        if text := inner.text if inner else stand_in(value, holder):
+            is_marked = (id(opened(holder)), keys[-1]) in marked
+            is_private = str(path[0]).startswith("_")
+            is_tied = inner is not None and inner.solid and id(opened(value)) in shared
+            look = inner, is_tied, text, is_marked, is_private
+            alike.setdefault(look, []).append(number)
+    groups = [
+        (look, product, [numbers[place] for place in places])
+        for look, numbers in alike.items()
+        for product, places in fold([entries[number].path for number in numbers])
+    ]
+    lines: list[_Line] = []
+    for look, product, numbers in sorted(groups, key=lambda group: group[2][0]):
+        inner, is_tied, *others = look
+        ways = [entries[number].keys for number in numbers]
+        row = Row(above, product, len(modules) * len(ways), *others)
+        held = [_at(module, way) for module in modules for way in ways] if inner else []
+        lines.append((row, inner, is_tied, held))
+    return lines
 
 
 def _at(module: Container, way: tuple[Any, ...]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
@@ -183,21 +184,14 @@ def capture(
         >>> {path: output.shape for path, (output,) in outputs.items()}
         {'layers.0': (1, 8), 'layers.1': (1, 8), 'layers.2': (1, 2)}
     """
-    recorded: dict[int, list[Any]] = {}
+    recorded: defaultdict[str, list[Any]] = defaultdict(list)
 
-    def recorder(path: str, layer: nn.Module) -> nn.Module:
-        outputs: list[Any] = []
+    def record(path: str, output: Any) -> Any:
+        recorded[path].append(output)
+        return output
 
-        def record(output: Any) -> Any:
-            outputs.append(output)
-            return output
-
-        hooked = _Hooked(layer, record)
-        recorded[id(hooked)] = outputs
-        return hooked
-
-    with _swapped_by_depth(model, pattern, recorder, where, exclude) as hooked:
-        yield {path: recorded[id(layer)] for path, layer in hooked.items()}
+    with _hooked(model, pattern, record, where, exclude) as called:
+        yield {path: recorded[name] for path, name in called.items()}
 
 
 @contextmanager
@@ -249,31 +243,26 @@ def patch(
         what = _hints.described(change)
         raise TypeError(f"change must be a function of path and output, not {what}")
 
-    def changer(path: str, layer: nn.Module) -> nn.Module:
-        def changed(output: Any) -> Any:
-            new = change(path, output)
-            if new is None and output is not None:
-                raise TypeError(
-                    f"change returned None for {path!r}; it must return an output, "
-                    "the one it was given to change nothing"
-                )
-            return new
-
-        return _Hooked(layer, changed)
-
-    with _swapped_by_depth(model, pattern, changer, where, exclude):
+    with _hooked(model, pattern, change, where, exclude):
         yield
 
 
 class _Hooked(Wrapper):
     """A layer whose output goes through a function."""
 
-    def __init__(self, layer: nn.Module, hook: Callable[[Any], Any]):
+    def __init__(self, path: str, layer: nn.Module, change: Change):
         super().__init__(layer)
-        self.__hook = hook
+        self.__path, self.__change = path, change
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.__hook(super().__call__(*args, **kwargs))
+        output = super().__call__(*args, **kwargs)
+        new = self.__change(self.__path, output)
+        if new is None and output is not None:
+            raise TypeError(
+                f"change returned None for {self.__path!r}; it must return an output, "
+                "the one it was given to change nothing"
+            )
+        return new
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """What is copied or saved inside the block is the layer without the hook."""
@@ -281,39 +270,38 @@ class _Hooked(Wrapper):
 
 
 @contextmanager
-def _swapped_by_depth(
+def _hooked(
     model: nn.Module,
     pattern: Patterns,
-    factory: Callable[[str, nn.Module], nn.Module],
+    change: Change,
     where: Where | None,
     exclude: Patterns,
-) -> Iterator[dict[str, nn.Module]]:
-    """Like ``swapped`` for each depth of the selection, so that a layer may lie inside another."""
+) -> Iterator[dict[str, str]]:
+    """Hook the selected layers; yields the path by which ``change`` is called, for each of theirs.
+
+    Layers may lie inside one another, and a swap takes no such ones: there is one
+    for each depth. A layer in several places is as deep as its deepest.
+    """
     chosen = select(model, pattern, where=where, exclude=exclude)
-    hooked: dict[str, nn.Module] = {}
+    depths: dict[int, int] = {}
+    for path, layer in chosen.items():
+        depths[id(layer)] = max(path.count("."), depths.get(id(layer), 0))
+    firsts: dict[int, str] = {}
+    called: dict[str, str] = {}
+
+    def hook(path: str, layer: nn.Module) -> nn.Module:
+        hooked = _Hooked(path, layer, change)
+        firsts[id(hooked)] = path
+        return hooked
+
+    def is_at(depth: int) -> Where:
+        return lambda path, layer: path in chosen and depths.get(id(layer)) == depth
+
     with ExitStack() as stack:
-        for paths in _by_depth(chosen):
-            swap = swapped(model, "**", factory, where=_one_of(paths))
-            hooked.update(stack.enter_context(swap))
-        yield {path: hooked[path] for path in chosen}
-
-
-def _by_depth(chosen: dict[str, nn.Module]) -> list[set[str]]:
-    """Sets of paths, of which no two in one set lie inside each other."""
-    depths: dict[int, int] = {}  # by module, which is as deep as its deepest place
-    for path, module in chosen.items():
-        names = path.split(".")
-        around = (".".join(names[:end]) for end in range(1, len(names)))
-        depth = sum(outer in chosen for outer in around)
-        depths[id(module)] = max(depth, depths.get(id(module), 0))
-    levels: dict[int, set[str]] = {}
-    for path, module in chosen.items():
-        levels.setdefault(depths[id(module)], set()).add(path)
-    return list(levels.values())
-
-
-def _one_of(paths: set[str]) -> Callable[[str, nn.Module], bool]:
-    return lambda path, module: path in paths
+        for depth in sorted(set(depths.values())):
+            swap = stack.enter_context(swapped(model, "**", hook, where=is_at(depth)))
+            called.update((path, firsts[id(hooked)]) for path, hooked in swap.items())
+        yield {path: called[path] for path in chosen}
 
 
 # ---------------------------------------------------------------- what a wrapper is made of

@@ -464,6 +464,20 @@ def test_the_model_in_a_tuple_of_its_layer_is_no_cycle():
     )
 
 
+def test_a_list_that_is_called_is_a_list():
+    class Chain(list[nn.Module]):
+        def __call__(self, x: Any) -> Any:
+            return x
+
+    model = nn.Module()
+    model.layers = Chain([nn.ReLU(), nn.Tanh()])
+    with pytest.raises(NoMatchError) as error:
+        select(model, "layers[7]")
+    assert str(error.value) == (
+        "'layers[7]' matches nothing: 'layers' is a Chain of 2; 'layers[-1]' matches 1"
+    )
+
+
 @pytest.mark.parametrize(("children", "suggestion"), [(998, "; '**.target' matches 1"), (999, "")])
 def test_a_name_is_looked_for_until_more_than_a_thousand_names_were_found(children, suggestion):
     model = nn.Module()
