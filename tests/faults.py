@@ -65,8 +65,8 @@ FAULTS = [
     Fault(
         "two stars match at least one segment",
         "_pattern.py",
-        "for at in live if items[at] is _DEEP",
-        "for at in live if False",
+        "for node in nodes if _DEEP in node.edges",
+        "for node in nodes if False",
     ),
     Fault(
         "an index counts one too far",
@@ -120,9 +120,8 @@ FAULTS = [
     Fault(
         "iterate backwards",
         "_locations.py",
-        "    return zip(range(len(states)), list.__iter__(container), states)",
-        "    steps = zip(range(len(states)), list.__iter__(container), states)\n"
-        "    return iter(list(steps)[::-1])",
+        "zip(count(taken), held[taken:], states[taken:])",
+        "iter(list(zip(count(taken), held[taken:], states[taken:]))[::-1])",
     ),
     Fault(
         "a module without arrays is no module",
@@ -220,13 +219,13 @@ FAULTS = [
     Fault(
         "partial_modules takes nested paths",
         "_replace.py",
-        "    _check_nesting(places)\n    _check_aliases(",
-        "    _check_aliases(",
+        "    _check_nesting(places)\n    news = [modules",
+        "    news = [modules",
     ),
     Fault(
         "partial_modules takes two modules for one place",
         "_replace.py",
-        "    _check_aliases(places, list(modules.values()))\n",
+        "    _check_aliases(places, news)\n",
         "",
     ),
     Fault(
