@@ -462,7 +462,7 @@ def _check_names(places: Places) -> None:
     """No other place may print the path of one of these."""
     if places.odd_keys:
         everywhere = find(places.model, literally(places.paths))
-        for path, number in Counter(everywhere.paths).most_common(1):
+        for path, number in Counter(everywhere.paths).items():
             if number > 1:
                 raise SelectionError(
                     f"{number} places print the path {path!r}, for instance by the keys 0 and '0' "
