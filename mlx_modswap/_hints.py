@@ -97,8 +97,10 @@ def described(value: Any) -> str:
     name = type(value).__name__
     if issubclass(type(value), nn.Module):
         return f"a module ({name})"
-    if isinstance(value, (list, tuple)):
-        return f"a {name} of {len(value)}"
+    if isinstance(value, list):
+        return f"a {name} of {list.__len__(value)}"
+    if isinstance(value, tuple):
+        return f"a {name} of {tuple.__len__(value)}"
     if callable(value):
         return "a function"
     return f"an {name}" if name[:1].lower() in "aeiou" else f"a {name}"

@@ -478,6 +478,17 @@ def test_a_list_that_is_called_is_a_list():
     )
 
 
+@pytest.mark.parametrize("base", [list, tuple])
+def test_a_list_with_a_length_of_its_own_is_not_asked_for_it(base):
+    class Odd(base):
+        def __len__(self):
+            raise AssertionError("what is no module is described without its own methods")
+
+    with pytest.raises(TypeError) as error:
+        select(Odd([nn.ReLU()]), "**")
+    assert str(error.value) == "model must be an mlx.nn.Module, not a Odd of 1"
+
+
 @pytest.mark.parametrize(("children", "suggestion"), [(998, "; '**.target' matches 1"), (999, "")])
 def test_a_name_is_looked_for_until_more_than_a_thousand_names_were_found(children, suggestion):
     model = nn.Module()
