@@ -96,10 +96,9 @@ class _Glob:
     def accepts(self, text: str) -> bool:
         # The set of all places where the parts so far can end: no backtracking.
         ends: Ends = {0}
-        for first, *others in self.parts:
-            before, ends = ends, _advance(ends, first, text)
-            for tokens in others:
-                ends = {*ends, *_advance(before, tokens, text)}
+        for alternatives in self.parts:
+            reached = [_advance(ends, tokens, text) for tokens in alternatives]
+            ends = reached[0] if len(reached) == 1 else set().union(*reached)
         return len(text) in ends
 
     def indices(self, length: int) -> Iterable[int]:
