@@ -9,10 +9,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from . import _hints
-from ._locations import Container, entries, is_container, opened
+from ._locations import Container, Location, entries, is_container, opened
 from ._measure import NOTHING, measure_own
-
-Location = tuple[int, Any]  # the id of a container, and a key in it
 
 _ARRAY = mx.array
 _PLAIN = {int, float, str, bool}
@@ -124,8 +122,8 @@ def _numbers(module: nn.Module) -> str:
 def _attributes(module: nn.Module) -> str:
     texts: dict[str, int] = {}
     for text, names in _ATTRIBUTES.items():
-        values = (getattr(module, name, None) for name in names)
-        texts.update((text, value) for value in values if type(value) is int and text not in texts)
+        values = [getattr(module, name, None) for name in names]
+        texts.update((text, value) for value in reversed(values) if type(value) is int)
     words = [text.format(value) for text, value in texts.items()]
     arrays = [(str(key), v.shape) for key, v in dict.items(module) if type(v) is _ARRAY]
     arrays = [(key, shape) for key, shape in arrays if not key.startswith("_")]

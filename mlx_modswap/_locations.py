@@ -22,7 +22,8 @@ from ._errors import SelectionError
 from ._pattern import Matcher, State, shorten
 
 Container = dict[Any, Any] | list[Any]
-Swaps = Mapping[tuple[int, Any], nn.Module]  # (id(container), key) -> module
+Location = tuple[int, Any]  # the id of a container, and a key in it
+Swaps = Mapping[Location, nn.Module]
 
 WRAPPED = "(wrapped)"  # the key of the layer in a module that stands in for it
 _MOST_PATHS = 10_000_000
@@ -169,7 +170,7 @@ class Places:
             self._around = sorted(around)
         return self._around
 
-    def locations(self) -> list[tuple[int, Any]]:
+    def locations(self) -> list[Location]:
         """Where each place is: the ``id`` of what holds it, and its key there."""
         return list(zip(map(id, self._opened(self.inside)), self.keys))
 
@@ -258,8 +259,7 @@ def find(model: nn.Module, matcher: Matcher) -> Places:
             containers.append(value)
             if kind == _LIST:
                 states = state.entries(len(held))
-                is_long = len(held) >= _LONG
-                taken = _take_alike(places, prefix, held, states, kinds) if is_long else 0
+                taken = _take_alike(places, prefix, held, states, kinds)
                 steps = zip(count(taken), held[taken:], states[taken:])
             elif dict.__contains__(value, WRAPPED):
                 steps = _steps(places.open(row), state)
@@ -293,6 +293,8 @@ def _take_alike(
         How many were taken. The others have to be walked one by one.
     """
     row, taken = len(places.containers) - 1, 0
+    if len(held) < _LONG:
+        return taken
     for modules, their_states in zip(parts(held), parts(states)):
         state = their_states[0]
         if not state.goes_on or len(set(map(id, their_states))) > 1:

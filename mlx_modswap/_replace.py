@@ -15,6 +15,7 @@ import mlx.nn as nn
 from . import _hints
 from ._errors import NoMatchError, SelectionError
 from ._locations import (
+    Location,
     Places,
     Sharing,
     brought_in,
@@ -239,7 +240,7 @@ def partial_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[
     for path in modules:
         if path not in found:
             raise NoMatchError(_hints.no_place(model, path))
-    _check_names(places)
+    _check_different(places.paths)
     _check_nesting(places)
     news = [modules[path] for path in places.paths]
     _check_aliases(places, news)
@@ -344,7 +345,7 @@ def _make(
 # A *unit* is what changes as a whole: a tied module with all of its places, or
 # one location with all of its paths.
 
-Unit = int | tuple[int, Any]  # the id of a tied module, or a location
+Unit = int | Location  # the id of a tied module, or a location
 
 
 def _units(places: Places, sharing: Sharing) -> list[Unit]:
@@ -448,7 +449,7 @@ def _check_nesting(places: Places) -> None:
 
 def _check_aliases(places: Places, modules: list[nn.Module]) -> None:
     """Paths that lead to one place must get one module."""
-    firsts: dict[tuple[int, Any], int] = {}
+    firsts: dict[Location, int] = {}
     for at, location in enumerate(places.locations()):
         first = firsts.setdefault(location, at)
         if modules[at] is not modules[first]:
@@ -461,13 +462,16 @@ def _check_aliases(places: Places, modules: list[nn.Module]) -> None:
 def _check_names(places: Places) -> None:
     """No other place may print the path of one of these."""
     if places.odd_keys:
-        everywhere = find(places.model, literally(places.paths))
-        for path, number in Counter(everywhere.paths).items():
-            if number > 1:
-                raise SelectionError(
-                    f"{number} places print the path {path!r}, for instance by the keys 0 and '0' "
-                    "of one dict; rename one of the keys"
-                )
+        _check_different(find(places.model, literally(places.paths)).paths)
+
+
+def _check_different(paths: list[str]) -> None:
+    for path, number in Counter(paths).items():
+        if number > 1:
+            raise SelectionError(
+                f"{number} places print the path {path!r}, for instance by the keys 0 and '0' "
+                "of one dict; rename one of the keys"
+            )
 
 
 def _bring_in(places: Places, news: list[nn.Module], known: set[int]) -> None:

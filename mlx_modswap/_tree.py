@@ -8,8 +8,8 @@ import mlx.nn as nn
 
 from . import _hints
 from ._fold import attributes, fold, inside
-from ._forms import Form, Location, forms_of, stand_in
-from ._locations import Container, Sharing, entries, is_container, opened
+from ._forms import Form, forms_of, stand_in
+from ._locations import Container, Location, Sharing, entries, is_container, opened
 from ._measure import Measure, total
 from ._picture import Row, Tree
 from ._select import Patterns, Where, check_model, choose, parse_argument
