@@ -53,12 +53,12 @@ def opened(container: Container) -> Container:
     return layers[-1] if layers else container
 
 
-def wrapped(container: Container) -> list[Container]:
+def wrapped(container: Container) -> list[dict[Any, Any]]:
     """The layer that a container stands in for; if that does so too, its layer next."""
-    layers: list[Container] = []
-    while isinstance(container, dict) and dict.__contains__(container, WRAPPED):
-        container = dict.__getitem__(container, WRAPPED)
-        layers.append(container)
+    layers: list[dict[Any, Any]] = []
+    while isinstance(container, dict) and isinstance(layer := _DICT_GET(container, WRAPPED), dict):
+        layers.append(layer)
+        container = layer
     return layers
 
 
@@ -109,7 +109,7 @@ class Places:
             What is inside of one comes behind it.
         above (list[int]): The row of the container that holds it.
         keys_above (list): Its key there.
-        layers (dict): The layer that a container stands in for, by row.
+        layers (dict): The layer that one of them stands in for, by row.
 
         seen (list): All containers that the walk came by.
         skipped (list): Those among them that it did not look into.
@@ -126,7 +126,7 @@ class Places:
         self.containers: list[Any] = [model]
         self.above: list[int] = [0]
         self.keys_above: list[Any] = [None]
-        self.layers: dict[int, Container] = {}
+        self.layers: dict[int, dict[Any, Any]] = {}
         self.seen: list[Container] = [model]
         self.skipped: list[Container] = []
         self.sharing: Sharing | None = None
@@ -138,8 +138,8 @@ class Places:
         """The model that the places are in."""
         return self.containers[0]
 
-    def open(self, row: int) -> Container:
-        """What has the keys that the paths through a row go on with."""
+    def open(self, row: int) -> dict[Any, Any]:
+        """What has the keys that the paths through a module or dict go on with."""
         layers = wrapped(self.containers[row])
         if not layers:
             return self.containers[row]
@@ -261,11 +261,9 @@ def find(model: nn.Module, matcher: Matcher) -> Places:
                 states = state.entries(len(held))
                 taken = _take_alike(places, prefix, held, states, kinds)
                 steps = zip(count(taken), held[taken:], states[taken:])
-            elif dict.__contains__(value, WRAPPED):
-                steps = _steps(places.open(row), state)
-            else:  # the same, faster
-                names = dict.keys(value)
-                steps = zip(names, held, map(state.__getitem__, names))
+            else:
+                layer = places.open(row) if dict.__contains__(value, WRAPPED) else value
+                steps = _steps(layer, state)
             break
         else:
             if not waiting:
@@ -274,12 +272,9 @@ def find(model: nn.Module, matcher: Matcher) -> Places:
             row, prefix, steps = waiting.pop()
 
 
-def _steps(container: Container, state: State) -> Iterator[tuple[Any, Any, State]]:
-    if isinstance(container, dict):
-        keys = dict.keys(container)
-        return zip(keys, dict.values(container), map(state.__getitem__, keys))
-    states = state.entries(list.__len__(container))
-    return zip(range(len(states)), list.__iter__(container), states)
+def _steps(container: dict[Any, Any], state: State) -> Iterator[tuple[Any, Any, State]]:
+    keys = dict.keys(container)
+    return zip(keys, dict.values(container), map(state.__getitem__, keys))
 
 
 def _take_alike(
@@ -332,7 +327,7 @@ def _columns(modules: Sequence[Any], kinds: _Kinds) -> _Columns | None:
     names = list(dict.keys(first))
     its_kinds = list(map(kind_of, map(type, dict.values(first))))
     its_leaves = list(compress(dict.values(first), its_kinds))
-    if _LIST in its_kinds or WRAPPED in names or _inner(its_leaves, kinds):
+    if WRAPPED in names or _inner(its_leaves, kinds):
         return None  # mostly here, before the others were looked at
     if not any(map(dict.__len__, modules)):
         return _Columns(modules, [], [], [], [])

@@ -549,6 +549,14 @@ def test_paths_inside_a_wrapper_are_those_that_mlx_prints():
     assert list(select(Wrapper(model), "**")) == before
 
 
+def test_a_long_list_of_wrapped_layers_has_the_paths_of_the_layers():
+    model = nn.Module()
+    model.layers = [Wrapper(nn.Linear(2, 2)) for _ in range(20)]
+    paths = [f"layers.{index}" for index in range(20)]
+    assert list(select(model, "**")) == paths
+    assert list(replace_layers(model, "**", lambda path, layer: nn.Identity())) == paths
+
+
 def test_layers_inside_a_wrapper_are_swapped_and_put_back():
     model = Net()
     replace_layers(model, "blocks[0]", lambda path, layer: Wrapper(Wrapper(layer)))
