@@ -40,7 +40,9 @@ from mutmut.utils.format_utils import (
 )
 
 ROOT = Path(__file__).parent.parent
-FILES = "patterns errors guarantees properties report tree memory capture wrapper fuzz pitfalls"
+FILES = (
+    "patterns lists errors guarantees properties report tree memory capture wrapper fuzz pitfalls"
+)
 FILES += " command_line"
 # Left out: what fails for no reason when each function counts its calls, and what is slow.
 SLOW = "time_of_a_match or hard_pattern or takes_no_time or of_mlx_lm or language_model"
