@@ -174,16 +174,23 @@ class Places:
         """Where each place is: the ``id`` of what holds it, and its key there."""
         return list(zip(map(id, self._opened(self.inside)), self.keys))
 
+    def holders(self, rows: Sequence[int]) -> tuple[list[Container], list[Any]]:
+        """What holds the containers of some rows, and their keys there."""
+        above, keys = self.above.__getitem__, self.keys_above.__getitem__
+        return self._opened(map(above, rows)), list(map(keys, rows))
+
     def first_moved(self) -> int | None:
         """The number of the first place that is no longer in the model, if there is one."""
         rows = self.around()[1:]
-        holders = self._opened([self.above[row] for row in rows])
-        held = _held(holders, [self.keys_above[row] for row in rows])
+        held = _held(*self.holders(rows))
         moved = {row for row, now in zip(rows, held) if now is not self.containers[row]}
+        for row, layer in self.layers.items():
+            if opened(self.containers[row]) is not layer:
+                moved.add(row)
         for number, row in enumerate(self.inside if moved else ()):
             while row and row not in moved:
                 row = self.above[row]
-            if row:
+            if row in moved:
                 return number
         return None
 

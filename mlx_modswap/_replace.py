@@ -429,16 +429,18 @@ def _partly(unit: Unit, places: Places, inside: list[int], sharing: Sharing) -> 
 
 def _check_nesting(places: Places) -> None:
     """No place may lie inside another."""
-    around = places.around()
-    outer = map(places.containers.__getitem__, around)
+    rows = places.around()
+    outer = map(places.containers.__getitem__, rows)
     if set(map(type, outer)).isdisjoint(map(type, places.modules)):
         return
-    uppers = dict(zip(zip(places.inside, places.keys), places.paths))
-    inner = {row: uppers.get((places.above[row], places.keys_above[row])) for row in around[1:]}
+    holders, keys = places.holders(rows[1:])
+    uppers = dict(zip(reversed(places.locations()), reversed(places.paths)))  # the first path
+    inner = dict(zip(rows[1:], map(uppers.get, zip(map(id, holders), keys))))
     clear = {0}
     for path, row in zip(places.paths, places.inside):
         while row not in clear:
-            if upper := inner[row]:
+            upper = inner[row]
+            if upper is not None:
                 raise SelectionError(
                     f"{path!r} lies inside {upper!r}, and both would change; leave one "
                     f"of them out, with exclude={upper!r} for instance"

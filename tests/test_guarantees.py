@@ -711,6 +711,19 @@ class TestNesting:
         with pytest.raises(SelectionError, match=r"'layers\.0\.attn' lies inside 'layers\.0'"):
             partial_modules(model, {"layers.0": nn.ReLU(), "layers.0.attn": nn.ReLU()})
 
+    @pytest.mark.parametrize(("outer", "inner"), [("a.x", "b.x.q"), ("b.x", "a.x.q")])
+    def test_also_for_partial_modules_by_way_of_an_alias(self, outer, inner):
+        shared = build(x=build(q=nn.ReLU()))
+        model = build(a=shared, b=shared)
+        with pytest.raises(SelectionError, match=f"'{inner}' lies inside '{outer}'"):
+            partial_modules(model, {outer: nn.Tanh(), inner: nn.Tanh()})
+
+    def test_also_under_an_empty_name(self):
+        model = build()
+        dict.__setitem__(model, "", build(x=nn.ReLU()))
+        message = refuses(model, ["**"], fresh)
+        assert message.startswith("'.x' lies inside '', and both would change")
+
     def test_a_factory_that_returns_what_it_was_given_changes_nothing(self):
         model = Model()
         before = Snapshot(model)

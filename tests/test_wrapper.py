@@ -571,6 +571,24 @@ def test_layers_inside_a_wrapper_are_swapped_and_put_back():
     assert model.blocks[0].mlp[1] is new
 
 
+@pytest.mark.parametrize("is_the_model", [False, True])
+def test_a_wrapper_that_gets_another_layer_meanwhile_is_seen_and_nothing_is_changed(is_the_model):
+    first, second = Block(), Block()
+    wrapper = Wrapper(first)
+    model = wrapper if is_the_model else nn.Sequential(wrapper)
+    path = "attn" if is_the_model else "layers.0.attn"
+    first_attn, second_attn = first.attn, second.attn
+
+    def exchange(path: str, layer: nn.Module) -> nn.Module:
+        wrapper["(wrapped)"] = second
+        return nn.Identity()
+
+    with pytest.raises(SelectionError, match=rf"'{path}' was changed by someone else"):
+        replace_layers(model, path, exchange)
+    assert first.attn is first_attn
+    assert second.attn is second_attn
+
+
 def test_a_picture_of_a_model_shows_what_is_inside_of_a_wrapper():
     model = nn.Sequential(nn.Sequential(nn.Linear(2, 2), nn.ReLU()))
     replace_layers(model, "layers[0]", wrap)
