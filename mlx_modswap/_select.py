@@ -104,13 +104,12 @@ def choose(
     places = _match(model, patterns + excludes)
     included = (1 << len(patterns)) - 1  # the lower bits; those of the excludes follow
     masks = set(places.masks)
-    found = {mask for mask in masks if mask & included}
     if strict:
-        _check_patterns(model, patterns, found)
+        _check_patterns(model, patterns, masks)
         _check_excludes(model, patterns, excludes, places)
         if as_rules:
             _check_rules(patterns, places)
-    wanted = {mask for mask in found if mask <= included}
+    wanted = {mask for mask in masks if mask <= included}
     if wanted != masks:
         places.keep(list(map(wanted.__contains__, places.masks)))
     if where is not None:
@@ -169,10 +168,10 @@ def note(error: BaseException, text: str) -> None:
 # ---------------------------------------------------------------- nothing silent
 
 
-def _check_patterns(model: nn.Module, patterns: list[Parsed], found: set[int]) -> None:
+def _check_patterns(model: nn.Module, patterns: list[Parsed], masks: set[int]) -> None:
     if not patterns:
         raise NoMatchError("no pattern was given; '**' matches every module of the model")
-    found_by_any = reduce(or_, found, 0)
+    found_by_any = reduce(or_, masks, 0)
     for number, pattern in enumerate(patterns):
         if not found_by_any >> number & 1:
             raise NoMatchError(_hints.no_match(model, pattern))
