@@ -34,22 +34,20 @@ def no_match(model: nn.Module, pattern: Parsed) -> str:
     tokens = _TOKENS.findall(pattern.source)
     if len(tokens) > _MOST_TOKENS:
         return message
-    anywhere = f"**.{pattern.source}"
-    if count := _count(model, anywhere):
-        return f"{message}; {shorten(repr(anywhere))} matches {count}"
+    if works := _tried(model, [f"**.{pattern.source}"]):
+        return message + works
     if there := _what_is_there(model, tokens):
         message += f": {there}"
-    mended = _mended(model, tokens)
-    if mended and (count := _count(model, mended)):
-        message += f"; {shorten(repr(mended))} matches {count}"
-    return message
+    return message + _tried(model, _mended(model, tokens))
 
 
-def _count(model: nn.Module, text: str) -> int:
-    try:
-        return len(find(model, Matcher([parse(text)])).paths)
-    except SelectionError:  # a cycle, say, to which the given pattern does not come
-        return 0
+def _tried(model: nn.Module, patterns: list[str]) -> str:
+    """What a message says of the first pattern that matches, or ``''``."""
+    for text in patterns:
+        with suppress(SelectionError):  # a cycle, say, to which the given pattern does not come
+            if count := len(find(model, Matcher([parse(text)])).paths):
+                return f"; {shorten(repr(text))} matches {count}"
+    return ""
 
 
 def _no_match_of_regex(model: nn.Module, regex: re.Pattern[str], text: str) -> str:
@@ -195,8 +193,8 @@ def _no_module(thing: _Thing, pattern: str) -> str:
 # ---------------------------------------------------------------- what would work
 
 
-def _mended(model: nn.Module, tokens: list[str]) -> str | None:
-    """A pattern close to these tokens that may match, if there is one."""
+def _mended(model: nn.Module, tokens: list[str]) -> list[str]:
+    """Patterns close to these tokens that may match, the likeliest first."""
     reached = [_Thing(model)]
     mended: list[str] = []
     for token in tokens:
@@ -206,14 +204,9 @@ def _mended(model: nn.Module, tokens: list[str]) -> str | None:
                 reached = further
                 break
         else:
-            return None
-    modules = [t for t in reached if issubclass(type(t.value), nn.Module) and not t.hidden]
-    if not modules:
-        if is_container(reached[0].value):
-            mended.append("*")
-        else:
-            mended.pop()
-    return "".join(t if t.startswith("[") else f".{t}" for t in mended)[1:]
+            return []
+    ways = mended, [*mended, "*"], mended[:-1]
+    return ["".join(t if t.startswith("[") else f".{t}" for t in way)[1:] for way in ways if way]
 
 
 def _ways(things: list[_Thing], token: str, before: list[str]) -> Iterator[list[str]]:

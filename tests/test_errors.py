@@ -198,7 +198,10 @@ NO_MATCH = [
         "'pair.0.weight' matches nothing: "
         "it is in a tuple, and MLX sees modules in lists and dicts only",
     ),
-    ("lm_head.**", "'lm_head.**' matches nothing: 'lm_head' holds no modules"),
+    (
+        "lm_head.**",
+        "'lm_head.**' matches nothing: 'lm_head' holds no modules; 'lm_head' matches 1",
+    ),
     # Many segments, of which one could not be told so shortly.
     (
         39 * "a." + "a",
