@@ -23,7 +23,6 @@ from ._pattern import Matcher, Parsed, parse, shorten
 
 _MOST_NAMES = 8  # in a list of what is there
 _MOST_TOKENS = 40  # of a pattern that is worth mending
-_MOST_CHOICES = 1000  # to look through for a name that is close
 
 
 def no_match(model: nn.Module, pattern: Parsed) -> str:
@@ -114,7 +113,7 @@ class _Thing(NamedTuple):
     hidden: bool = False  # inside a tuple, which hides it from MLX
 
 
-_NAME = re.compile(r"(?!\d+$)[^.*?\[\]{}]{1,100}")  # no number, and no pattern
+_NAME = re.compile(r"(?!\d+$)[^.*?\[\]{}]+")  # no number, and no pattern
 _FLAGS = {"a": re.ASCII, "i": re.IGNORECASE, "m": re.MULTILINE, "s": re.DOTALL, "x": re.VERBOSE}
 _INLINE_FLAGS = re.compile(r"\A(\(\?[aimsux]+\))+")
 _TOKENS = re.compile(r"\[[^\]]*\]|[^.\[]+")
@@ -225,14 +224,9 @@ def _ways(things: list[_Thing], token: str, before: list[str]) -> Iterator[list[
 
 def _close(token: str, things: list[_Thing]) -> list[str]:
     """Names in some things that are like a token and may lead to modules, the likest first."""
-    names: dict[str, str] = {}
-    for inner in chain.from_iterable(map(_inside, things)):
-        if len(names) > _MOST_CHOICES:
-            break
-        leads_on = issubclass(type(inner.value), nn.Module) or any(
-            is_container(one.value) for one in _inside(inner)
-        )
-        if leads_on and _NAME.fullmatch(inner.name):
-            names.setdefault(inner.name.lower(), inner.name)
-    close = get_close_matches(token.lower(), names) if len(token) <= 100 else []
-    return [names[name] for name in close]
+    names = {
+        inner.name.lower(): inner.name
+        for inner in chain.from_iterable(map(_inside, things))
+        if is_container(inner.value) and _NAME.fullmatch(inner.name)
+    }
+    return [names[name] for name in get_close_matches(token.lower(), names)]

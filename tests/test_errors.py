@@ -492,35 +492,6 @@ def test_a_list_with_a_length_of_its_own_is_not_asked_for_it(base):
     assert str(error.value) == "model must be an mlx.nn.Module, not a Odd of 1"
 
 
-@pytest.mark.parametrize(("children", "suggestion"), [(998, "; '**.target' matches 1"), (999, "")])
-def test_a_name_is_looked_for_until_more_than_a_thousand_names_were_found(children, suggestion):
-    model = nn.Module()
-    model.wide, model.last = nn.Module(), nn.Module()
-    for number in range(children):
-        setattr(model.wide, f"n{number}", nn.Module())
-    model.last.target = nn.ReLU()
-    with pytest.raises(NoMatchError) as error:
-        select(model, "tarqet")
-    assert str(error.value) == (
-        "'tarqet' matches nothing: the model holds '{wide,last}' (2 Module)" + suggestion
-    )
-
-
-@pytest.mark.parametrize(
-    ("typo", "suggestion"),
-    [("y" + 99 * "x", "; '" + 76 * "x" + "... matches 1"), ("y" + 100 * "x", "")],
-    ids=["100", "101"],
-)
-def test_for_a_token_of_up_to_a_hundred_characters_a_name_is_suggested(typo, suggestion):
-    model = nn.Module()
-    setattr(model, 100 * "x", nn.ReLU())
-    with pytest.raises(NoMatchError) as error:
-        select(model, typo)
-    assert str(error.value) == (
-        f"'y{75 * 'x'}... matches nothing: the model holds '{100 * 'x'}'{suggestion}"
-    )
-
-
 def test_what_stands_behind_a_tied_module_is_suggested_too():
     model = nn.Module()
     model.first = model.again = nn.Linear(4, 4)
