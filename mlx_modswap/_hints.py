@@ -51,14 +51,12 @@ def _tried(model: nn.Module, patterns: list[str]) -> str:
 
 def _no_match_of_regex(model: nn.Module, regex: re.Pattern[str], text: str) -> str:
     paths = find(model, Matcher([parse("**")])).paths
-    letters = "".join(letter for letter, flag in _FLAGS.items() if regex.flags & flag)
-    flags = f"(?{letters})" if letters else ""  # only at the beginning, and there they are shown
-    inner = _INLINE_FLAGS.sub("", regex.pattern)
+    inner = _INLINE_FLAGS.sub("", regex.pattern)  # they stand at the beginning only
     with suppress(re.error):  # it ends in a comment, say
-        for wider in (rf"{flags}(.*\.)?({inner})", rf"{flags}.*({inner}).*"):
-            candidate = re.compile(wider)
-            if count := sum(candidate.fullmatch(path) is not None for path in paths):
-                return f"{text} matches no whole path; {parse(candidate).text} matches {count}"
+        for wider in (rf"(.*\.)?({inner})", rf".*({inner}).*"):
+            candidate = re.compile(wider, regex.flags)
+            if count := sum(map(bool, map(candidate.fullmatch, paths))):
+                return f"{text} matches no whole path; {shorten(repr(candidate))} matches {count}"
     return f"{text} matches no whole path"
 
 
@@ -114,7 +112,6 @@ class _Thing(NamedTuple):
 
 
 _NAME = re.compile(r"(?!\d+$)[^.*?\[\]{}]+")  # no number, and no pattern
-_FLAGS = {"a": re.ASCII, "i": re.IGNORECASE, "m": re.MULTILINE, "s": re.DOTALL, "x": re.VERBOSE}
 _INLINE_FLAGS = re.compile(r"\A(\(\?[aimsux]+\))+")
 _TOKENS = re.compile(r"\[[^\]]*\]|[^.\[]+")
 

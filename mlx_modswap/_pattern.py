@@ -38,8 +38,7 @@ class Parsed:
     @property
     def text(self) -> str:
         """What to call the pattern in a message."""
-        text = shorten(repr(self.source))
-        return text if self.regex is None else f"re.compile({text})"
+        return shorten(repr(self.source if self.regex is None else self.regex))
 
 
 def parse(pattern: Pattern) -> Parsed:
