@@ -7,11 +7,11 @@ from collections.abc import Iterator, Sequence
 from itertools import chain, groupby, takewhile
 from itertools import product as each_of
 from operator import contains
-from typing import Any, NamedTuple
+from typing import Any
 
 import mlx.nn as nn
 
-from ._locations import Container, entries, is_container
+from ._locations import Container, entries, is_container, opened
 
 Segment = str | int  # an int is an index of a list, and a str is no index
 Product = tuple[tuple[Segment, ...], ...]  # the choices for each segment of a path
@@ -155,38 +155,30 @@ def _common(words: list[list[str]]) -> int:
 # ---------------------------------------------------------------- what one module holds
 
 
-class Entry(NamedTuple):
-    """What stands somewhere in a module, directly or in its own dicts and lists."""
-
-    path: tuple[Segment, ...]
-    holder: Container
-    keys: tuple[Any, ...]  # that lead from the module to the value; the last is one of the holder
-    value: Any
+Keys = tuple[Any, ...]  # that lead from a module to what it holds
 
 
-def inside(module: Container) -> Iterator[Entry]:
-    """All that a module holds, in order, but not what the modules inside it hold."""
-    waiting = [Entry((), [], (), module)]
-    while waiting:
-        entry = waiting.pop()
-        path, _, keys, value = entry
-        if keys and (issubclass(type(value), nn.Module) or not is_container(value)):
-            yield entry
-            continue
-        by_index = isinstance(value, list)
-        held = [
-            Entry((*path, *([key] if by_index else str(key).split("."))), value, (*keys, key), one)
-            for key, one in entries(value)
-        ]
-        waiting.extend(reversed(held))
+def inside(
+    container: Container, path: tuple[Segment, ...] = (), keys: Keys = ()
+) -> Iterator[tuple[tuple[Segment, ...], Container, Keys, Any]]:
+    """All that a module holds, in order, but not what the modules inside it hold.
+
+    Yields:
+        The path of a value, the container that has it, the keys that lead to it, itself.
+    """
+    container = opened(container)
+    by_index = isinstance(container, list)
+    for key, value in entries(container):
+        its_path = (*path, key) if by_index else (*path, *str(key).split("."))
+        if is_container(value) and not issubclass(type(value), nn.Module):
+            yield from inside(value, its_path, (*keys, key))
+        else:
+            yield its_path, container, (*keys, key), value
 
 
-def attributes(module: Container) -> Iterator[Entry]:
-    """The public attributes of a module, of which it is no container."""
-    if isinstance(module, nn.Module):
-        for name, value in vars(module).items():
-            if not name.startswith("_") and not is_container(value):
-                yield Entry((name,), module, (name,), value)
+def is_private(path: Sequence[Segment]) -> bool:
+    """Whether what a module holds there is none of its parameters, as in MLX."""
+    return str(path[0]).startswith("_")
 
 
 def outline(container: Container) -> list[str]:

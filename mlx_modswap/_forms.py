@@ -9,8 +9,9 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from . import _hints
-from ._locations import Container, Location, entries, is_container, opened
-from ._measure import NOTHING, measure_own
+from ._fold import inside, is_private
+from ._locations import Container, Location, Sharing, entries, is_container, opened
+from ._measure import measure_own
 
 _ARRAY = mx.array
 _PLAIN = {int, float, str, bool}
@@ -28,75 +29,80 @@ _ATTRIBUTES = {  # what modules without an `_extra_repr` have to say, and where:
 
 
 class Form:
-    """What containers look like that look the same.
+    """What modules look like that look the same.
 
     Attributes:
-        example (Container): One of them.
-        text (str): Its class and the numbers that matter.
-        own (Measure): What it holds without the modules inside.
-        solid (bool): Whether it has parameters.
+        text (str): Their class and the numbers that matter.
+        own (Measure): What each holds without the modules inside.
+        held (list): What stands inside of each: its path, the keys that lead to it, and
+            what to show: a text, a form if it is a module, whether it is tied and marked.
         modules (int): How many modules there are inside.
+        solid (bool): Whether it has parameters.
+        frozen (bool): Whether something is frozen that need not be, as quantized arrays must.
     """
 
-    __slots__ = ("example", "modules", "own", "solid", "text")
+    __slots__ = ("frozen", "held", "modules", "own", "solid", "text")
 
-    def __init__(self, example: Container, held: list[Any]):
-        self.example = example
-        self.text = type(example).__name__
-        self.own = NOTHING
-        is_module = isinstance(example, nn.Module)
-        if is_module:
-            numbers = _numbers(example)
-            self.text += f"({numbers})" if numbers else ""
-            self.own, _ = measure_own(example)
-        inner = [(key, what) for key, what, *_ in held if isinstance(what, Form)]
+    def __init__(self, example: nn.Module, held: list[Any]):
+        numbers = _numbers(example)
+        self.text = type(example).__name__ + (f"({numbers})" if numbers else "")
+        self.own, _ = measure_own(example)
+        self.held = held
+        inner = [(path, form) for path, _, (_, form, _, _) in held if form]
+        self.modules = sum(form.modules + 1 for _, form in inner)
         self.solid = self.own.params > 0 or any(
-            what.solid and not (is_module and str(key).startswith("_")) for key, what in inner
+            form.solid and not is_private(path) for path, form in inner
         )
-        self.modules = sum(what.modules + isinstance(what.example, nn.Module) for _, what in inner)
+        self.frozen = any(form.frozen for _, form in inner) or (
+            self.own.trainable < self.own.params and "bits" not in vars(example)
+        )
 
 
-def forms_of(order: list[Container], marked: set[Location], shared: set[int]) -> dict[int, Form]:
-    """The form of each container, by ``id``.
-
-    Args:
-        order (list): The containers, each before what it holds.
-        marked (set): The locations that are marked.
-        shared (set): The ``id`` of each container, but no wrapper, that is in several places.
-    """
-    forms: dict[int, Form] = {}
-    known: dict[Any, Form] = {}  # by all that a container holds
+def form_of(model: nn.Module, marked: set[Location]) -> Form:
+    """The form of a model, made of those of all that is inside; ``marked`` are locations."""
+    sharing = Sharing(model)  # there are no more paths than anyone can walk
+    shared = _shared(sharing)
+    forms: dict[int, Form] = {}  # of each module, by ``id``
+    known: dict[Any, Form] = {}  # by all that a module holds
     alike: dict[Any, Form] = {}  # by what the picture shows of it
-    settings: dict[int, Any] = {}  # of lists and dicts
-    for container in reversed(order):
-        holder = id(opened(container))
+    for module in reversed(sharing.order):
+        if not isinstance(module, nn.Module):
+            continue
         held: list[Any] = []
+        arrays: list[Any] = []
         state: list[Any] = []  # what a text may tell of
-        for key, value in entries(container):
+        for path, holder, keys, value in inside(module):
             if type(value) is _ARRAY:
-                held.append((key, value.shape, value.dtype))
+                arrays.append((path, value.shape, value.dtype))
             elif form := forms.get(id(value)):
-                held.append((key, form, id(opened(value)) in shared, (holder, key) in marked))
-                state.append(settings.get(id(value)))
+                is_tied = form.solid and id(opened(value)) in shared
+                is_marked = (id(holder), keys[-1]) in marked
+                held.append((path, keys, (form.text, form, is_tied, is_marked)))
             else:
-                state.append((key, _setting(value)))
-                if text := stand_in(value, container):
-                    held.append((key, text))
-        if isinstance(container, nn.Module):
-            for key, value in vars(container).items():
-                state.append((key, _setting(value)))
-                if not key.startswith("_") and (text := stand_in(value, container)):
-                    held.append((key, text))
-        else:
-            settings[id(container)] = tuple(state)
-        look = type(container), tuple(held)
+                state.append((path, _setting(value)))
+                if text := stand_in(value, holder):
+                    held.append((path, keys, (text, None, False, False)))
+        for key, value in vars(module).items():
+            state.append((key, _setting(value)))
+            if not key.startswith("_") and (text := stand_in(value, module)):
+                held.append(((key,), (key,), (text, None, False, False)))
+        look = type(module), tuple(held), tuple(arrays)
         form = known.get((look, tuple(state)))
         if form is None:
-            form = Form(container, held)
+            form = Form(module, held)
             form = alike.setdefault((look, form.text, form.own), form)
             known[look, tuple(state)] = form
-        forms[id(container)] = form
-    return forms
+        forms[id(module)] = form
+    return forms[id(model)]
+
+
+def _shared(sharing: Sharing) -> set[int]:
+    """The ids of what is in several places, or in a list or dict that is."""
+    shared = {id(opened(one)) for one in sharing.order if sharing.holders[id(one)] > 1}
+    for container in sharing.order:  # each before what it holds
+        if id(container) in shared and not isinstance(container, nn.Module):
+            shared.update(id(opened(one)) for _, one in entries(container) if is_container(one))
+    return shared
 
 
 def _setting(value: Any) -> Any:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
-from ._fold import inside
+from ._fold import inside, is_private
 from ._locations import opened, parts
 
 _ARRAY = mx.array
@@ -121,7 +121,7 @@ def measure_own(module: nn.Module) -> tuple[Measure, list[nn.Module]]:
     inner: list[nn.Module] = []
     for names, _, _, value in inside(module):
         path = ".".join(map(str, names))
-        if path.startswith("_"):  # no parameter, as in MLX
+        if is_private(names):
             continue
         if type(value) is _ARRAY:
             size = value.size

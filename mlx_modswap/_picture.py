@@ -10,6 +10,7 @@ from html import escape
 from typing import Any
 
 from ._fold import Product, is_plain, pattern_of
+from ._forms import Form
 from ._measure import NOTHING, Measure
 from ._report import aligned, dtypes, number, size
 
@@ -28,16 +29,17 @@ class Row:
         product (Product): The places, seen from those of the line above.
         count (int): How many places there are.
         text (str): What stands there.
+        form (Form, optional): What that looks like, if it is a module.
+        tied (bool): Whether it has parameters and stands in other places, too.
         marked (bool): Whether they are selected.
         private (bool): Whether the line above does not count their parameters.
         note (str): What else there is to say.
-        look (int): Equal for those whose places look the same, 0 if they hold no module.
-        modules (int): How many modules there are in the lines below.
         held (Measure): What the places hold together.
         rows (list[Row]): The lines below.
         whole (Product): The places, seen from the model.
         is_plain (bool): Whether these are a pattern without a regular expression.
         path (str): The pattern that selects the places.
+        modules (int): How many modules there are in the lines below.
         selected (int): How many places are, these and those in the lines below.
     """
 
@@ -45,16 +47,17 @@ class Row:
     product: Product
     count: int
     text: str
+    form: Form | None = None
+    tied: bool = False
     marked: bool = False
     private: bool = False
     note: str = ""
-    look: int = 0
-    modules: int = 0
     held: Measure = NOTHING
     rows: list[Row] = field(default_factory=list)
 
     def __post_init__(self):
         above = self.above
+        self.modules = self.form.modules * self.count if self.form else 0
         self.selected = self.count * self.marked
         self.whole: Product = above.whole + self.product if above else self.product
         self.is_plain: bool = is_plain(self.product) and (above is None or above.is_plain)
@@ -143,7 +146,7 @@ class Tree:
         places = [
             {
                 "path": row.path,
-                "class": row.text.partition("(")[0] if row.look else None,
+                "class": row.text.partition("(")[0] if row.form else None,
                 "text": row.text,
                 "count": row.count,
                 "params": row.held.params,
@@ -176,12 +179,12 @@ _STYLE = """
 def _opened(top: Row, lines: int, lines_inside: int) -> Opened:
     """The lines that are open, and what is shown below each: the most telling that fit."""
     opened: Opened = {}
-    looks: set[int] = set()
+    forms: set[Form | None] = set()
     waiting = [(False, False, 0, 0, top)]
     count = 1
     while waiting:
         comes_again, unmarked, depth, place, row = heappop(waiting)
-        if row.look in looks and not comes_again:
+        if row.form in forms and not comes_again:
             heappush(waiting, (True, unmarked, depth, place, row))
             continue
         inner = row.rows
@@ -192,7 +195,7 @@ def _opened(top: Row, lines: int, lines_inside: int) -> Opened:
         if not inner or depth == _DEEPEST or count + len(inner) > lines:
             continue
         opened[row] = inner
-        looks.add(row.look)
+        forms.add(row.form)
         for one in inner:
             heappush(waiting, (False, not one.selected, depth + 1, count, one))
             count += 1
@@ -203,7 +206,7 @@ def _what_is_closed(row: Row, opened: Opened) -> str:
     """What is below a line, if that is not shown."""
     if not row.rows or row in opened:
         return ""
-    same = next((one for one in opened if one.look == row.look), None)
+    same = next((one for one in opened if one.form is row.form), None)
     if same:
         is_short = len(same.path) <= _LONGEST_PATH
         return "as " + (same.path if is_short else f"...{same.path[3 - _LONGEST_PATH :]}")

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import Any
 
 import mlx.nn as nn
 
 from . import _hints
-from ._fold import attributes, fold, inside
-from ._forms import Form, forms_of, stand_in
-from ._locations import Container, Location, Sharing, entries, is_container, opened
+from ._fold import fold, is_private
+from ._forms import Form, form_of
+from ._locations import Container, Location, opened
 from ._measure import Measure, total
 from ._picture import Row, Tree
 from ._select import Patterns, Where, check_model, choose, parse_argument
@@ -71,48 +72,26 @@ def tree(
         marked.update(places.locations())
         chosen_by = _hints.listed(one.text for one in patterns)
         chosen_by += " with " * bool(narrowed) + " and ".join(narrowed)
-    sharing = Sharing(model)  # there are no more paths than anyone can walk
-    shared = _shared(sharing)
-    forms = forms_of(sharing.order, marked, shared)
-    frozen = any(map(_is_frozen, set(forms.values())))
-    return Tree(_rows(model, forms, marked, shared), chosen_by, selected, frozen)
+    form = form_of(model, marked)
+    return Tree(_rows(model, form), chosen_by, selected, form.frozen)
 
 
-def _is_frozen(form: Form) -> bool:
-    """Whether something is frozen there that need not be, as quantized arrays must."""
-    return form.own.trainable < form.own.params and "bits" not in vars(form.example)
-
-
-def _shared(sharing: Sharing) -> set[int]:
-    """The ids of what is in several places, or in a list or dict that is."""
-    shared = {id(opened(one)) for one in sharing.order if sharing.holders[id(one)] > 1}
-    for container in sharing.order:  # each before what it holds
-        if id(container) in shared and not isinstance(container, nn.Module):
-            shared.update(id(opened(one)) for _, one in entries(container) if is_container(one))
-    return shared
-
-
-def _rows(
-    model: nn.Module, forms: dict[int, Form], marked: set[Location], shared: set[int]
-) -> list[Row]:
+def _rows(model: nn.Module, form: Form) -> list[Row]:
     """The picture, line by line. What comes again is not counted again."""
     firsts: dict[int, Row] = {}  # where each module with parameters is first, if some are shared
     hidden: set[Row] = set()
     rows: list[Row] = []
-    form = forms[id(model)]
-    waiting: list[_Line] = [(Row(None, (), 1, form.text), form, False, [model])]
+    waiting: list[_Line] = [(Row(None, (), 1, form.text, form), [model])]
     while waiting:
-        row, form, is_tied, modules = waiting.pop()
+        row, modules = waiting.pop()
         rows.append(row)
         if row.private or row.above in hidden:
             hidden.add(row)
-        if form is None:
+        if row.form is None:
             continue
-        row.look = id(form)
-        row.modules = form.modules * row.count
-        if form.solid and row.private:
+        if row.form.solid and row.private:
             row.note = "not in parameters()"
-        if is_tied:
+        if row.tied:
             different = {id(opened(module)): module for module in modules}
             modules = [module for key, module in different.items() if key not in firsts]
             row.note = "tied"
@@ -124,9 +103,10 @@ def _rows(
             if row not in hidden:
                 firsts.update((id(opened(module)), row) for module in modules)
         if modules:
-            params, trainable, nbytes = (len(modules) * number for number in form.own[1:4])
-            row.held = Measure(row.text, params, trainable, nbytes, form.own.dtypes)
-            waiting.extend(reversed(_below(row, form, modules, forms, marked, shared)))
+            own = row.form.own
+            params, trainable, nbytes = (len(modules) * number for number in own[1:4])
+            row.held = Measure(row.text, params, trainable, nbytes, own.dtypes)
+            waiting.extend(reversed(_below(row, row.form, modules)))
     for row in reversed(rows):
         if row.above:
             row.above.selected += row.selected
@@ -135,48 +115,29 @@ def _rows(
     return rows
 
 
-# A row, the form of what stands there if that is a module, whether it is tied, the modules.
-_Line = tuple[Row, Form | None, bool, list[Any]]
+_Line = tuple[Row, list[Any]]  # a row, and the modules that stand there
 
 
-def _below(
-    above: Row,
-    form: Form,
-    modules: list[Any],
-    forms: dict[int, Form],
-    marked: set[Location],
-    shared: set[int],
-) -> list[_Line]:
+def _below(above: Row, form: Form, modules: list[Any]) -> list[_Line]:
     """The lines for what is inside some modules, in the order in which each begins."""
-    entries = [*inside(form.example), *attributes(form.example)]
     alike: dict[Any, list[int]] = {}
-    for number, (path, holder, keys, value) in enumerate(entries):
-        inner = forms.get(id(value))
-        if text := inner.text if inner else stand_in(value, holder):
-            is_marked = (id(opened(holder)), keys[-1]) in marked
-            is_private = str(path[0]).startswith("_")
-            is_tied = inner is not None and inner.solid and id(opened(value)) in shared
-            look = inner, is_tied, text, is_marked, is_private
-            alike.setdefault(look, []).append(number)
+    for number, (path, _, look) in enumerate(form.held):
+        alike.setdefault((*look, is_private(path)), []).append(number)
     groups = [
         (look, product, [numbers[place] for place in places])
         for look, numbers in alike.items()
-        for product, places in fold([entries[number].path for number in numbers])
+        for product, places in fold([form.held[number][0] for number in numbers])
     ]
     lines: list[_Line] = []
     for look, product, numbers in sorted(groups, key=lambda group: group[2][0]):
-        inner, is_tied, *others = look
-        ways = [entries[number].keys for number in numbers]
-        row = Row(above, product, len(modules) * len(ways), *others)
-        held = [_at(module, way) for module in modules for way in ways] if inner else []
-        lines.append((row, inner, is_tied, held))
+        ways = [form.held[number][1] for number in numbers]
+        row = Row(above, product, len(modules) * len(ways), *look)
+        held = [reduce(_step, way, module) for module in modules for way in ways if row.form]
+        lines.append((row, held))
     return lines
 
 
-def _at(module: Container, way: tuple[Any, ...]) -> Any:
-    value: Any = module
-    for key in way:
-        value = opened(value)
-        is_dict = isinstance(value, dict)
-        value = dict.__getitem__(value, key) if is_dict else list.__getitem__(value, key)
-    return value
+def _step(container: Container, key: Any) -> Any:
+    container = opened(container)
+    get: Any = dict.__getitem__ if isinstance(container, dict) else list.__getitem__
+    return get(container, key)

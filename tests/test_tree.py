@@ -753,7 +753,7 @@ def test_a_deep_model_is_drawn_without_recursion():
 
 @given(models(shared=False))
 def test_the_lines_name_every_place_once(model):
-    rows = [row for row in tree(model)._rows[1:] if row.look]
+    rows = [row for row in tree(model)._rows[1:] if row.form]
     assert sorted(path for row in rows for path in paths_of(model, row)) == sorted(
         place.path for place in oracle.places(model)
     )
