@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import mlx.nn as nn
@@ -286,13 +287,8 @@ def _hooked(
     depths: dict[int, int] = {}
     for path, layer in chosen.items():
         depths[id(layer)] = max(path.count("."), depths.get(id(layer), 0))
-    firsts: dict[int, str] = {}
     called: dict[str, str] = {}
-
-    def hook(path: str, layer: nn.Module) -> nn.Module:
-        hooked = _Hooked(path, layer, change)
-        firsts[id(hooked)] = path
-        return hooked
+    hook = partial(_Hooked, change=change)
 
     def is_at(depth: int) -> Where:
         return lambda path, layer: path in chosen and depths.get(id(layer)) == depth
@@ -300,7 +296,9 @@ def _hooked(
     with ExitStack() as stack:
         for depth in sorted(set(depths.values())):
             swap = stack.enter_context(swapped(model, "**", hook, where=is_at(depth)))
-            called.update((path, firsts[id(hooked)]) for path, hooked in swap.items())
+            firsts: dict[int, str] = {}
+            for path, hooked in swap.items():
+                called[path] = firsts.setdefault(id(hooked), path)
         yield {path: called[path] for path in chosen}
 
 
