@@ -77,18 +77,19 @@ class Tree:
 
     def __init__(self, rows: list[Row], chosen_by: str, selected: int | None, frozen: bool):
         self._rows = rows
-        self._chosen_by = chosen_by  # what was to be marked, '' for nothing
-        self._selected = selected
+        self._selected = selected  # None if nothing was to be marked
         self._frozen = frozen  # whether to say what is trainable
+        summary = f"{chosen_by} selects {selected} of {_counted(rows[0].modules)}"
+        self._summary = [] if selected is None else [summary]
 
     def __str__(self) -> str:
-        unmarked, marked = ("  {}", "* {}") if self._chosen_by else ("{}", "{}")
+        unmarked, marked = ("  {}", "* {}") if self._summary else ("{}", "{}")
         if _wants_colour():
             marked = f"\x1b[1;32m{marked}\x1b[0m"
-        opened = _opened(self._rows[0], _LINES - bool(self._chosen_by), _LINES_INSIDE)
+        opened = _opened(self._rows[0], _LINES - len(self._summary), _LINES_INSIDE)
         drawn = self._drawn(opened)
         lines = [(marked if row.marked else unmarked).format(text) for _, row, text in drawn]
-        return "\n".join([*lines, *self._summary()])
+        return "\n".join([*lines, *self._summary])
 
     __repr__ = __str__
 
@@ -116,11 +117,6 @@ class Tree:
             ", ".join(filter(None, [row.note, _what_is_closed(row, opened)])),
         ]
 
-    def _summary(self) -> list[str]:
-        if not self._chosen_by:
-            return []
-        return [f"{self._chosen_by} selects {self._selected} of {_counted(self._rows[0].modules)}"]
-
     def _repr_html_(self) -> str:
         opened = _opened(self._rows[0], _ROWS, _ROWS_INSIDE)
         open_at_first = _opened(self._rows[0], _LINES, _LINES_INSIDE)
@@ -138,7 +134,7 @@ class Tree:
             else:
                 parts.append(f"<p{kind}>{line}</p>")
         parts.append("</details>" * depth_before)
-        parts += [f"<footer>{escape(line)}</footer>" for line in self._summary()]
+        parts += [f"<footer>{escape(line)}</footer>" for line in self._summary]
         return "".join(parts) + "</div>"
 
     def data(self) -> dict[str, Any]:
