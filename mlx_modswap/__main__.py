@@ -35,18 +35,14 @@ from ._errors import NoMatchError, PatternError
 from ._tree import tree
 
 
-class _NoModel(Exception):
-    """Why there is nothing to draw, in one line."""
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     given = _parser().parse_args(arguments)
     try:
         picture = tree(_build(Path(given.MODEL_DIR)), given.PATTERN, exclude=given.exclude)
-    except (_NoModel, PatternError, NoMatchError) as error:
+    except (PatternError, NoMatchError) as error:
         print(f"mlx_modswap: {str(error).splitlines()[0]}", file=sys.stderr)
-        return 1 if isinstance(error, _NoModel) else 2
+        return 2
     print(json.dumps(picture.data(), indent=1) if given.json else picture)
     return 0
 
@@ -69,11 +65,15 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _build(folder: Path) -> nn.Module:
-    """The model that a config describes; nothing of it is computed."""
+    """The model that a config describes; nothing of it is computed.
+
+    Raises:
+        SystemExit: With one line, if there is no such model.
+    """
     try:
         from mlx_lm import utils
     except ImportError:
-        raise _NoModel("this needs mlx-lm: pip install mlx-lm") from None
+        sys.exit("mlx_modswap: this needs mlx-lm: pip install mlx-lm")
     try:
         config = utils.load_config(folder)
         model_class, args_class = utils._get_classes(config)
@@ -81,14 +81,9 @@ def _build(folder: Path) -> nn.Module:
         _set_dtype(model, config)
         _quantize(model, config)
         return model
-    except OSError as error:
-        reason = f"cannot read {error.filename}: {error.strerror}"
-    except json.JSONDecodeError as error:
-        reason = f"{folder / 'config.json'} is no JSON: {error}"
     except Exception as error:  # code of mlx-lm, at work on any config
-        what = " ".join(str(error).split())
-        reason = f"mlx-lm builds no model from {folder}: {type(error).__name__}: {what}"
-    raise _NoModel(reason)
+        what = " ".join(f"{type(error).__name__}: {error}".split())
+        sys.exit(f"mlx_modswap: mlx-lm builds no model from {folder}: {what}")
 
 
 def _set_dtype(model: nn.Module, config: dict[str, Any]) -> None:

@@ -296,11 +296,11 @@ def test_a_wrong_pattern(folder, capsys, pattern, message):
     [
         (
             "{",
-            "{folder}/config.json is no JSON: Expecting property name enclosed in double quotes: ",
+            "mlx-lm builds no model from {folder}: JSONDecodeError: Expecting property name",
         ),
         (
             {**LLAMA, "quantization": {"bits": 4}},
-            "mlx-lm builds no model from {folder}: KeyError: 'group_size'\n",
+            "mlx-lm builds no model from {folder}: KeyError: 'group_size'",
         ),
         ("[]", "mlx-lm builds no model from {folder}: TypeError: "),
         ("{}", "mlx-lm builds no model from {folder}: KeyError: 'model_type'"),
@@ -316,26 +316,28 @@ def test_a_wrong_pattern(folder, capsys, pattern, message):
 )
 def test_a_wrong_config(folder, capsys, config, message):
     path = folder(config)
-    assert main([path]) == 1
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.startswith(f"mlx_modswap: {message.replace('{folder}', path)}")
-    assert err.count("\n") == 1
+    with pytest.raises(SystemExit) as error:
+        main([path])
+    assert str(error.value).startswith(f"mlx_modswap: {message.replace('{folder}', path)}")
+    assert "\n" not in str(error.value)
+    assert capsys.readouterr() == ("", "")
 
 
 @needs_mlx_lm
-def test_a_folder_without_a_model(tmp_path, capsys):
-    assert main([str(tmp_path)]) == 1
-    assert capsys.readouterr() == (
-        "",
-        f"mlx_modswap: cannot read {tmp_path}/config.json: No such file or directory\n",
+def test_a_folder_without_a_model(tmp_path):
+    with pytest.raises(SystemExit) as error:
+        main([str(tmp_path)])
+    assert str(error.value) == (
+        f"mlx_modswap: mlx-lm builds no model from {tmp_path}: FileNotFoundError: "
+        f"[Errno 2] No such file or directory: '{tmp_path}/config.json'"
     )
 
 
-def test_without_mlx_lm(monkeypatch, capsys):
+def test_without_mlx_lm(monkeypatch):
     monkeypatch.setitem(sys.modules, "mlx_lm", None)
-    assert main(["anywhere"]) == 1
-    assert capsys.readouterr() == ("", "mlx_modswap: this needs mlx-lm: pip install mlx-lm\n")
+    with pytest.raises(SystemExit) as error:
+        main(["anywhere"])
+    assert str(error.value) == "mlx_modswap: this needs mlx-lm: pip install mlx-lm"
 
 
 def test_no_arguments(capsys):
