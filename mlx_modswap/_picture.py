@@ -41,6 +41,8 @@ class Row:
         path (str): The pattern that selects the places.
         modules (int): How many modules there are in the lines below.
         selected (int): How many places are, these and those in the lines below.
+        hidden (bool): Whether the parameters are none of the model: the line or one above
+            is private.
     """
 
     above: Row | None
@@ -59,6 +61,7 @@ class Row:
         above = self.above
         self.modules = self.form.modules * self.count if self.form else 0
         self.selected = self.count * self.marked
+        self.hidden: bool = self.private or (above is not None and above.hidden)
         self.whole: Product = above.whole + self.product if above else self.product
         self.is_plain: bool = is_plain(self.product) and (above is None or above.is_plain)
         if above and self.is_plain:

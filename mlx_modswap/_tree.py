@@ -79,14 +79,11 @@ def tree(
 def _rows(model: nn.Module, form: Form) -> list[Row]:
     """The picture, line by line. What comes again is not counted again."""
     firsts: dict[int, Row] = {}  # where each module with parameters is first, if some are shared
-    hidden: set[Row] = set()
     rows: list[Row] = []
     waiting: list[_Line] = [(Row(None, (), 1, form.text, form), [model])]
     while waiting:
         row, modules = waiting.pop()
         rows.append(row)
-        if row.private or row.above in hidden:
-            hidden.add(row)
         if row.form is None:
             continue
         if row.form.solid and row.private:
@@ -100,7 +97,7 @@ def _rows(model: nn.Module, form: Form) -> list[Row]:
             elif len(modules) < row.count:
                 fresh = len(modules)
                 row.note += ", one module" if fresh == 1 else f", {fresh} modules"
-            if row not in hidden:
+            if not row.hidden:
                 firsts.update((id(opened(module)), row) for module in modules)
         if modules:
             own = row.form.own
