@@ -213,10 +213,11 @@ def _held(holders: list[Container], keys: list[Any]) -> list[Any]:
             return list(map(get, holders, keys))
         except (TypeError, IndexError):
             continue
-    return list(map(_get, holders, keys))
+    return list(map(held_at, holders, keys))
 
 
-def _get(holder: Container, key: Any) -> Any:
+def held_at(holder: Container, key: Any) -> Any:
+    """What a container holds at a key, ``None`` if there is nothing."""
     if isinstance(holder, dict):
         return dict.get(holder, key)
     return list.__getitem__(holder, key) if key < list.__len__(holder) else None

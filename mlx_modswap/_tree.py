@@ -10,7 +10,7 @@ import mlx.nn as nn
 from . import _hints
 from ._fold import fold, is_private
 from ._forms import Form, form_of
-from ._locations import Container, Location, opened
+from ._locations import Container, Location, held_at, opened
 from ._measure import Measure, total
 from ._picture import Row, Tree
 from ._select import Patterns, Where, check_model, choose, parse_argument
@@ -129,12 +129,10 @@ def _below(above: Row, form: Form, modules: list[Any]) -> list[_Line]:
     for look, product, numbers in sorted(groups, key=lambda group: group[2][0]):
         ways = [form.held[number][1] for number in numbers]
         row = Row(above, product, len(modules) * len(ways), *look)
-        held = [reduce(_step, way, module) for module in modules for way in ways if row.form]
+        held = [reduce(_inner, way, module) for module in modules for way in ways if row.form]
         lines.append((row, held))
     return lines
 
 
-def _step(container: Container, key: Any) -> Any:
-    container = opened(container)
-    get: Any = dict.__getitem__ if isinstance(container, dict) else list.__getitem__
-    return get(container, key)
+def _inner(container: Container, key: Any) -> Any:
+    return held_at(opened(container), key)
