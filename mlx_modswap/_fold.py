@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterator, Sequence
 from itertools import chain, groupby, takewhile
 from itertools import product as each_of
-from operator import contains
 from typing import Any
 
 import mlx.nn as nn
@@ -35,9 +34,12 @@ def fold(paths: Sequence[Sequence[Segment]]) -> Iterator[tuple[Product, list[int
         by_length.setdefault(len(path), {}).setdefault(product, []).append(number)
     merged = chain.from_iterable(_merged(some).items() for some in by_length.values())
     for product, numbers in sorted(merged, key=lambda item: min(item[1])):
-        for part in each_of(*map(_narrowed, product)):
-            choices = list(map(set, part))
-            yield part, [n for n in sorted(numbers) if all(map(contains, choices, paths[n]))]
+        choices = list(map(_narrowed, product))
+        choice_of = [{name: choice for choice in some for name in choice} for some in choices]
+        parts: dict[Product, list[int]] = {part: [] for part in each_of(*choices)}
+        for number in sorted(numbers):
+            parts[tuple(map(dict.__getitem__, choice_of, paths[number]))].append(number)
+        yield from parts.items()
 
 
 def _merged(products: dict[Product, list[int]]) -> dict[Product, list[int]]:
@@ -158,22 +160,25 @@ def _common(words: list[list[str]]) -> int:
 Keys = tuple[Any, ...]  # that lead from a module to what it holds
 
 
-def inside(
-    container: Container, path: tuple[Segment, ...] = (), keys: Keys = ()
-) -> Iterator[tuple[tuple[Segment, ...], Container, Keys, Any]]:
+def inside(container: Container) -> Iterator[tuple[tuple[Segment, ...], Container, Keys, Any]]:
     """All that a module holds, in order, but not what the modules inside it hold.
 
     Yields:
         The path of a value, the container that has it, the keys that lead to it, itself.
     """
-    container = opened(container)
-    by_index = isinstance(container, list)
-    for key, value in entries(container):
-        its_path = (*path, key) if by_index else (*path, *str(key).split("."))
-        if is_container(value) and not issubclass(type(value), nn.Module):
-            yield from inside(value, its_path, (*keys, key))
-        else:
-            yield its_path, container, (*keys, key), value
+    waiting: list[tuple[Any, ...]] = [((), container, (), container)]
+    while waiting:
+        path, holder, keys, value = waiting.pop()
+        if keys and (issubclass(type(value), nn.Module) or not is_container(value)):
+            yield path, holder, keys, value
+            continue
+        holder = opened(value)
+        by_index = isinstance(holder, list)
+        held = [
+            ((*path, *([key] if by_index else str(key).split("."))), holder, (*keys, key), one)
+            for key, one in entries(holder)
+        ]
+        waiting.extend(reversed(held))
 
 
 def is_private(path: Sequence[Segment]) -> bool:
