@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import chain, islice
+from itertools import accumulate, chain, islice
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -40,10 +40,11 @@ NOTHING = Measure("", 0, 0, 0, frozenset())
 
 
 def measure(modules: Sequence[nn.Module]) -> list[Measure]:
-    """Measure modules. One that comes again counts nothing the second time."""
+    """Measure modules and what is inside. One that comes again counts nothing the second time."""
     known: dict[Measure, Measure] = {}  # few differ, so few are kept
-    found = map(_with_inner, modules)
-    return _once(map(id, modules), [known.setdefault(one, one) for one in found])
+    counted: set[int] = set()
+    found = (_with_inner(module, counted) for module in modules)
+    return [known.setdefault(one, one) for one in found]
 
 
 def record(modules: Sequence[nn.Module]) -> Callable[[], list[Measure]]:
@@ -68,7 +69,7 @@ def record(modules: Sequence[nn.Module]) -> Callable[[], list[Measure]]:
         few = list(set(map(_DTYPE, arrays)))
         dtypes += few * len(arrays) if len(few) == 1 else map(_DTYPE, arrays)
     ids = list(map(id, modules))
-    return lambda: _once(ids, _measures(classes, lengths, zip(sizes, dtypes)))
+    return lambda: list(_measures(ids, classes, lengths, zip(sizes, dtypes)))
 
 
 def _are_plain(modules: Sequence[nn.Module]) -> bool:
@@ -83,33 +84,35 @@ def _are_plain(modules: Sequence[nn.Module]) -> bool:
 
 
 def _measures(
-    classes: list[type], lengths: list[int], arrays: Iterator[tuple[int, mx.Dtype]]
+    ids: list[int], classes: list[type], lengths: list[int], arrays: Iterator[tuple[int, mx.Dtype]]
 ) -> Iterator[Measure]:
-    for cls, length in zip(classes, lengths):
+    counted: set[int] = set()
+    for key, cls, length in zip(ids, classes, lengths):
         held = list(islice(arrays, length))
         size = sum(size for size, _ in held)
         nbytes = sum(size * dtype.size for size, dtype in held)
-        yield Measure(cls.__name__, size, size, nbytes, frozenset(d for _, d in held))
+        own = Measure(cls.__name__, size, size, nbytes, frozenset(d for _, d in held))
+        yield _once(own, key, counted)
 
 
-def _once(ids: Iterable[int], measures: Iterable[Measure]) -> list[Measure]:
-    seen: set[int] = set()
-    counted: list[Measure] = []
-    for key, one in zip(ids, measures):
-        counted.append(one._replace(params=0, trainable=0, nbytes=0) if key in seen else one)
-        seen.add(key)
-    return counted
+def _once(measure: Measure, key: int, counted: set[int]) -> Measure:
+    """What to count of a module, if others were counted before."""
+    if key in counted:
+        return measure._replace(params=0, trainable=0, nbytes=0)
+    counted.add(key)
+    return measure
 
 
-def _with_inner(module: nn.Module) -> Measure:
-    modules, seen = [module], {id(module)}
+def _with_inner(module: nn.Module, counted: set[int]) -> Measure:
+    modules, seen = [module], set[int]()
     measures: list[Measure] = []
     for one in modules:
-        own, inner = measure_own(one)
-        measures.append(own)
-        fresh = {id(module): module for module in inner if id(module) not in seen}
-        seen |= fresh.keys()
-        modules += fresh.values()
+        layer = id(opened(one))
+        if layer not in seen:
+            seen.add(layer)
+            own, inner = measure_own(one)
+            measures.append(_once(own, layer, counted))
+            modules += inner
     return total(measures)
 
 
@@ -119,16 +122,16 @@ def measure_own(module: nn.Module) -> tuple[Measure, list[nn.Module]]:
     params = trainable = nbytes = 0
     dtypes: set[mx.Dtype] = set()
     inner: list[nn.Module] = []
-    for names, _, _, value in inside(module):
-        path = ".".join(map(str, names))
-        if is_private(names):
+    for path, _, keys, value in inside(module):
+        if is_private(path):
             continue
         if type(value) is _ARRAY:
             size = value.size
+            names = list(accumulate(map(str, keys), "{}.{}".format))  # of what is around it, too
             if bits:  # the numbers that the packed ones stand for, and no scales
-                size = {"weight": size * 32 // bits, "bias": size}.get(path, 0)
+                size = {"weight": size * 32 // bits, "bias": size}.get(names[-1], 0)
             params += size
-            trainable += size if path not in frozen else 0
+            trainable += 0 if any(name in frozen for name in names) else size
             nbytes += value.nbytes
             dtypes.add(value.dtype)
         elif issubclass(type(value), nn.Module):

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import Leaf, Net, swaps
 
-from mlx_modswap import Replacement, replace_layers, select, tree
+from mlx_modswap import Replacement, Wrapper, replace_layers, select, tree
 from mlx_modswap._fold import fold, outline, pattern_of, segments
 from mlx_modswap._report import number, size
 
@@ -169,6 +169,18 @@ COUNTED = [
     (
         lambda: holding(inner=with_bits(nn.Linear(2, 2)), weight=mx.zeros(1)),
         "Module -> Linear   x1   7 -> 2 params   28 B -> 8 B   float32",
+    ),
+    (
+        lambda: holding(a=nn.Linear(2, 2), b=nn.RMSNorm(3), c=holding(d=nn.RMSNorm(4))),
+        "Module -> Linear   x1   13 -> 2 params   52 B -> 8 B   float32",
+    ),
+    (
+        lambda: holding(parts=[mx.zeros(2), mx.zeros(3)], a=mx.zeros(4)).freeze(keys="parts"),
+        "Module -> Linear   x1   9 -> 2 params   4 -> 2 trainable   36 B -> 8 B   float32",
+    ),
+    (
+        lambda: holding(parts={"b": mx.zeros(2)}, a=mx.zeros(4)).freeze(keys="parts.b"),
+        "Module -> Linear   x1   6 -> 2 params   4 -> 2 trainable   24 B -> 8 B   float32",
     ),
     (Bare, "Bare -> Linear   x1   4 -> 2 params   16 B -> 8 B   float32"),
     (
@@ -468,8 +480,19 @@ def test_bits_of_a_layers_own_kind_do_not_disturb_the_report(bits):
 
 def test_a_layer_in_two_places_inside_of_what_is_replaced_counts_once():
     inner = nn.Linear(2, 2)
-    model = holding(a=holding(x=inner, y=inner))
-    assert "   6 -> " in str(replace_layers(model, "a", nothing))
+    for model in (
+        holding(a=holding(x=inner, y=inner)),
+        holding(a=holding(x=inner), b=holding(x=inner)),
+        holding(a=holding(x=inner, y=Wrapper(inner))),
+        holding(a=inner, b=Wrapper(inner)),
+        holding(a=holding(x=inner, y=holding(z=inner))),
+    ):
+        assert "   6 -> 0 params   24 B -> 0 B   " in total_of(replace_layers(model, "*", nothing))
+
+
+def total_of(report: Replacement) -> str:
+    """The lines of a report, those left out that count nothing."""
+    return "".join(line for line in str(report).splitlines() if " 0 -> 0 " not in line) + "   "
 
 
 def test_a_deep_model_is_reported_in_good_time():
