@@ -108,7 +108,7 @@ def _shared(sharing: Sharing) -> set[int]:
 def _setting(value: Any) -> Any:
     if type(value) is set:  # such as the names of what is frozen
         return frozenset(value)
-    return value if type(value) in _PLAIN else id(value)
+    return (type(value), value) if type(value) in _PLAIN else id(value)
 
 
 # ---------------------------------------------------------------- the numbers that matter

@@ -92,13 +92,12 @@ def described(value: Any) -> str:
     name = type(value).__name__
     if issubclass(type(value), nn.Module):
         return f"a module ({name})"
+    name = f"an {name}" if name[:1].lower() in "aeiou" else f"a {name}"
     if isinstance(value, list):
-        return f"a {name} of {list.__len__(value)}"
+        return f"{name} of {list.__len__(value)}"
     if isinstance(value, tuple):
-        return f"a {name} of {tuple.__len__(value)}"
-    if callable(value):
-        return "a function"
-    return f"an {name}" if name[:1].lower() in "aeiou" else f"a {name}"
+        return f"{name} of {tuple.__len__(value)}"
+    return "a function" if callable(value) else name
 
 
 # ---------------------------------------------------------------- a walk that sees everything
@@ -202,7 +201,8 @@ def _mended(model: nn.Module, tokens: list[str]) -> list[str]:
         else:
             return []
     ways = mended, [*mended, "*"], mended[:-1]
-    return ["".join(t if t.startswith("[") else f".{t}" for t in way)[1:] for way in ways if way]
+    texts = ["".join(t if t.startswith("[") else f".{t}" for t in way)[1:] for way in ways]
+    return [text for text in texts if text not in ("", "**")]  # which says nothing of the model
 
 
 def _ways(things: list[_Thing], token: str, before: list[str]) -> Iterator[list[str]]:

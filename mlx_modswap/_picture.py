@@ -86,7 +86,7 @@ class Tree:
         self._summary = [] if selected is None else [summary]
 
     def __str__(self) -> str:
-        unmarked, marked = ("  {}", "* {}") if self._summary else ("{}", "{}")
+        unmarked, marked = "  {}" if self._summary else "{}", "* {}"
         if _wants_colour():
             marked = f"\x1b[1;32m{marked}\x1b[0m"
         opened = _opened(self._rows[0], _LINES - len(self._summary), _LINES_INSIDE)
@@ -122,7 +122,7 @@ class Tree:
 
     def _repr_html_(self) -> str:
         opened = _opened(self._rows[0], _ROWS, _ROWS_INSIDE)
-        open_at_first = _opened(self._rows[0], _LINES, _LINES_INSIDE)
+        open_at_first = _opened(self._rows[0], _LINES - len(self._summary), _LINES_INSIDE)
         parts = [f'<div class="mlx-modswap"><style>{_STYLE}</style>']
         depth_before = 0
         for depth, row, text in self._drawn(opened):
@@ -190,7 +190,7 @@ def _opened(top: Row, lines: int, lines_inside: int) -> Opened:
         if len(inner) > lines_inside:
             telling = set(sorted(inner, key=lambda one: not one.selected)[: lines_inside - 1])
             inner = [one for one in inner if one in telling]
-            inner.append(Row(None, (), 0, f"... {len(row.rows) - len(inner)} more"))
+            inner.append(Row(None, (), 1, f"... {len(row.rows) - len(inner)} more"))
         if not inner or depth == _DEEPEST or count + len(inner) > lines:
             continue
         opened[row] = inner

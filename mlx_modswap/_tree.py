@@ -11,7 +11,7 @@ from . import _hints
 from ._fold import fold, is_private
 from ._forms import Form, form_of
 from ._locations import Container, Location, held_at, opened
-from ._measure import Measure, total
+from ._measure import total
 from ._picture import Row, Tree
 from ._select import Patterns, Where, check_model, choose, parse_argument
 
@@ -100,9 +100,7 @@ def _rows(model: nn.Module, form: Form) -> list[Row]:
             if not row.hidden:
                 firsts.update((id(opened(module)), row) for module in modules)
         if modules:
-            own = row.form.own
-            params, trainable, nbytes = (len(modules) * number for number in own[1:4])
-            row.held = Measure(row.text, params, trainable, nbytes, own.dtypes)
+            row.held = total([row.form.own] * len(modules))
             waiting.extend(reversed(_below(row, row.form, modules)))
     for row in reversed(rows):
         if row.above:

@@ -198,6 +198,7 @@ NO_MATCH = [
         "'pair.0.weight' matches nothing: "
         "it is in a tuple, and MLX sees modules in lists and dicts only",
     ),
+    ("**.act", "'**.act' matches nothing: 'layers.0.act' is a function, not a module"),
     (
         "lm_head.**",
         "'lm_head.**' matches nothing: 'lm_head' holds no modules; 'lm_head' matches 1",
@@ -487,7 +488,7 @@ def test_a_list_with_a_length_of_its_own_is_not_asked_for_it(base):
 
     with pytest.raises(TypeError) as error:
         select(Odd([nn.ReLU()]), "**")
-    assert str(error.value) == "model must be an mlx.nn.Module, not a Odd of 1"
+    assert str(error.value) == "model must be an mlx.nn.Module, not an Odd of 1"
 
 
 def test_what_stands_behind_a_tied_module_is_suggested_too():

@@ -451,7 +451,7 @@ class Odd(nn.Module):
 
 
 class Listed(nn.Module):
-    def __init__(self, *sizes: int):
+    def __init__(self, *sizes: float):
         super().__init__()
         self.sizes = {"all": [list(sizes), 1]}
 
@@ -484,6 +484,28 @@ Sequential                                                                     4
     )
 
 
+def test_settings_that_are_equal_may_read_differently():
+    model = nn.Sequential(*map(Listed, (1, 1.0, True)))
+    assert str(tree(model)).split() == (
+        [
+            "Sequential",
+            "layers.0",
+            "Listed([1])",
+            "layers.1",
+            "Listed([1.0])",
+            "layers.2",
+            "Listed([True])",
+        ]
+    )
+
+
+def test_what_a_module_keeps_for_itself_does_not_matter():
+    layers = nn.ReLU(), nn.ReLU(), nn.ReLU()
+    vars(layers[0])["_hook"], vars(layers[1])["_hook"] = nn.gelu, nn.silu
+    vars(layers[2])["kept_from_mlx"] = layers[0]
+    assert str(tree(nn.Sequential(*layers))).split() == ["Sequential", "layers[0:3]", "ReLU", "x3"]
+
+
 def test_modules_that_hold_other_things_do_not_share_a_line():
     w23, w32 = mx.zeros((2, 3)), mx.zeros((3, 2))
     tied = nn.ReLU6(), nn.Linear(2, 2)
@@ -500,6 +522,8 @@ def test_modules_that_hold_other_things_do_not_share_a_line():
             net(x=[nn.gelu, tied[0]]),
             net(x=[nn.silu, tied[0]]),
             net(x=[None, tied[0]]),
+            net(x=[tied[0]]),
+            net(x=[tied[0], None]),
             net(x=tied),
             net(x=tied[:1]),
             net(f=nn.gelu),
@@ -529,12 +553,17 @@ Net                                                                       132 pa
     x.0         None
     x.1         ReLU6
   layers.11     Net
-    x           tuple of 1 ReLU6, 1 Linear, which MLX does not see
+    x.0         ReLU6
   layers.12     Net
-    x           tuple of 1 ReLU6, which MLX does not see
+    x.0         ReLU6
+    x.1         None
   layers.13     Net
-    f           function gelu
+    x           tuple of 1 ReLU6, 1 Linear, which MLX does not see
   layers.14     Net
+    x           tuple of 1 ReLU6, which MLX does not see
+  layers.15     Net
+    f           function gelu
+  layers.16     Net
     f           function silu
   other         Linear(2 -> 2, bias)                                                                              tied to layers.5.x"""
     )
@@ -949,6 +978,7 @@ def test_the_whole_data():
         (Llama(), "**"),
         (Llama(6), "layers[-2:].**.{q,v}_proj"),
         (net(a=brothers(1, 16), b=brothers(2, 18), c=net(d=brothers(5, 12))), "c.d.*"),
+        (net(a=brothers(1, 17), b=brothers(20, 38), c=nn.ReLU()), "c"),
         (deep(70), "**"),
         (deep(70), "**.w"),
     ],
