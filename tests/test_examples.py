@@ -301,7 +301,8 @@ def test_evaluated_layer_by_layer_a_model_that_is_too_large_fits(larger_than_mem
     layer = weights / 16
     # how many of the old weights are freed while the last are read is for MLX to decide
     assert min(weights, at_once) > 2 * budget > 2 * by_layer
-    assert by_layer < weights * 4.5 / 32 + 1.5 * layer  # the result, and a layer
+    layers = 1.5 if mx.default_device() == mx.cpu else 2.5  # a GPU may still hold the one before
+    assert by_layer < weights * 4.5 / 32 + layers * layer  # beside the result
     assert "the outputs are equal" in text
 
 

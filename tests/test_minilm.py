@@ -111,7 +111,8 @@ def test_an_embedding_does_not_depend_on_the_padding_of_its_batch(loaded):
     together = minilm.embed(*loaded, sentences)
     alone = mx.concatenate([minilm.embed(*loaded, [sentence]) for sentence in sentences])
 
-    assert mx.allclose(together, alone, atol=1e-5)
+    rounding = 1e-5 if mx.default_device() == mx.cpu else 1e-3  # a GPU may multiply in TF32
+    assert mx.allclose(together, alone, atol=rounding)
 
 
 def test_the_model_runs_without_the_tokenizers_package():
