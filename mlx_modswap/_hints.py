@@ -27,13 +27,14 @@ _MOST_TOKENS = 40  # of a pattern that is worth mending
 
 def no_match(model: nn.Module, pattern: Parsed) -> str:
     """That a pattern matches nothing, what is there instead, and a pattern that matches."""
-    if pattern.regex is not None:
-        return _no_match_of_regex(model, pattern.regex, pattern.text)
+    source = pattern.source
+    if isinstance(source, re.Pattern):
+        return _no_match_of_regex(model, source, pattern.text)
     message = f"{pattern.text} matches nothing"
-    tokens = _TOKENS.findall(pattern.source)
+    tokens = _TOKENS.findall(source)
     if len(tokens) > _MOST_TOKENS:
         return message
-    if works := _tried(model, [f"**.{pattern.source}"]):
+    if works := _tried(model, [f"**.{source}"]):
         return message + works
     if there := _what_is_there(model, tokens):
         message += f": {there}"

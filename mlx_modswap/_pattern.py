@@ -12,33 +12,29 @@ import re
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
 from ._errors import PatternError
 
 Pattern = str | re.Pattern[str]
 
 
-class Parsed:
+class Parsed(NamedTuple):
     """One pattern, ready to match.
 
     Attributes:
-        source (str): The text of the pattern.
+        source (Pattern): The pattern as it was given. The whole path must match it besides
+            if it is a regular expression.
         items (tuple): One item for each step along a path.
-        regex (re.Pattern, optional): What the whole path must match besides.
     """
 
-    __slots__ = ("items", "regex", "source")
-
-    def __init__(self, source: str, items: tuple[Any, ...], regex: re.Pattern[str] | None = None):
-        self.source = source
-        self.items = items
-        self.regex = regex
+    source: Pattern
+    items: tuple[Any, ...]
 
     @property
     def text(self) -> str:
         """What to call the pattern in a message."""
-        return shorten(repr(self.source if self.regex is None else self.regex))
+        return shorten(repr(self.source))
 
 
 def parse(pattern: Pattern) -> Parsed:
@@ -46,7 +42,7 @@ def parse(pattern: Pattern) -> Parsed:
     if isinstance(pattern, str):
         return Parsed(pattern, _parse_path(pattern))
     if isinstance(pattern, re.Pattern) and isinstance(pattern.pattern, str):
-        return Parsed(pattern.pattern, _EVERYTHING, pattern)
+        return Parsed(pattern, _EVERYTHING)
     raise TypeError(
         "a pattern is a str or a compiled regular expression of str, "
         f"not {type(pattern).__name__}: {shorten(repr(pattern))}"

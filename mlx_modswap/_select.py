@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import types
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -123,8 +124,8 @@ def choose(
 def _match(model: nn.Module, patterns: list[Parsed]) -> Places:
     places = find(model, Matcher(patterns))
     for number, pattern in enumerate(patterns):
-        if pattern.regex is not None:
-            fullmatch, rest = pattern.regex.fullmatch, ~(1 << number)
+        if isinstance(pattern.source, re.Pattern):
+            fullmatch, rest = pattern.source.fullmatch, ~(1 << number)
             pairs = zip(places.masks, places.paths)
             places.masks = [mask if fullmatch(path) else mask & rest for mask, path in pairs]
             places.keep(places.masks)

@@ -53,8 +53,8 @@ FAULTS = [
     Fault(
         "regex need not match the whole path",
         "_select.py",
-        "pattern.regex.fullmatch, ~",
-        "pattern.regex.match, ~",
+        "pattern.source.fullmatch, ~",
+        "pattern.source.match, ~",
     ),
     Fault(
         "two stars at the end match the place itself",

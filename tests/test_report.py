@@ -490,6 +490,15 @@ def test_a_layer_in_two_places_inside_of_what_is_replaced_counts_once():
         assert "   6 -> 0 params   24 B -> 0 B   " in total_of(replace_layers(model, "*", nothing))
 
 
+def test_new_layers_that_were_made_to_hold_one_another_are_measured_once():
+    first, second = holding(x=nn.Linear(2, 2)), holding(x=nn.Linear(3, 3))
+    report = replace_layers(nn.Sequential(nn.ReLU()), "layers.0", lambda path, layer: first)
+    first.second, second.first = second, first
+    assert str(report) == (
+        "layers.0   ReLU -> Module   x1   0 -> 18 params   0 B -> 72 B   no arrays -> float32"
+    )
+
+
 def total_of(report: Replacement) -> str:
     """The lines of a report, those left out that count nothing."""
     return "".join(line for line in str(report).splitlines() if " 0 -> 0 " not in line) + "   "
