@@ -126,7 +126,7 @@ def _below(above: Row, form: Form, modules: list[Any]) -> list[_Line]:
     lines: list[_Line] = []
     for look, product, numbers in sorted(groups, key=lambda group: group[2][0]):
         ways = [form.held[number][1] for number in numbers]
-        row = Row(above, product, len(modules) * len(ways), *look)
+        row = Row(above, product, above.count * len(ways), *look)
         held = [reduce(_inner, way, module) for module in modules for way in ways if row.form]
         lines.append((row, held))
     return lines

@@ -282,7 +282,7 @@ Net                                              30 params   120 B   float32
     own              Linear(2 -> 2, bias)   x3   18          72 B    float32
     shared           Linear(2 -> 2, bias)   x3                                 tied to a
   {twins,again}.0    Net                    x2   6           24 B    float32   tied, one module
-    inner            Linear(2 -> 2, bias)        6           24 B    float32
+    inner            Linear(2 -> 2, bias)   x2   6           24 B    float32
   twins.1            Net                                                       tied to {twins,again}.0
   activations[0:3]   ReLU                   x3"""
     )
@@ -746,9 +746,9 @@ def test_a_private_name_is_one_that_the_module_itself_has():
         == """\
 Net                                         6 params   24 B   float32
   layers[0:2]   Net                    x2   6          24 B   float32   tied, one module
-    by._a       Linear(2 -> 2, bias)        6          24 B   float32
-    by.b._c     ReLU
-    _hidden.a   Linear(3 -> 3, bias)        12         48 B   float32   not in parameters()
+    by._a       Linear(2 -> 2, bias)   x2   6          24 B   float32
+    by.b._c     ReLU                   x2
+    _hidden.a   Linear(3 -> 3, bias)   x2   12         48 B   float32   not in parameters()
   layers.2      ReLU"""
     )
 
@@ -778,6 +778,13 @@ def test_a_deep_model_is_drawn_without_recursion():
 
 
 # ---------------------------------------------------------------- what holds for any model
+
+
+@given(models())
+def test_a_line_counts_the_places_that_its_path_selects(model):
+    for row in tree(model)._rows[1:]:
+        if row.form:
+            assert row.count == len(paths_of(model, row))
 
 
 @given(models(shared=False))
