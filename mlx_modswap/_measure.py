@@ -95,12 +95,12 @@ def _measures(
         yield _once(own, key, counted)
 
 
-def _once(measure: Measure, key: int, counted: set[int]) -> Measure:
+def _once(own: Measure, key: int, counted: set[int]) -> Measure:
     """What to count of a module, if others were counted before."""
     if key in counted:
-        return measure._replace(params=0, trainable=0, nbytes=0)
+        return own._replace(params=0, trainable=0, nbytes=0)
     counted.add(key)
-    return measure
+    return own
 
 
 def _with_inner(module: nn.Module, counted: set[int]) -> Measure:

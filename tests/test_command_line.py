@@ -261,15 +261,19 @@ def test_nothing_is_computed(folder):
     assert mx.get_active_memory() - before < 2**20
 
 
-@needs_mlx_lm
-def test_it_runs_as_a_module(folder):
-    run = subprocess.run(
-        [sys.executable, "-m", "mlx_modswap", folder(LLAMA), "**.norm"],
+def as_a_module(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "mlx_modswap", *arguments],
         capture_output=True,
         text=True,
         # Not the source folder, if Python is new enough to be told so (3.11).
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONSAFEPATH": "1"},
     )
+
+
+@needs_mlx_lm
+def test_it_runs_as_a_module(folder):
+    run = as_a_module(folder(LLAMA), "**.norm")
     assert (run.returncode, run.stderr) == (0, "")
     assert run.stdout.splitlines()[-1] == "'**.norm' selects 1 of 42 modules"
 
@@ -331,6 +335,14 @@ def test_a_folder_without_a_model(tmp_path):
         f"mlx_modswap: mlx-lm builds no model from {tmp_path}: FileNotFoundError: "
         f"[Errno 2] No such file or directory: '{tmp_path}/config.json'"
     )
+
+
+@needs_mlx_lm
+def test_the_process_without_a_model_ends_with_one_line_and_status_1(tmp_path):
+    run = as_a_module(str(tmp_path))
+    assert (run.returncode, run.stdout) == (1, "")
+    assert run.stderr.startswith(f"mlx_modswap: mlx-lm builds no model from {tmp_path}: ")
+    assert run.stderr.count("\n") == 1
 
 
 def test_without_mlx_lm(monkeypatch):

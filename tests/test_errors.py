@@ -235,6 +235,11 @@ NO_MATCH = [
         "re.compile('Q_PROJ', re.IGNORECASE|re.ASCII) matches no whole path; "
         "re.compile('(.*\\\\.)?(Q_PROJ)', re.IGNORECASE|re.ASCII) matches 4",
     ),
+    (
+        re.compile("Q_PROJ", re.IGNORECASE | re.MULTILINE | re.VERBOSE),
+        "re.compile('Q_PROJ', re.IGNORECASE|re.MULTILINE|re.VERBOSE) matches no whole path; "
+        "re.compile('(.*\\\\.)?(Q_PROJ)', re.IGNORECASE|re.MULTILINE|re.VERBOSE) matches 4",
+    ),
     (re.compile("(?x)zzz #"), "re.compile('(?x)zzz #', re.VERBOSE) matches no whole path"),
     # No pattern at all.
     ([], "no pattern was given; '**' matches every module of the model"),
@@ -489,6 +494,30 @@ def test_a_list_with_a_length_of_its_own_is_not_asked_for_it(base):
     with pytest.raises(TypeError) as error:
         select(Odd([nn.ReLU()]), "**")
     assert str(error.value) == "model must be an mlx.nn.Module, not an Odd of 1"
+
+
+def test_a_name_is_looked_for_among_thousands():
+    model = nn.Module()
+    model.wide, model.last = nn.Module(), nn.Module()
+    for number in range(2000):
+        setattr(model.wide, f"n{number}", nn.Module())
+    model.last.target = nn.ReLU()
+    with pytest.raises(NoMatchError) as error:
+        select(model, "tarqet")
+    assert str(error.value) == (
+        "'tarqet' matches nothing: the model holds '{wide,last}' (2 Module); '**.target' matches 1"
+    )
+
+
+@pytest.mark.parametrize("typo", ["y" + 99 * "x", "y" + 100 * "x"], ids=["100", "101"])
+def test_a_long_name_is_suggested_too(typo):
+    model = nn.Module()
+    setattr(model, 100 * "x", nn.ReLU())
+    with pytest.raises(NoMatchError) as error:
+        select(model, typo)
+    assert str(error.value) == (
+        f"'y{75 * 'x'}... matches nothing: the model holds '{100 * 'x'}'; '{76 * 'x'}... matches 1"
+    )
 
 
 def test_what_stands_behind_a_tied_module_is_suggested_too():

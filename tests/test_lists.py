@@ -26,10 +26,6 @@ class OtherBlock(Block):
     pass
 
 
-def bare() -> nn.Module:
-    return nn.Module()
-
-
 def having(name: Any, value: Callable[[], Any]) -> Callable[[], nn.Module]:
     def make() -> nn.Module:
         block = Block()
@@ -57,7 +53,7 @@ def holding(*names: str) -> nn.Module:
 DIFFERENT = {
     "of a class below": OtherBlock,
     "of another class": nn.ReLU,
-    "empty": bare,
+    "empty": nn.Module,
     "None": lambda: None,
     "an array": lambda: mx.ones(1),
     "a dict": lambda: {"attn": nn.Linear(2, 2), "act": nn.ReLU()},
