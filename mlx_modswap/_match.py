@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
-from ._errors import described
+from ._errors import described, note_misuse
 from ._pattern import Matcher, Parsed, Pattern, inside, parse_all
 from ._sharing import Visited
 from ._walk import Places, find_and_note
@@ -100,14 +100,14 @@ def _regex_test(regex: re.Pattern[str], below: bool) -> Callable[[str], bool]:
     """A test for a path; with ``below``, one for it or a leading part of it, cut at a dot."""
     if not below:
         return lambda path: regex.fullmatch(path) is not None
-    known: dict[str, bool] = {"": False}
+    known: dict[str, bool] = {}
 
     def accepts(path: str) -> bool:
         climbed: list[str] = []
         while path not in known:
             climbed.append(path)
-            if regex.fullmatch(path):
-                known[path] = True
+            if regex.fullmatch(path) or "." not in path:
+                known[path] = regex.fullmatch(path) is not None
             else:
                 path = path.rpartition(".")[0]
         known.update(dict.fromkeys(climbed, known[path]))
@@ -142,12 +142,14 @@ def check_where(where: Any) -> None:
         )
 
 
-def ask_where(places: Places, request: Request, strict: bool) -> list[bool] | None:
+Passed = list[bool | None]  # what `where` says of each place; `None` if it was not asked
+
+
+def ask_where(places: Places, request: Request, strict: bool) -> Passed | None:
     """Whether ``where`` lets each place through; ``None`` if there is no ``where``.
 
     A function is asked about an excluded place only as long as its exclude has not
-    done something yet. An error that it raises there counts: to exclude a layer that
-    ``where`` cannot bear is the cure for that error.
+    done something yet.
     """
     where: Any = request.where
     if where is None:
@@ -156,17 +158,32 @@ def ask_where(places: Places, request: Request, strict: bool) -> list[bool] | No
         return list(map(isinstance, places.modules, repeat(where)))
     included = request.included
     effective = 0  # the excludes that have done something
-    passed: list[bool] = []
+    passed: Passed = []
     for path, module, mask in zip(places.paths, places.modules, places.masks):
         if mask <= included:
-            passed.append(bool(where(path, module)))
-            continue
-        passes = False
-        if strict and mask & included and mask & ~included & ~effective:
-            try:
-                passes = bool(where(path, module))
-            except Exception:
-                passes = True
-            effective |= mask * passes
-        passed.append(passes)
+            passed.append(_ask(where, path, module))
+        elif strict and mask & included and mask & ~included & ~effective:
+            passed.append(passes_or_fails(where, path, module))
+            effective |= mask if passed[-1] else 0
+        else:
+            passed.append(None)
     return passed
+
+
+def _ask(where: Any, path: str, module: nn.Module) -> bool:
+    try:
+        return bool(where(path, module))
+    except Exception as error:
+        note_misuse(error, where, path, "where(path, module)", "lambda path, module: {}(module)")
+        raise
+
+
+def passes_or_fails(where: Any, path: str, module: nn.Module) -> bool:
+    """Whether a function lets an excluded module through, or raises an error about it.
+
+    To exclude a module that ``where`` cannot bear is the cure for that error.
+    """
+    try:
+        return bool(where(path, module))
+    except Exception:
+        return True

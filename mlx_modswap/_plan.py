@@ -10,8 +10,16 @@ from typing import Any, NamedTuple, TypeVar
 
 import mlx.nn as nn
 
-from ._containers import Location, has_parameters, unwrapped, wrapped_layers
+from ._containers import (
+    Kinds,
+    Location,
+    child_containers,
+    has_parameters,
+    unwrapped,
+    wrapped_layers,
+)
 from ._errors import SelectionError, described, listed, note, note_misuse
+from ._fold import is_plain, pattern_of
 from ._match import Patterns, Rule, Where, parse_argument
 from ._pattern import Matcher, Pattern, literally, parse, parse_all
 from ._select import check_model, choose
@@ -55,7 +63,7 @@ def make_plan(
     """Select, call the factories, and check all that could go wrong."""
     check_model(model)
     rules, factories = _rules(pattern, factory)
-    places, deciding, excluded, visited = choose(model, rules, where, exclude, strict)
+    places, deciding, left_alone, visited = choose(model, rules, where, exclude, strict)
     # `visited` holds every container to the end: a factory may delete parts of the model, and
     # a new module must not get the id of one of these.
     known, sharing = survey(model, visited)
@@ -65,21 +73,18 @@ def make_plan(
         _check_units(units, places, deciding, news, sharing, rules)
     else:
         news = _make(places.paths, places.modules, map(factories.__getitem__, deciding))
-    kept = excluded + _kept(places, deciding, rules)
     changes = list(map(is_not, news, places.modules))
     places.keep(changes)
     news, deciding = list(compress(news, changes)), list(compress(deciding, changes))
     check_nesting(places, _NESTED)
-    _check_kept(places, news, kept)
+    _check_left_alone(places, news, left_alone)
     _check_names(places)
     training = _check_cycles(places, news, known)
     check_unmoved(places, places.modules, _MOVED)
     return Plan(places, news, deciding, training)
 
 
-_NESTED = (
-    "and both would change; exclude the inner one (exclude={inner!r}), or select only {outer!r}"
-)
+_NESTED = "and both would change; exclude the inner one ({exclude}), or select only {outer!r}"
 _MOVED = "{path!r} was modified while the factories ran; the swap was not applied"
 _MENDED_FACTORY = "lambda path, layer: {}(layer)"
 
@@ -94,12 +99,12 @@ def _rules(pattern: Any, factory: Any) -> tuple[list[Rule], list[Factory | None]
         raise TypeError("rules hold their own factories: leave the factory out")
     rules: list[Rule] = []
     for key, made_by in pattern.items():
-        patterns = parse_all(key) if isinstance(key, tuple) else [parse(key)]
-        text = (
-            f"({', '.join(one.text for one in patterns)})"
-            if isinstance(key, tuple)
-            else patterns[0].text
-        )
+        if isinstance(key, tuple):
+            patterns = parse_all(key)
+            text = f"({', '.join(one.text for one in patterns)}{',' * (len(patterns) == 1)})"
+        else:
+            patterns = [parse(key)]
+            text = patterns[0].text
         rules.append(Rule(patterns, text, keeps=made_by is None))
         if made_by is not None:
             _check_factory(made_by, text)
@@ -216,6 +221,7 @@ def _partly(unit: Unit, places: Places, inside: list[int], sharing: Sharing) -> 
         if other == unit and path not in chosen
     ]
     path = places.paths[inside[0]]
+    exclude = _excluding([places.paths[at] for at in inside])
     missing = listed(map(repr, others))
     if len(others) == 1:
         which, choice = "which is not selected", "both, or neither"
@@ -225,15 +231,27 @@ def _partly(unit: Unit, places: Places, inside: list[int], sharing: Sharing) -> 
         name = type(places.modules[inside[0]]).__name__
         return (
             f"{path!r} is tied to {missing} (the same {name}), {which}; select {choice} "
-            f"(exclude={path!r}); to untie them, use "
+            f"({exclude}); to untie them, use "
             f"model.update_modules(partial_modules(model, {{{path!r}: new}}))"
         )
     paths = f"{path!r} and {missing}" if len(others) == 1 else f"{path!r}, {missing}"
     choice = "both paths, or neither" if len(others) == 1 else "all of these paths, or none"
     return (
         f"{paths} are the same place, because a module or list that contains it is shared; "
-        f"select {choice} (exclude={path!r})"
+        f"select {choice} ({exclude})"
     )
+
+
+def _excluding(paths: Sequence[str]) -> str:
+    """The argument that excludes some paths."""
+    texts = listed(map(_exactly, paths))
+    return f"exclude=[{texts}]" if len(paths) > 1 else f"exclude={texts}"
+
+
+def _exactly(path: str) -> str:
+    """How to write the pattern that matches one path."""
+    product = tuple((segment,) for segment in path.split("."))
+    return repr(path) if is_plain(product) else pattern_of(product)
 
 
 # ---------------------------------------------------------------- checks
@@ -251,40 +269,41 @@ def check_nesting(places: Places, advice: str) -> None:
     for path, row in zip(places.paths, places.rows):
         while row not in clear:
             if outer[row] is not None:
-                advice = advice.format(inner=path, outer=outer[row])
+                advice = advice.format(exclude=_excluding([path]), outer=outer[row])
                 raise SelectionError(f"{path!r} lies inside {outer[row]!r}, {advice}")
             clear.add(row)
             row = places.parents[row]
 
 
-def _kept(places: Places, deciding: list[int], rules: list[Rule]) -> list[tuple[str, nn.Module]]:
-    """Path and module of each place that a ``None`` rule leaves alone."""
-    if not any(rule.keeps for rule in rules):
-        return []
-    found = zip(places.paths, places.modules, deciding)
-    return [(path, module) for path, module, number in found if rules[number].keeps]
-
-
-def _check_kept(places: Places, news: list[nn.Module], kept: list[tuple[str, nn.Module]]) -> None:
-    """What was to be left alone must still be there if a module around it changes."""
-    at = {path: number for number, path in enumerate(places.paths)}
+def _check_left_alone(
+    places: Places, news: list[nn.Module], left_alone: list[tuple[str, nn.Module]]
+) -> None:
+    """What was to be left alone must not go away with a place around it."""
+    if not left_alone or not child_containers(places.modules, Kinds()):
+        return
+    number_of = {path: number for number, path in enumerate(places.paths)}
     reached: dict[int, tuple[set[int], set[int]]] = {}  # what the old and the new module hold
-    for path, module in kept:
-        outer = path
-        while (outer := outer.rpartition(".")[0]) and outer not in at:
-            pass
-        if not outer:
-            continue
-        number = at[outer]
-        if number not in reached:
-            both = places.modules[number], news[number]
-            reached[number] = (ids_inside(both[0]), ids_inside(both[1]))
-        before, after = reached[number]
-        if id(module) in before and id(module) not in after:
-            raise SelectionError(
-                f"{path!r} was to be left alone, but the new module for {outer!r} does not hold "
-                f"it; keep it in the new module, or leave {outer!r} alone too"
-            )
+    for path, module in left_alone:
+        for outer in _prefixes(path):
+            if outer not in number_of:
+                continue
+            number = number_of[outer]
+            if number not in reached:
+                reached[number] = ids_inside(places.modules[number]), ids_inside(news[number])
+            before, after = reached[number]
+            # With dots in a key, a place need not lie inside the one that its path begins with.
+            if id(module) in before and id(module) not in after:
+                raise SelectionError(
+                    f"{path!r} was to be left alone, but the new module for {outer!r} does not "
+                    f"hold it; keep it in the new module, or leave {outer!r} alone too"
+                )
+
+
+def _prefixes(path: str) -> Iterator[str]:
+    """The paths that a path begins with, the longest first."""
+    while "." in path:
+        path = path.rpartition(".")[0]
+        yield path
 
 
 def check_aliases(places: Places, modules: list[nn.Module]) -> None:

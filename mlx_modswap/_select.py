@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from itertools import compress
-from operator import not_
 from typing import Any, NamedTuple
 
 import mlx.nn as nn
 
 from ._errors import described
 from ._match import (
+    Passed,
     Patterns,
     Request,
     Rule,
@@ -90,14 +90,14 @@ class Chosen(NamedTuple):
     Attributes:
         places (Places): The places, in definition order.
         rules (list[int]): The number of the rule that decides each.
-        excluded (list[tuple[str, nn.Module]]): Path and module of each place that an
-            exclude leaves alone.
+        left_alone (list[tuple[str, nn.Module]]): Path and module of each place that an
+            exclude, or a rule that keeps, leaves alone, whatever ``where`` says of it.
         visited (Visited): What the walk came by.
     """
 
     places: Places
     rules: list[int]
-    excluded: list[tuple[str, nn.Module]]
+    left_alone: list[tuple[str, nn.Module]]
     visited: Visited
 
 
@@ -116,20 +116,21 @@ def choose(
     return narrow(places, visited, request, passed)
 
 
-def narrow(places: Places, visited: Visited, request: Request, passed: list[bool] | None) -> Chosen:
+def narrow(places: Places, visited: Visited, request: Request, passed: Passed | None) -> Chosen:
     """Keep the places that ``where`` lets through and no exclude leaves alone."""
-    included = request.included
-    excluded: list[tuple[str, nn.Module]] = []
-    if request.excludes:
-        free = [mask <= included for mask in places.masks]
-        left_alone = list(map(not_, free))
-        excluded = list(
-            zip(compress(places.paths, left_alone), compress(places.modules, left_alone))
-        )
-        places.keep(free)
-        passed = passed and list(compress(passed, free))
+    included, owners = request.included, request.owners
+    masks = set(places.masks)
+    free = {mask for mask in masks if mask <= included}
+    rule_of = {mask: owners[first_pattern(mask)] for mask in free}
+    kept = masks - free | {mask for mask in free if request.rules[rule_of[mask]].keeps}
+    left_alone: list[tuple[str, nn.Module]] = []
+    if kept:
+        found = zip(places.paths, places.modules, places.masks)
+        left_alone = [(path, module) for path, module, mask in found if mask in kept]
+    if free < masks:
+        is_free = list(map(free.__contains__, places.masks))
+        passed = passed and list(compress(passed, is_free))
+        places.keep(is_free)
     if passed is not None:
         places.keep(passed)
-    owners = request.owners
-    rule_of = {mask: owners[first_pattern(mask)] for mask in set(places.masks)}
-    return Chosen(places, list(map(rule_of.__getitem__, places.masks)), excluded, visited)
+    return Chosen(places, list(map(rule_of.__getitem__, places.masks)), left_alone, visited)
