@@ -50,12 +50,8 @@ def note_misuse(error: BaseException, function: Any, path: str, call: str, mende
         call (str): How it is called: ``"factory(path, module)"``.
         mended (str): A call that works, with ``{}`` for the name of the function.
     """
-    traceback = error.__traceback__
-    refused = isinstance(error, TypeError) and traceback is not None and traceback.tb_next is None
     path_was_taken_for_a_module = getattr(error, "obj", None) is path
-    is_class = isinstance(function, type) or isinstance(getattr(function, "__self__", None), type)
-    fails_inside = is_class and isinstance(error, (TypeError, AttributeError))
-    if not (refused or path_was_taken_for_a_module or fails_inside):
+    if not path_was_taken_for_a_module and not _refuses_the_call(function, error):
         return
     name = getattr(function, "__qualname__", "<lambda>")
     text = f"it was called as {call}"
@@ -65,6 +61,18 @@ def note_misuse(error: BaseException, function: Any, path: str, call: str, mende
         note(error, text)
     elif error.args and isinstance(error.args[0], str):
         error.args = (f"{error.args[0]}; {text}", *error.args[1:])
+
+
+def _refuses_the_call(function: Any, error: BaseException) -> bool:
+    """Whether a function could not be called, or is a class such as ``nn.Linear``."""
+    if not isinstance(error, TypeError):
+        return False
+    traceback = error.__traceback__
+    if traceback is not None and traceback.tb_next is None:
+        return True  # it did not get so far as to run
+    # `nn.Linear(path, module)` fails only where it counts with its dimensions.
+    code = getattr(function.__init__, "__code__", None) if isinstance(function, type) else None
+    return code is not None and "path" not in code.co_varnames[: code.co_argcount]
 
 
 def shorten(text: str) -> str:
