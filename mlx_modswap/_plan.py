@@ -19,7 +19,7 @@ from ._containers import (
     wrapped_layers,
 )
 from ._errors import SelectionError, described, listed, note, note_misuse
-from ._fold import is_plain, pattern_of
+from ._fold import fold, is_plain, pattern_of
 from ._match import Patterns, Rule, Where, parse_argument
 from ._pattern import Matcher, Pattern, literally, parse, parse_all
 from ._select import check_model, choose
@@ -214,44 +214,34 @@ def _check_units(
 def _partly(unit: Unit, places: Places, inside: list[int], sharing: Sharing) -> str:
     """That only some paths of a unit were chosen, and which are missing."""
     everywhere = find(places.model, Matcher([parse("**")]))
-    chosen = {places.paths[at] for at in inside}
-    others = [
-        path
-        for path, other in zip(everywhere.paths, _units(everywhere, sharing))
-        if other == unit and path not in chosen
-    ]
-    path = places.paths[inside[0]]
-    exclude = _excluding([places.paths[at] for at in inside])
-    missing = listed(map(repr, others))
-    if len(others) == 1:
-        which, choice = "which is not selected", "both, or neither"
-    else:
-        which, choice = "which are not selected", "all of them, or none"
+    found = zip(everywhere.paths, _units(everywhere, sharing))
+    paths = [path for path, other in found if other == unit]
+    chosen = [places.paths[at] for at in inside]
+    is_pair = len(paths) == 2
     if isinstance(unit, int):
+        others = [repr(path) for path in paths if path not in chosen]
         name = type(places.modules[inside[0]]).__name__
+        are = "are" if len(others) > 1 else "is"
+        choice = "both, or neither" if is_pair else "all of them, or none"
         return (
-            f"{path!r} is tied to {missing} (the same {name}), {which}; select {choice} "
-            f"({exclude}); to untie them, use "
-            f"model.update_modules(partial_modules(model, {{{path!r}: new}}))"
+            f"{chosen[0]!r} is tied to {listed(others)} (the same {name}), which {are} not "
+            f"selected; select {choice} ({_excluding(chosen)}); to untie them, use "
+            f"model.update_modules(partial_modules(model, {{{chosen[0]!r}: new}}))"
         )
-    paths = f"{path!r} and {missing}" if len(others) == 1 else f"{path!r}, {missing}"
-    choice = "both paths, or neither" if len(others) == 1 else "all of these paths, or none"
+    names = list(map(repr, paths))
+    these = " and ".join(names) if is_pair else listed(names)
+    choice = "both paths, or neither" if is_pair else "all of these paths, or none"
     return (
-        f"{paths} are the same place, because a module or list that contains it is shared; "
-        f"select {choice} ({exclude})"
+        f"{these} are the same place, because a module or list that contains it is shared; "
+        f"select {choice} ({_excluding(chosen)})"
     )
 
 
 def _excluding(paths: Sequence[str]) -> str:
     """The argument that excludes some paths."""
-    texts = listed(map(_exactly, paths))
-    return f"exclude=[{texts}]" if len(paths) > 1 else f"exclude={texts}"
-
-
-def _exactly(path: str) -> str:
-    """How to write the pattern that matches one path."""
-    product = tuple((segment,) for segment in path.split("."))
-    return repr(path) if is_plain(product) else pattern_of(product)
+    products = [product for product, _ in fold([path.split(".") for path in paths])]
+    patterns = [pattern_of(one) if not is_plain(one) else repr(pattern_of(one)) for one in products]
+    return f"exclude={patterns[0]}" if len(patterns) == 1 else f"exclude=[{', '.join(patterns)}]"
 
 
 # ---------------------------------------------------------------- checks

@@ -34,11 +34,11 @@ def check_matches(model: nn.Module, request: Request, places: Places) -> None:
         NoMatchError: Which of them does not.
     """
     patterns, included = request.patterns, request.included
+    for rule in request.rules:
+        if rule.text and not rule.patterns:
+            raise NoMatchError(f"rule {rule.text} holds no pattern; remove it")
     if not patterns:
         raise NoMatchError("no pattern was given; '**' matches every module of the model")
-    for rule in request.rules:
-        if not rule.patterns:
-            raise NoMatchError(f"rule {rule.text} holds no pattern; remove it")
     masks = set(places.masks)
     found = reduce(or_, masks, 0)
     for number, pattern in enumerate(patterns):

@@ -289,6 +289,7 @@ def idle_rules(
 
     for key, factory in rules.items():
         is_about = covers if factory is None else matches
+        tests: list[Callable[[Place], bool]]
         tests = [partial(is_about, pattern) for pattern in several(key)]
         tests.append(lambda place, key=key: deciding(rules, place) == key)
         if not all(map(does_something, tests)):

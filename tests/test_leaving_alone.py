@@ -334,10 +334,11 @@ KEPT: dict[str, Callable[[str, Any], nn.Module]] = {
 
 @pytest.mark.parametrize("make", KEPT.values(), ids=KEPT)
 def test_a_new_module_that_holds_what_was_to_be_left_alone_is_fine(make):
-    for arguments, options in (
+    calls: list[Any] = [
         (({"layers.0.attn": None, "layers[0]": make},), {}),
         ((["layers[0]", "layers.*.attn"], make), {"exclude": "layers.*.attn"}),
-    ):
+    ]
+    for arguments, options in calls:
         model: Any = Model()
         attention = model.layers[0].attn
         replace_layers(model, *arguments, **options)
@@ -446,11 +447,12 @@ def test_excludes_that_leave_nothing_are_an_error(pattern, exclude, message):
 
 def test_one_of_several_patterns_may_be_excluded_as_a_whole():
     assert list(select(Model(), ["vision_tower.**", "head"], exclude="vision_tower")) == ["head"]
-    for rules in (
+    some_rules: list[Any] = [
         {"vision_tower.**": q8, "head": q4},
         {("vision_tower.**", "head"): q4},
         {("vision_tower.**", "vision_tower"): q4, "head": q4},
-    ):
+    ]
+    for rules in some_rules:
         report = replace_layers(Model(), rules, exclude="vision_tower", where=nn.Linear)
         assert list(report) == ["head"]
 

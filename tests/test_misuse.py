@@ -127,7 +127,10 @@ def test_the_call_that_is_proposed_works():
 RIGHT = {
     "its own TypeError": (lambda path, layer: path + 1, "can only concatenate str"),
     "its own AttributeError": (lambda path, layer: layer.nothing, "has no attribute 'nothing'"),
-    "a call inside that is wrong": (lambda path, layer: adapt(layer), "missing 1 required"),
+    "a call inside that is wrong": (
+        lambda path, layer: Adapter(rank=1),  # pyright: ignore[reportCallIssue]
+        "missing 1 required",
+    ),
     "a class that takes the path": (Careless, "unsupported operand type"),
     "another error": (lambda path, layer: {}[path], "head"),
 }

@@ -178,7 +178,7 @@ def test_a_cycle_does_not_spoil_the_new_modules():
 
 def test_a_new_module_that_was_refused_can_be_used_in_the_next_swap():
     model: Any = Model().eval()
-    new = New()
+    new: Any = New()
     for pattern in ("embed", ["layers.0", "layers.0.norm"]):
         with pytest.raises(SelectionError):
             replace_layers(model, pattern, lambda path, module: new)
