@@ -410,3 +410,8 @@ def literally(paths: Iterable[str]) -> Matcher:
     for path in paths:
         matcher.add([_Names((segment,)) for segment in path.split(".")], 1)
     return matcher
+
+
+def inside(items: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The items of ``P.**`` for those of ``P``: all that is inside what they match."""
+    return (*items, _DEEP, _ANY)
