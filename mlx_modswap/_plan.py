@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import compress, groupby
 from operator import attrgetter, is_not, itemgetter
 from typing import Any, NamedTuple, TypeVar
 
 import mlx.nn as nn
 
+from . import _hints
 from ._containers import Location, has_parameters, unwrapped, wrapped_layers
 from ._errors import SelectionError, described, listed, note
 from ._pattern import Matcher, Parsed, Pattern, literally, parse
@@ -53,8 +55,8 @@ def make_plan(
 ) -> Plan:
     """Select, call the factories, and check all that could go wrong."""
     check_model(model)
-    patterns, factories, as_rules = _rules(pattern, factory)
-    excludes = parse_argument("exclude", exclude)
+    patterns, factories, as_rules = _rules(model, pattern, factory)
+    excludes = parse_argument(model, "exclude", exclude)
     places, visited = choose(model, patterns, where, excludes, strict, as_rules=as_rules)
     known, sharing = survey(model, visited)
     rule_of = {mask: first_pattern(mask) if as_rules else 0 for mask in set(places.masks)}
@@ -75,18 +77,20 @@ def make_plan(
     return Plan(places, news, rules, training)
 
 
-def _rules(pattern: Any, factory: Any) -> tuple[list[Parsed], list[Factory | None], bool]:
+def _rules(
+    model: nn.Module, pattern: Any, factory: Any
+) -> tuple[list[Parsed], list[Factory | None], bool]:
     """The patterns, the factories, and whether they are rules with a factory each."""
     if isinstance(pattern, Mapping) and not isinstance(pattern, nn.Module):
         if factory is not None:
             raise TypeError("rules hold their own factories: leave the factory out")
-        rules = [parse(rule) for rule in pattern]
+        rules = [parse(rule, partial(_hints.count, model)) for rule in pattern]
         factories = list(pattern.values())
         for rule, made_by in zip(rules, factories):
             if made_by is not None:
                 _check_factory(made_by, rule)
         return rules, factories, True
-    patterns = parse_argument("pattern", pattern)
+    patterns = parse_argument(model, "pattern", pattern)
     _check_factory(factory)
     return patterns, [factory], False
 

@@ -6,7 +6,7 @@ import re
 import types
 from collections import Counter
 from collections.abc import Callable, Iterable
-from functools import reduce
+from functools import partial, reduce
 from itertools import repeat
 from operator import or_
 from typing import Any
@@ -68,7 +68,8 @@ def select(
         ['layers.0', 'layers.2']
     """
     check_model(model)
-    patterns, excludes = parse_argument("pattern", pattern), parse_argument("exclude", exclude)
+    patterns = parse_argument(model, "pattern", pattern)
+    excludes = parse_argument(model, "exclude", exclude)
     places, _ = choose(model, patterns, where, excludes, strict)
     chosen: dict[str, nn.Module] = {}
     for path, module in zip(places.paths, places.modules):
@@ -82,11 +83,11 @@ def check_model(model: Any) -> None:
         raise TypeError(f"model must be an mlx.nn.Module, not {described(model)}")
 
 
-def parse_argument(name: str, patterns: Any) -> list[Parsed]:
-    """Parse an argument that is one pattern or several."""
+def parse_argument(model: nn.Module, name: str, patterns: Any) -> list[Parsed]:
+    """Parse an argument that is one pattern or several, with the advice of the model."""
     if isinstance(patterns, (nn.Module, mx.array)):  # which could be iterated
         raise TypeError(f"{name} must be a path pattern, not {described(patterns)}")
-    return parse_all(patterns)
+    return parse_all(patterns, partial(_hints.count, model))
 
 
 def choose(

@@ -62,7 +62,8 @@ def tree(
         'layers[-1]' selects 1 of 3 modules
     """
     check_model(model)
-    patterns, excludes = parse_argument("pattern", pattern), parse_argument("exclude", exclude)
+    patterns = parse_argument(model, "pattern", pattern)
+    excludes = parse_argument(model, "exclude", exclude)
     narrowed = ["where"] * (where is not None) + ["exclude"] * bool(excludes)
     marked: set[Location] = set()
     chosen_by, selected = "", None
