@@ -221,6 +221,16 @@ NO_MATCH = [
         "re.compile('attn') does not match any complete path (fullmatch); "
         're.compile(r".*(attn).*") matches 12',
     ),
+    (
+        re.compile('q_proj"?'),
+        "re.compile('q_proj\"?') does not match any complete path (fullmatch); "
+        "re.compile('(.*\\\\.)?(q_proj\"?)') matches 4",
+    ),
+    (
+        re.compile("q_proj\n?"),
+        "re.compile('q_proj\\n?') does not match any complete path (fullmatch); "
+        "re.compile('(.*\\\\.)?(q_proj\\n?)') matches 4",
+    ),
     (re.compile("zzz"), "re.compile('zzz') does not match any complete path (fullmatch)"),
     (
         re.compile("(?i)Q_PROJ"),

@@ -231,6 +231,7 @@ def test_a_regex_that_is_slow_or_disputed_or_wrong_is_not_tried(text):
 TRIED = [
     ("[qk]_proj", "[qk] is not a valid index or slice; write '**.{q,k}_proj'"),
     ("layers.[0-3]", "[0-3] is not a valid index or slice; write '**.layers[0:4]'"),
+    (r"**.\d+.[qk]", "[qk] is not a valid index or slice; write '**.*.{q,k}'"),
     ("layers.[0-9]x", "[0-9] is not a valid index or slice; write 'layers.?x'"),
     (
         ".*layers",
