@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import types
 from collections.abc import Callable, Iterable
+from functools import partial
 from itertools import repeat
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ._errors import described, note_misuse
+from ._hints import count
 from ._pattern import Matcher, Parsed, Pattern, inside, parse_all
 from ._sharing import Visited
 from ._walk import Places, find_and_note
@@ -20,11 +22,11 @@ Patterns = Pattern | Iterable[Pattern]
 Where = type | types.UnionType | tuple[type, ...] | Callable[[str, nn.Module], bool]
 
 
-def parse_argument(name: str, patterns: Any) -> list[Parsed]:
+def parse_argument(model: nn.Module, name: str, patterns: Any) -> list[Parsed]:
     """Parse an argument that is one pattern or several."""
     if isinstance(patterns, (nn.Module, mx.array)):  # which could be iterated
         raise TypeError(f"{name} must be a path pattern, not {described(patterns)}")
-    return parse_all(patterns)
+    return parse_all(patterns, partial(count, model))
 
 
 class Rule(NamedTuple):

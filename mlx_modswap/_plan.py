@@ -21,7 +21,7 @@ from ._containers import (
 from ._errors import SelectionError, described, listed, note, note_misuse
 from ._fold import fold, is_plain, pattern_of
 from ._match import Patterns, Rule, Where, parse_argument
-from ._pattern import Matcher, Pattern, literally, parse, parse_all
+from ._pattern import Matcher, Pattern, literally, parse
 from ._select import check_model, choose
 from ._sharing import Sharing, brought_in, ids_inside, sort_containers, survey
 from ._walk import Places, find
@@ -62,8 +62,9 @@ def make_plan(
 ) -> Plan:
     """Select, call the factories, and check all that could go wrong."""
     check_model(model)
-    rules, factories = _rules(pattern, factory)
-    places, deciding, left_alone, visited = choose(model, rules, where, exclude, strict)
+    rules, factories = _rules(model, pattern, factory)
+    excludes = parse_argument(model, "exclude", exclude)
+    places, deciding, left_alone, visited = choose(model, rules, where, excludes, strict)
     # `visited` holds every container to the end: a factory may delete parts of the model, and
     # a new module must not get the id of one of these.
     known, sharing = survey(model, visited)
@@ -89,22 +90,20 @@ _MOVED = "{path!r} was modified while the factories ran; the swap was not applie
 _MENDED_FACTORY = "lambda path, layer: {}(layer)"
 
 
-def _rules(pattern: Any, factory: Any) -> tuple[list[Rule], list[Factory | None]]:
+def _rules(model: nn.Module, pattern: Any, factory: Any) -> tuple[list[Rule], list[Factory | None]]:
     """The rules and their factories; patterns without a mapping are one rule."""
     if not isinstance(pattern, Mapping) or isinstance(pattern, nn.Module):
-        rule = Rule(parse_argument("pattern", pattern))
+        rule = Rule(parse_argument(model, "pattern", pattern))
         _check_factory(factory)
         return [rule], [factory]
     if factory is not None:
         raise TypeError("rules hold their own factories: leave the factory out")
     rules: list[Rule] = []
     for key, made_by in pattern.items():
+        patterns = parse_argument(model, "pattern", key if isinstance(key, tuple) else (key,))
+        text = ", ".join(one.text for one in patterns)
         if isinstance(key, tuple):
-            patterns = parse_all(key)
-            text = f"({', '.join(one.text for one in patterns)}{',' * (len(patterns) == 1)})"
-        else:
-            patterns = [parse(key)]
-            text = patterns[0].text
+            text = f"({text},)" if len(key) == 1 else f"({text})"
         rules.append(Rule(patterns, text, keeps=made_by is None))
         if made_by is not None:
             _check_factory(made_by, text)

@@ -20,6 +20,7 @@ from ._match import (
     match,
     parse_argument,
 )
+from ._pattern import Parsed
 from ._sharing import Visited
 from ._strict import check_effects, check_matches
 from ._walk import Places
@@ -70,8 +71,9 @@ def select(
         ['layers.0', 'layers.2']
     """
     check_model(model)
-    rule = Rule(parse_argument("pattern", pattern))
-    places = choose(model, [rule], where, exclude, strict).places
+    rule = Rule(parse_argument(model, "pattern", pattern))
+    excludes = parse_argument(model, "exclude", exclude)
+    places = choose(model, [rule], where, excludes, strict).places
     chosen: dict[str, nn.Module] = {}
     for path, module in zip(places.paths, places.modules):
         chosen.setdefault(path, module)
@@ -102,11 +104,15 @@ class Chosen(NamedTuple):
 
 
 def choose(
-    model: nn.Module, rules: list[Rule], where: Where | None, exclude: Patterns, strict: bool
+    model: nn.Module,
+    rules: list[Rule],
+    where: Where | None,
+    excludes: list[Parsed],
+    strict: bool,
 ) -> Chosen:
     """Find the places that the arguments of a call name."""
     check_where(where)
-    request = Request(rules, where, parse_argument("exclude", exclude))
+    request = Request(rules, where, excludes)
     places, visited = match(model, request)
     if strict:
         check_matches(model, request, places)

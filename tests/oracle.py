@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
@@ -389,3 +390,16 @@ def unpacked(owner: nn.Module, key: Any, size: int) -> int:
     if "scales" not in dict.keys(owner) or "bits" not in vars(owner):
         return size
     return {"weight": size * 32 // vars(owner)["bits"], "bias": size}.get(key, 0)
+
+
+def proposed_by(error: Exception) -> list[tuple[Any, int | None]]:
+    """What an error proposes, with the number of modules that it says are matched."""
+    line = str(error).split("\n")[0]
+    proposed: list[tuple[Any, int | None]] = []
+    for at in re.finditer("; ", line):
+        said = re.fullmatch(r"(?:.*write )?(.*?)(?: matches (\d+))?", line[at.end() :])
+        with suppress(SyntaxError, NameError, TypeError):  # it is in the middle of something else
+            assert said is not None
+            proposed.append((eval(said[1], {"re": re}), int(said[2]) if said[2] else None))
+    assert proposed or not re.search("write | matches [0-9]+$", line), line
+    return proposed

@@ -213,34 +213,52 @@ NO_MATCH = [
     # Regular expressions.
     (
         re.compile("q_proj"),
-        "re.compile('q_proj') matches no whole path; re.compile('(.*\\\\.)?(q_proj)') matches 4",
+        "re.compile('q_proj') does not match any complete path (fullmatch); "
+        're.compile(r"(.*\\.)?(q_proj)") matches 4',
     ),
     (
         re.compile("attn"),
-        "re.compile('attn') matches no whole path; re.compile('.*(attn).*') matches 12",
+        "re.compile('attn') does not match any complete path (fullmatch); "
+        're.compile(r".*(attn).*") matches 12',
     ),
-    (re.compile("zzz"), "re.compile('zzz') matches no whole path"),
+    (
+        re.compile('q_proj"?'),
+        "re.compile('q_proj\"?') does not match any complete path (fullmatch); "
+        "re.compile('(.*\\\\.)?(q_proj\"?)') matches 4",
+    ),
+    (
+        re.compile("q_proj\n?"),
+        "re.compile('q_proj\\n?') does not match any complete path (fullmatch); "
+        "re.compile('(.*\\\\.)?(q_proj\\n?)') matches 4",
+    ),
+    (re.compile("zzz"), "re.compile('zzz') does not match any complete path (fullmatch)"),
     (
         re.compile("(?i)Q_PROJ"),
-        "re.compile('(?i)Q_PROJ', re.IGNORECASE) matches no whole path; "
-        "re.compile('(.*\\\\.)?(Q_PROJ)', re.IGNORECASE) matches 4",
+        "re.compile('(?i)Q_PROJ', re.IGNORECASE) does not match any complete path (fullmatch); "
+        're.compile(r"(.*\\.)?(Q_PROJ)", re.IGNORECASE) matches 4',
     ),
     (
         re.compile("Q_PROJ", re.IGNORECASE | re.DOTALL),
-        "re.compile('Q_PROJ', re.IGNORECASE|re.DOTALL) matches no whole path; "
-        "re.compile('(.*\\\\.)?(Q_PROJ)', re.IGNORECASE|re.DOTALL) matches 4",
+        "re.compile('Q_PROJ', re.IGNORECASE|re.DOTALL) "
+        "does not match any complete path (fullmatch); "
+        're.compile(r"(.*\\.)?(Q_PROJ)", re.IGNORECASE|re.DOTALL) matches 4',
     ),
     (
         re.compile("Q_PROJ", re.ASCII | re.IGNORECASE),
-        "re.compile('Q_PROJ', re.IGNORECASE|re.ASCII) matches no whole path; "
-        "re.compile('(.*\\\\.)?(Q_PROJ)', re.IGNORECASE|re.ASCII) matches 4",
+        "re.compile('Q_PROJ', re.IGNORECASE|re.ASCII) "
+        "does not match any complete path (fullmatch); "
+        're.compile(r"(.*\\.)?(Q_PROJ)", re.IGNORECASE|re.ASCII) matches 4',
     ),
     (
         re.compile("Q_PROJ", re.IGNORECASE | re.MULTILINE | re.VERBOSE),
-        "re.compile('Q_PROJ', re.IGNORECASE|re.MULTILINE|re.VERBOSE) matches no whole path; "
-        "re.compile('(.*\\\\.)?(Q_PROJ)', re.IGNORECASE|re.MULTILINE|re.VERBOSE) matches 4",
+        "re.compile('Q_PROJ', re.IGNORECASE|re.MULTILINE|re.VERBOSE) "
+        "does not match any complete path (fullmatch); "
+        're.compile(r"(.*\\.)?(Q_PROJ)", re.IGNORECASE|re.MULTILINE|re.VERBOSE) matches 4',
     ),
-    (re.compile("(?x)zzz #"), "re.compile('(?x)zzz #', re.VERBOSE) matches no whole path"),
+    (
+        re.compile("(?x)zzz #"),
+        "re.compile('(?x)zzz #', re.VERBOSE) does not match any complete path (fullmatch)",
+    ),
     # No pattern at all.
     ([], "no pattern was given; '**' matches every module of the model"),
 ]
@@ -511,17 +529,17 @@ def test_a_name_is_looked_for_among_thousands():
 
 
 @pytest.mark.parametrize("typo", ["y" + 99 * "x", "y" + 100 * "x"], ids=["100", "101"])
-def test_a_long_name_is_suggested_too(typo):
+def test_a_name_of_100_characters_is_suggested_in_full(typo):
     model = nn.Module()
     setattr(model, 100 * "x", nn.ReLU())
     with pytest.raises(NoMatchError) as error:
         select(model, typo)
     assert str(error.value) == (
-        f"'y{75 * 'x'}... matches nothing: the model holds '{100 * 'x'}'; '{76 * 'x'}... matches 1"
+        f"'y{75 * 'x'}... matches nothing: the model holds '{100 * 'x'}'; '{100 * 'x'}' matches 1"
     )
 
 
-def test_what_stands_behind_a_tied_module_is_suggested_too():
+def test_a_name_that_comes_after_a_tied_module_is_suggested():
     model = nn.Module()
     model.first = model.again = nn.Linear(4, 4)
     model.block = Block()

@@ -63,14 +63,13 @@ def tree(
         'layers[-1]' selects 1 of 3 modules
     """
     check_model(model)
-    patterns = parse_argument("pattern", pattern)
-    narrowed = ["where"] * (where is not None) + ["exclude"] * bool(
-        parse_argument("exclude", exclude)
-    )
+    patterns = parse_argument(model, "pattern", pattern)
+    excludes = parse_argument(model, "exclude", exclude)
+    narrowed = ["where"] * (where is not None) + ["exclude"] * bool(excludes)
     marked: set[Location] = set()
     chosen_by, selected = "", None
     if narrowed or not isinstance(pattern, str) or pattern != "**":
-        places = choose(model, [Rule(patterns)], where, exclude, strict=True).places
+        places = choose(model, [Rule(patterns)], where, excludes, strict=True).places
         selected = len(places.paths)
         marked.update(places.locations())
         chosen_by = listed(one.text for one in patterns)
