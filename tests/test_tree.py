@@ -329,6 +329,11 @@ def test_a_wrapper_and_its_layer_are_one_module():
     )
 
 
+def cells_of(picture: Any) -> list[list[str]]:
+    """What stands in the columns of each line."""
+    return [re.split("   +", line.strip()) for line in str(picture).splitlines()]
+
+
 class Says(nn.Module):
     def __init__(self, text: Any):
         super().__init__()
@@ -393,7 +398,7 @@ def test_a_line_tells_the_numbers_that_matter():
         "Sized(3 -> 4)": Sized(),
     }  # fmt: skip
     for text, module in table.items():
-        assert tree(module).data()["places"][0]["text"] == text
+        assert cells_of(tree(module))[0][0] == text
     nothing = [
         Says("{self.what}"),
         Says(None),
@@ -401,7 +406,7 @@ def test_a_line_tells_the_numbers_that_matter():
         net(a=w1, b=w1, c=w1, d=w1),
     ]
     for module in nothing:
-        assert tree(module).data()["places"][0]["text"] == type(module).__name__
+        assert cells_of(tree(module))[0][0] == type(module).__name__
 
 
 class Nameless:
@@ -421,7 +426,7 @@ def test_a_line_tells_what_stands_where_a_module_could():
     }
     for text, value in table.items():
         for model in (net(a=value), net(a=[value]), net(a={"b": [value]})):
-            assert [place["text"] for place in tree(model).data()["places"]] == ["Net", text]
+            assert [cells[-1] for cells in cells_of(tree(model))] == ["Net", text]
     assert str(tree(net(a=Nameless()))) == "Net\n  a   function"
     for value in (None, 1, "a", nn.ReLU, (), (1, [nn.gelu], {"a": nn.ReLU()}), {"a": None}):
         assert str(tree(net(a=value, b=[value] * (value is not None)))) == "Net"
@@ -770,7 +775,7 @@ def test_a_deep_model_is_drawn_without_recursion():
     assert lines[19].endswith("3962 modules inside, 1981 selected")
     assert lines[-1] == "'**.w' selects 2000 of 4000 modules"
     assert picture._repr_html_().count("<details") == 100
-    assert len(picture.data()["places"]) == 4001
+    assert len(picture._rows) == 4001
 
 
 # ---------------------------------------------------------------- what holds for any model
@@ -805,15 +810,16 @@ def test_the_marked_lines_are_what_select_returns(model, data):
     assert sorted(path for row in marked for path in paths_of(model, row)) == sorted(
         place.path for place in places
     )
-    assert picture.data()["selected"] == len(places)
-    assert picture.data()["modules"] == len(oracle.places(model))
+    selected, modules = len(places), len(oracle.places(model))
+    summary = str(picture).splitlines()[-1]
+    assert summary.endswith(f" selects {selected} of {modules} module" + "s" * (modules != 1))
 
 
 @given(models(shared=True))
 def test_each_module_is_counted_once(model):
     picture = tree(model)
     assert picture._rows[0].held.params == oracle.parameters(model)
-    assert picture.data()["modules"] == len(oracle.places(model))
+    assert picture._rows[0].modules == len(oracle.places(model))
 
 
 def paths_of(model: nn.Module, row: Any) -> list[str]:
@@ -953,29 +959,6 @@ def test_a_whole_page():
 <p><b>&lt;</b><i>   Linear(1 -&gt; 1, bias)   2          8 B   float32</i></p>
 </details></div>"""
     )
-
-
-def test_the_whole_data():
-    keys = ["path", "class", "text", "count"]
-    keys += ["params", "trainable", "bytes", "dtypes", "selected", "note"]
-    linear, packed = "Linear(2 -> 2, bias)", "QuantizedLinear(64 -> 1, group_size=64, bits=4)"
-    both = ["float32", "uint32"]
-    rows = [
-        ("", "Net", "Net", 1, 70, 4, 64, both, False, ""),
-        ("a", "Linear", linear, 1, 6, 4, 24, ["float32"], False, "tied"),
-        ("layers.0", "Net", "Net", 1, 0, 0, 0, [], False, ""),
-        ("layers.0.b", "Linear", linear, 1, 0, 0, 0, [], True, "tied to a"),
-        ("layers.0.relu", "ReLU", "ReLU", 1, 0, 0, 0, [], True, ""),
-        ("layers.1", "Linear", linear, 1, 0, 0, 0, [], False, "tied to a"),
-        ("layers.2", None, "None", 1, 0, 0, 0, [], False, ""),
-        ("q", "QuantizedLinear", packed, 1, 64, 0, 40, both, False, ""),
-        ("f", None, "function gelu", 1, 0, 0, 0, [], False, ""),
-    ]
-    places = [dict(zip(keys, row)) for row in rows]
-    assert tree(half_frozen(), "layers.0.**").data() == {
-        "modules": 6, "selected": 2, "places": places
-    }  # fmt: skip
-    assert tree(half_frozen()).data()["selected"] is None
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Lines of a picture -> text, HTML or data."""
+"""Lines of a picture -> text or HTML."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import sys
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from html import escape
-from typing import Any
 
 from .._fold import Product, is_plain, pattern_of
 from .._measure import NOTHING, Measure
@@ -80,7 +79,6 @@ class Tree:
 
     def __init__(self, rows: list[Row], chosen_by: str, selected: int | None, frozen: bool):
         self._rows = rows
-        self._selected = selected  # None if nothing was to be marked
         self._frozen = frozen  # whether to say what is trainable
         summary = f"{chosen_by} selects {selected} of {_counted(rows[0].modules)}"
         self._summary = [] if selected is None else [summary]
@@ -139,25 +137,6 @@ class Tree:
         parts.append("</details>" * depth_before)
         parts += [f"<footer>{escape(line)}</footer>" for line in self._summary]
         return "".join(parts) + "</div>"
-
-    def data(self) -> dict[str, Any]:
-        """The whole picture as data, as ``python -m mlx_modswap --help`` describes it."""
-        places = [
-            {
-                "path": row.path,
-                "class": row.text.partition("(")[0] if row.form else None,
-                "text": row.text,
-                "count": row.count,
-                "params": row.held.params,
-                "trainable": row.held.trainable,
-                "bytes": row.held.nbytes,
-                "dtypes": dtypes(row.held.dtypes).split(", ") if row.held.dtypes else [],
-                "selected": row.marked,
-                "note": row.note,
-            }
-            for row in self._rows
-        ]
-        return {"modules": self._rows[0].modules, "selected": self._selected, "places": places}
 
 
 _STYLE = """
