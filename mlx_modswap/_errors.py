@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any
@@ -53,6 +54,29 @@ def classes(modules: Iterable[nn.Module]) -> str:
     """How many modules of which class there are."""
     counts = Counter(type(module).__name__ for module in modules)
     return listed(f"{count} {name}" for name, count in counts.most_common())
+
+
+def class_names(of: Iterable[type]) -> dict[type, str]:
+    """What to call some classes, so that no two of them read the same."""
+    classes = list(dict.fromkeys(of))
+    same_name = Counter(cls.__name__ for cls in classes)
+    names: dict[type, str] = {}
+    same_module: Counter[str] = Counter()  # as in a notebook whose cell was run again
+    for cls in classes:
+        name = cls.__name__ if same_name[cls.__name__] == 1 else _full_name(cls)
+        same_module[name] += 1
+        names[cls] = f"{name} ({same_module[name]})" if same_module[name] > 1 else name
+    return names
+
+
+def _full_name(cls: type) -> str:
+    """The name of a class after that of the outermost module with it: ``mlx.nn.RMSNorm``."""
+    packages = cls.__module__.split(".")
+    for depth in range(1, len(packages) + 1):
+        name = ".".join(packages[:depth])
+        if name in sys.modules and vars(sys.modules[name]).get(cls.__name__) is cls:
+            return f"{name}.{cls.__name__}"
+    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def described(value: Any) -> str:

@@ -8,6 +8,8 @@ from itertools import chain, groupby, takewhile
 from itertools import product as each_of
 from typing import Any
 
+from ._pattern import Pattern
+
 Segment = str | int  # an int is an index of a list, and a str is no index
 Product = tuple[tuple[Segment, ...], ...]  # the choices for each segment of a path
 
@@ -61,7 +63,7 @@ def _merged(products: dict[Product, list[int]]) -> dict[Product, list[int]]:
 
 def _narrowed(choice: tuple[Segment, ...]) -> list[tuple[Segment, ...]]:
     """The choices to make of one, so that each of them is written in few characters."""
-    if len(_written(choice)) <= _WIDEST:
+    if len(_segment(choice)) <= _WIDEST:
         return [choice]
     long_runs: list[tuple[Segment, ...]] = []
     others: list[tuple[Segment, ...]] = [()]
@@ -70,7 +72,7 @@ def _narrowed(choice: tuple[Segment, ...]) -> list[tuple[Segment, ...]]:
             long_runs.append(run)
             continue
         for segment in run:
-            if len(_written((*others[-1], segment))) > _WIDEST:
+            if len(_segment((*others[-1], segment))) > _WIDEST:
                 others.append(())
             others[-1] += (segment,)
     return [*long_runs, *filter(None, others)]
@@ -93,12 +95,22 @@ def segments(path: str, *, slices: bool) -> list[Segment]:
 
 def pattern_of(product: Product) -> str:
     """The pattern that matches the paths of a product, as one writes it in Python."""
-    if not is_plain(product):
-        return f"re.compile({_regex_of(product)!r})"
-    return "".join(map(_written, product)).removeprefix(".")
+    return written(selector_of(product))
 
 
-def _written(choice: tuple[Segment, ...]) -> str:
+def selector_of(product: Product) -> Pattern:
+    """The pattern that matches the paths of a product, as ``select`` takes it."""
+    if is_plain(product):
+        return "".join(map(_segment, product)).removeprefix(".")
+    return re.compile(_regex_of(product))
+
+
+def written(pattern: Pattern) -> str:
+    """A pattern as one writes it in Python; the ``repr`` of a long one is cut."""
+    return pattern if isinstance(pattern, str) else f"re.compile({pattern.pattern!r})"
+
+
+def _segment(choice: tuple[Segment, ...]) -> str:
     if isinstance(choice[0], int):
         return _subscript(sorted(map(int, choice)))
     return f".{_braces([str(name) for name in choice])}"

@@ -22,21 +22,23 @@ class Measure(NamedTuple):
     """What a module holds.
 
     Attributes:
-        name (str): Its class, with the bits if it is a quantized layer.
+        cls (type): Its class.
+        bits (int): The bits of a quantized layer, 0 for another one.
         params (int): The number of its parameters, before quantization.
         trainable (int): How many of them are not frozen.
         nbytes (int): The size of its arrays in bytes.
         dtypes (frozenset[mx.Dtype]): Their dtypes.
     """
 
-    name: str
+    cls: type
+    bits: int
     params: int
     trainable: int
     nbytes: int
     dtypes: frozenset[mx.Dtype]
 
 
-NOTHING = Measure("", 0, 0, 0, frozenset())
+NOTHING = Measure(nn.Module, 0, 0, 0, 0, frozenset())
 
 
 def measure(modules: Sequence[nn.Module]) -> list[Measure]:
@@ -97,7 +99,7 @@ def _measures(
         held = list(islice(arrays, length))
         size = sum(size for size, _ in held)
         nbytes = sum(size * dtype.size for size, dtype in held)
-        own = Measure(cls.__name__, size, size, nbytes, frozenset(d for _, d in held))
+        own = Measure(cls, 0, size, size, nbytes, frozenset(d for _, d in held))
         yield _once(own, key, counted)
 
 
@@ -142,8 +144,7 @@ def measure_own(module: nn.Module) -> tuple[Measure, list[nn.Module]]:
             dtypes.add(value.dtype)
         elif issubclass(type(value), nn.Module):
             inner.append(value)
-    name = f"{type(module).__name__}(bits={bits})" if bits else type(module).__name__
-    return Measure(name, params, trainable, nbytes, frozenset(dtypes)), inner
+    return Measure(type(module), bits, params, trainable, nbytes, frozenset(dtypes)), inner
 
 
 def _bits(module: nn.Module) -> int:
@@ -154,7 +155,7 @@ def _bits(module: nn.Module) -> int:
 
 
 def total(measures: Iterable[Measure]) -> Measure:
-    """The sum of some measures, under the name of the first."""
-    names, params, trainable, nbytes, dtypes = zip(*measures)
+    """The sum of some measures, with the class and the bits of the first."""
+    classes, bits, params, trainable, nbytes, dtypes = zip(*measures)
     sums = sum(params), sum(trainable), sum(nbytes)
-    return Measure(names[0], *sums, frozenset().union(*dtypes))
+    return Measure(classes[0], bits[0], *sums, frozenset().union(*dtypes))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import random
 import re
@@ -11,6 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import oracle
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,7 +21,7 @@ from strategies import Leaf, Net, swaps
 from mlx_modswap import Replacement, Wrapper, replace_layers, select, tree
 from mlx_modswap._fold import fold, pattern_of, segments
 from mlx_modswap._hints import outline
-from mlx_modswap._report import number, size
+from mlx_modswap._report import Change, number, size
 
 
 class LoRA(nn.Module):
@@ -62,16 +64,16 @@ def holding(**held: Any) -> Any:
     return module
 
 
-def places_of(replacement: Replacement) -> list[str]:
-    """The patterns that stand at the beginning of each line."""
-    return [row[0] for row in replacement._rows()]
+def patterns_of(replacement: Replacement) -> list[str]:
+    """The pattern that each line starts with."""
+    return [row[0] for row in replacement._rows() if row[1]]
 
 
-def read(place: str) -> Any:
+def read(pattern: str) -> Any:
     """The pattern that was printed."""
-    if place.startswith("re.compile("):
-        return re.compile(eval(place.removeprefix("re.compile(").removesuffix(")")))
-    return place
+    if pattern.startswith("re.compile("):
+        return re.compile(eval(pattern.removeprefix("re.compile(").removesuffix(")")))
+    return pattern
 
 
 # ---------------------------------------------------------------- whole texts
@@ -96,11 +98,40 @@ def test_quantization_keeps_the_number_of_parameters():
     }
     where = (nn.Linear, nn.Embedding)
     assert str(replace_layers(model, rules, where=where)).splitlines() == [
-        "embed                                Embedding -> QuantizedEmbedding(bits=8)   x1"
+        "embed                                Embedding -> QuantizedEmbedding(bits=8)   x1 "
         "   6.4K params    25.6 KB -> 7.2 KB     float32 -> float32, uint32",
-        "layers[0:3].self_attn.{q,k,v}_proj   Linear -> QuantizedLinear(bits=4)         x9"
+        "layers[0:3].self_attn.{q,k,v}_proj   Linear -> QuantizedLinear(bits=4)         x9 "
         "   37.4K params   149.8 KB -> 25.3 KB   float32 -> float32, uint32",
+        "total                                                                          x10"
+        "   43.8K params   175.4 KB -> 32.5 KB",
     ]
+
+
+def test_places_that_different_rules_decided_never_share_a_line():
+    model = Model(layers=2, dims=8).freeze()
+    rules = {"layers[0].**": lora, "**": lambda path, layer: LoRA(layer, rank=8)}
+    assert str(replace_layers(model, rules, where=nn.Linear)).splitlines() == [
+        "layers.0.self_attn.{q,k,v}_proj   Linear -> LoRA   x3   216 -> 408 params    "
+        "0 -> 192 trainable   864 B -> 1.6 KB    float32",
+        "layers.1.self_attn.{q,k,v}_proj   Linear -> LoRA   x3   216 -> 600 params    "
+        "0 -> 384 trainable   864 B -> 2.4 KB    float32",
+        "total                                              x6   432 -> 1.0K params"
+        "   0 -> 576 trainable   1.7 KB -> 4.0 KB",
+    ]
+
+
+def test_two_patterns_with_one_factory_share_a_line():
+    report = replace_layers(Model(2), ["**.q_proj", "**.k_proj"], nothing)
+    assert patterns_of(report) == ["layers[0:2].self_attn.{q,k}_proj"]
+
+
+def test_the_total_tells_what_is_trainable_if_one_of_its_lines_does():
+    model = nn.Sequential(nn.Linear(64, 1, bias=False), frozen(nn.Linear(1, 1)))
+    rules = {"*.0": lambda path, layer: layer.to_quantized(), "**": lambda *_: nn.Linear(2, 1)}
+    quantized, linear, total = str(replace_layers(model, rules)).splitlines()
+    assert "trainable" not in quantized
+    assert "   0 -> 3 trainable   " in linear
+    assert "   64 -> 3 trainable   " in total
 
 
 def test_trainable_parameters_are_told_where_they_are_not_what_one_expects():
@@ -219,8 +250,8 @@ def test_what_is_counted_in_a_module_beside_plain_ones(build, line):
 
 def test_digits_that_are_keys_are_no_indices():
     model = holding(by_key={"0": nn.Linear(2, 2), "1": nn.Linear(2, 2)}, by_index=[nn.Linear(2, 2)])
-    assert places_of(replace_layers(model, "by_index.*", nothing)) == ["by_index.0"]
-    assert places_of(replace_layers(model, "by_key.*", nothing)) == ["by_key.{0,1}"]
+    assert patterns_of(replace_layers(model, "by_index.*", nothing)) == ["by_index.0"]
+    assert patterns_of(replace_layers(model, "by_key.*", nothing)) == ["by_key.{0,1}"]
 
 
 def test_columns_that_say_nothing_are_left_out():
@@ -294,6 +325,7 @@ def test_of_many_layers_each_keeps_its_own_dtype():
         "float16 -> no arrays",
         "layers[1000:2000]   Linear -> Identity   x1000   1.0K -> 0 params   4.0 KB -> 0 B   "
         "float32 -> no arrays",
+        "total                                    x2000   2.0K -> 0 params   6.0 KB -> 0 B",
     ]
 
 
@@ -322,27 +354,30 @@ def test_what_differs_has_a_line_of_its_own():
         "layers.5       Linear -> GELU     x1   2 -> 0 params   4 B -> 0 B   float16 -> no arrays",
         "layers.6       ReLU -> Linear     x1   0 -> 2 params   0 B -> 8 B   no arrays -> float32",
         "layers.7       ReLU -> Linear     x1   0 -> 2 params   0 B -> 4 B   no arrays -> float16",
+        "total                             x8   4 params        12 B",
     ]
 
 
 @pytest.mark.parametrize(
-    ("rows", "end", "end_of_table"),
+    ("lines", "end"),
     [
-        (100, "a99.b99   ReLU -> Identity   x1", "<td>x1</td></tr></table>"),
-        (101, "... 1 more", "<td>x1</td></tr></table><p>... 1 more</p>"),
-        (120, "... 20 more", "<td>x1</td></tr></table><p>... 20 more</p>"),
+        (1, [["a0.b0", "ReLU -> Identity", "x1"]]),
+        (100, [["a99.b99", "ReLU -> Identity", "x1"], ["total", "x100"]]),
+        (101, [["... 1 more"], ["total", "x101"]]),
+        (120, [["... 20 more"], ["total", "x120"]]),
     ],
 )
-def test_a_long_picture_is_cut(rows, end, end_of_table):
+def test_a_report_shows_at_most_a_hundred_lines_and_the_total(lines, end):
     model = Net()
-    for n in range(rows):
+    for n in range(lines):
         setattr(model, f"a{n}.b{n}", nn.ReLU())
     replacement = replace_layers(model, "**", nothing)
-    lines, table = str(replacement).splitlines(), replacement._repr_html_()
-    assert len(lines) == min(rows, 101)
-    assert lines[-1] == end
-    assert table.count("<tr>") == 100
-    assert table.endswith(end_of_table)
+    shown, table = str(replacement).splitlines(), replacement._repr_html_()
+    assert len(shown) == min(lines, 101) + (lines > 1)
+    assert [re.split("   +", line) for line in shown[-len(end) :]] == end
+    assert table.count("<tr>") == len(shown)
+    assert table.endswith(f"<td>x{lines}</td></tr></table>")
+    assert len(replacement.changes) == lines
 
 
 def test_a_notebook_gets_a_table_in_which_nothing_is_markup():
@@ -354,7 +389,9 @@ def test_a_notebook_gets_a_table_in_which_nothing_is_markup():
         "<td>1 -&gt; 0 params</td><td>4 B -&gt; 0 B</td>"
         "<td>float32 -&gt; no arrays</td></tr>"
         "<tr><td>act</td><td>ReLU -&gt; Identity</td><td>x1</td>"
-        "<td></td><td></td><td></td></tr></table>"
+        "<td></td><td></td><td></td></tr>"
+        "<tr><td>total</td><td></td><td>x2</td>"
+        "<td>1 -&gt; 0 params</td><td>4 B -&gt; 0 B</td><td></td></tr></table>"
     )
 
 
@@ -374,6 +411,91 @@ def test_a_notebook_gets_a_table_in_which_nothing_is_markup():
 )
 def test_big_numbers_are_short(count, as_number, as_size):
     assert (number(count), size(count)) == (as_number, as_size)
+
+
+# ---------------------------------------------------------------- two classes of one name
+
+
+def rms_norm() -> type:
+    class RMSNorm(nn.Module):
+        pass
+
+    return RMSNorm
+
+
+ONE, OTHER = rms_norm(), rms_norm()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "text"),
+    [
+        (nn.RMSNorm(1), nn.RMSNorm(1), "RMSNorm"),
+        (ONE(), ONE(), "RMSNorm"),
+        (nn.RMSNorm(1), ONE(), f"mlx.nn.RMSNorm -> {__name__}.rms_norm.<locals>.RMSNorm"),
+        (
+            ONE(),
+            OTHER(),
+            "{0} -> {0} (2)".format(f"{__name__}.rms_norm.<locals>.RMSNorm"),
+        ),
+        (Bare(), nn.RMSNorm(1), "Bare -> RMSNorm"),
+    ],
+)
+def test_two_classes_of_one_name_read_differently(old, new, text):
+    (change,) = replace_layers(nn.Sequential(old), "layers.0", lambda *_: new).changes
+    assert " -> ".join(dict.fromkeys([change.old, change.new])) == text
+    report = replace_layers(nn.Sequential(old), "layers.0", lambda *_: copy.copy(new))
+    assert re.split("   +", str(report))[1] == text
+
+
+def test_classes_of_one_name_in_different_lines_read_differently():
+    model = nn.Sequential(nn.RMSNorm(1), ONE(), nn.ReLU())
+    report = replace_layers(model, {"*.0": nothing, "*.1": nothing, "**": nothing})
+    assert [change.old for change in report.changes] == [
+        "mlx.nn.RMSNorm", f"{__name__}.rms_norm.<locals>.RMSNorm", "ReLU"
+    ]  # fmt: skip
+
+
+# ---------------------------------------------------------------- the same as data
+
+
+def test_changes_are_the_lines_as_data():
+    model = holding(
+        **{"a[0]": nn.Linear(2, 2, bias=False)},
+        layers=[nn.Linear(64, 1, bias=False) for _ in range(3)],
+    )
+    rules = {"layers.*": lambda path, layer: layer.to_quantized(bits=8), "**": nothing}
+    report = replace_layers(model, rules, where=nn.Linear)
+    float32, packed = frozenset({mx.float32}), frozenset({mx.float32, mx.uint32})
+    a, new = re.compile(r"a\[0\]"), "QuantizedLinear(bits=8)"
+    assert report.changes == [
+        (a, "Linear", "Identity", 1, 4, 0, 16, 0, float32, frozenset()),
+        ("layers[0:3]", "Linear", new, 3, 192, 192, 768, 216, float32, packed),
+    ]
+    assert (report.old_nbytes, report.new_nbytes) == (784, 216)
+    assert Change._fields == (
+        "pattern", "old", "new", "count", "old_params", "new_params",
+        "old_nbytes", "new_nbytes", "old_dtypes", "new_dtypes",
+    )  # fmt: skip
+    report.changes.clear()
+    assert len(report.changes) == 2
+
+
+def test_a_swap_of_nothing_has_no_changes():
+    report = replace_layers(Model(), "**", lambda path, layer: layer)
+    assert (report.changes, report.old_nbytes, report.new_nbytes) == ([], 0, 0)
+
+
+@pytest.mark.parametrize("read", [str, lambda report: report.changes, lambda r: r.new_nbytes])
+def test_figures_stay_when_the_arrays_of_the_new_modules_are_gone(read):
+    def swap() -> Replacement:
+        return replace_layers(Model(), "**.q_proj", lora)
+
+    report, other = swap(), swap()
+    read(report)
+    for module in report.values():
+        dict.clear(module)
+    assert (str(report), report.changes) == (str(other), other.changes)
+    assert (report.old_nbytes, report.new_nbytes) == (other.old_nbytes, other.new_nbytes)
 
 
 # ---------------------------------------------------------------- folding
@@ -439,10 +561,24 @@ def test_without_slices_a_number_is_a_name():
 
 
 @given(swaps())
-def test_the_places_of_a_picture_select_what_has_changed_each_place_once(swap):
-    replacement = replace_layers(swap.model, swap.patterns, nothing)
-    found = [path for place in places_of(replacement) for path in select(swap.model, read(place))]
-    assert sorted(found) == sorted(replacement)
+def test_the_printed_patterns_select_each_changed_place_once(swap):
+    report = replace_layers(swap.model, swap.patterns, nothing)
+    found = [path for text in patterns_of(report) for path in select(swap.model, read(text))]
+    assert sorted(found) == sorted(report)
+
+
+@given(swaps(shared=False))
+def test_a_change_is_of_one_rule_and_counts_the_places_of_its_pattern(swap):
+    olds = {place.path: place.module for place in swap.targets}
+    report = replace_layers(swap.model, dict.fromkeys(swap.patterns, nothing))
+    assert sorted(olds) == sorted(report)
+    for change in report.changes:
+        places = oracle.chosen(swap.model, [change.pattern])
+        assert change.count == len(places)
+        assert len({oracle.deciding(swap.patterns, place) for place in places}) == 1
+        modules = [olds[place.path] for place in places]
+        assert change.old_params == sum(map(oracle.parameters, modules))
+        assert {type(module).__name__ for module in modules} == {change.old}
 
 
 @given(st.integers(0, 2**32), st.integers(1, 12), st.floats(0, 1))
@@ -505,10 +641,10 @@ def total_of(report: Replacement) -> str:
     return "".join(line for line in str(report).splitlines() if " 0 -> 0 " not in line) + "   "
 
 
-def test_a_deep_model_is_reported_in_good_time():
+def test_a_deep_model_is_reported():
     model = inner = nn.Module()
     for _ in range(300):
         inner.leaf, inner.inner = nn.ReLU(), nn.Module()
         inner = inner.inner
     report = replace_layers(model, "**.leaf", nothing)
-    assert str(report).count("\n") == 100
+    assert str(report).splitlines()[-2].strip() == "... 200 more"
