@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import Leaf, Net, swaps
 
-from mlx_modswap import Replacement, Wrapper, replace_layers, select, tree
+from mlx_modswap import Replacement, Wrapper, _measure, replace_layers, select, tree
 from mlx_modswap._fold import fold, pattern_of, segments
 from mlx_modswap._hints import outline
 from mlx_modswap._report import Change, number, size
@@ -169,6 +169,11 @@ def frozen(module: Any) -> Any:
     return module.freeze()
 
 
+def in_float16(module: nn.Module) -> nn.Module:
+    module.set_dtype(mx.float16)
+    return module
+
+
 def with_bits(module: Any) -> Any:
     module.bits = 4
     return module
@@ -246,6 +251,42 @@ def test_what_is_counted_in_a_module_beside_plain_ones(build, line):
     report = replace_layers(model, "layers.*", lambda path, layer: nn.Linear(1, 1))
     last = str(report).splitlines()[2]
     assert last.split() == ["layers.2", *line.split()]
+
+
+ARRAYS = nn.Linear(2, 2)
+PLAIN = [
+    *(ARRAYS, nn.RMSNorm(3), nn.ReLU(), ARRAYS, nn.Tanh(), nn.ReLU()),
+    *(nn.Linear(3, 1, bias=False), in_float16(nn.Linear(2, 2)), in_float16(nn.PReLU()), ARRAYS),
+]
+OTHERS = [
+    holding(inner=ARRAYS),
+    nn.QuantizedLinear(64, 1),
+    frozen(nn.Linear(1, 1)),
+    holding(_private=mx.zeros(3)),
+    Bare(),
+]
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 4, 100])
+@pytest.mark.parametrize("other", OTHERS)
+def test_a_record_made_in_chunks_measures_the_same_as_all_at_once(monkeypatch, chunk, other):
+    monkeypatch.setattr(_measure, "_CHUNK", chunk)
+    for at in range(len(PLAIN) + 1):
+        modules = [*PLAIN[:at], other, *PLAIN[at:]]
+        assert _measure.record(modules)() == _measure.measure(modules)
+    assert _measure.record(PLAIN)() == _measure.measure(PLAIN)
+    assert _measure.record([])() == []
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 100])
+def test_a_record_tells_what_modules_held_when_it_was_made(monkeypatch, chunk):
+    monkeypatch.setattr(_measure, "_CHUNK", chunk)
+    layers = [nn.Linear(1, 2), nn.Linear(1, 2, bias=False), nn.Linear(1, 2)]
+    note = _measure.record([layers[0], layers[1], layers[0], layers[2]])
+    for layer in layers:
+        layer.set_dtype(mx.float16)
+        layer.pop("weight")
+    assert [(one.params, one.nbytes) for one in note()] == [(4, 16), (2, 8), (0, 0), (4, 16)]
 
 
 def test_digits_that_are_keys_are_no_indices():

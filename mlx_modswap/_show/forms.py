@@ -18,7 +18,7 @@ from .._containers import (
     unwrapped,
 )
 from .._errors import classes
-from .._measure import measure_own
+from .._measure import measure_alone
 from .._sharing import Sharing
 
 _ARRAY = mx.array
@@ -54,7 +54,7 @@ class Form:
     def __init__(self, example: nn.Module, held: list[Any]):
         numbers = _numbers(example)
         self.text = type(example).__name__ + (f"({numbers})" if numbers else "")
-        self.own, _ = measure_own(example)
+        self.own, _ = measure_alone(example)
         self.held = held
         inner = [(path, form) for path, _, (_, form, _, _) in held if form]
         self.modules = sum(form.modules + 1 for _, form in inner)
