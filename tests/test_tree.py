@@ -788,7 +788,7 @@ def test_a_line_counts_the_places_that_its_path_selects():
     rows = tree(model)._rows[1:]
     assert len(rows) > 8
     for row in rows:
-        assert row.count == len(paths_of(model, row)), row.path
+        assert row.count == len(paths_of(model, row)), row.pattern
 
 
 @given(models(shared=False))
@@ -818,13 +818,13 @@ def test_the_marked_lines_are_what_select_returns(model, data):
 @given(models(shared=True))
 def test_each_module_is_counted_once(model):
     picture = tree(model)
-    assert picture._rows[0].held.params == oracle.parameters(model)
+    assert picture._rows[0].measure.params == oracle.parameters(model)
     assert picture._rows[0].modules == len(oracle.places(model))
 
 
 def paths_of(model: nn.Module, row: Any) -> list[str]:
     """The places of a line, looked up by its pattern."""
-    path = row.path
+    path = row.pattern
     if path.startswith("re.compile("):
         path = re.compile(eval(path.removeprefix("re.compile(").removesuffix(")")))
     return [place.path for place in oracle.chosen(model, [path])]

@@ -282,7 +282,7 @@ def test_its_picture_fits_on_a_screen_and_counts_every_parameter(name):
 
     assert len(lines) <= 40
     assert max(map(len, lines)) <= 180
-    assert picture._rows[0].held.params == oracle.parameters(model)
+    assert picture._rows[0].measure.params == oracle.parameters(model)
 
 
 def test_after_all_of_this_each_model_computes_what_it_did():
