@@ -1,7 +1,7 @@
 """Puts small faults into a copy of the library, one at a time, and sees that the tests notice.
 
-    python tests/faults.py            # all of them
-    python tests/faults.py tie order  # those whose names hold one of these words
+    python tests/programs/faults.py            # all of them
+    python tests/programs/faults.py tie order  # those whose names hold one of these words
 
 A fault is a replacement of text that must fit exactly once; one that does not is *stale*: the code
 has changed, and the fault has to follow.
@@ -21,7 +21,7 @@ from itertools import repeat
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 TESTS = ["guarantees", "memory", "patterns", "errors", "fuzz", "stateful"]
 TIMINGS = "time_of_a_match or hard_pattern"  # fail for no reason when all is busy
 AT_ONCE = 2
