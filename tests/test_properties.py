@@ -7,7 +7,7 @@ import re
 import sys
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import mlx.core as mx
@@ -16,6 +16,7 @@ import oracle
 import pytest
 from hypothesis import assume, event, given, settings
 from hypothesis import strategies as st
+from models import Recorder
 from oracle import Place, Snapshot
 from strategies import (
     Leaf,
@@ -63,16 +64,8 @@ class New(nn.Module):
             self.inner = [inner]
 
 
-class Recorder:
-    """A factory that remembers how it was called."""
-
-    def __init__(self, make: Callable[[str, nn.Module], Any] = lambda path, _: New(path)):
-        self.make = make
-        self.calls: list[tuple[str, nn.Module]] = []
-
-    def __call__(self, path: str, module: nn.Module) -> Any:
-        self.calls.append((path, module))
-        return self.make(path, module)
+def new(path: str, module: nn.Module) -> nn.Module:
+    return New(path)
 
 
 def wrap(path: str, module: nn.Module) -> nn.Module:
@@ -260,7 +253,7 @@ def test_a_wrong_pattern_is_refused_whatever_the_model(data, fault):
     parts = data.draw(matching_patterns(model)).split(".")
     parts.insert(data.draw(st.integers(0, len(parts))), fault)
     wrong = ".".join(parts)
-    recorder = Recorder()
+    recorder = Recorder(new)
     before = Snapshot(model)
     for strict in (True, False):
         with pytest.raises(PatternError):
@@ -297,7 +290,7 @@ def test_strict_mode_complains_exactly_when_an_argument_did_nothing(selection):
     assume(did_nothing is not None)
     event(f"complains: {did_nothing}")
     before = Snapshot(model)
-    recorder = Recorder()
+    recorder = Recorder(new)
     if did_nothing:
         with pytest.raises(NoMatchError):
             select(model, patterns, **selection.narrowing)
@@ -325,7 +318,7 @@ def test_what_an_error_suggests_matches_as_many_as_it_says(data):
 # Replacing
 
 
-@given(swaps(), st.sampled_from([Recorder().make, wrap, lambda _, module: New("", module)]))
+@given(swaps(), st.sampled_from([new, wrap, lambda _, module: New("", module)]))
 def test_only_the_targeted_locations_change(swap, make):
     before = Snapshot(swap.model)
     replacement = replace_layers(swap.model, swap.patterns, make)
@@ -335,7 +328,7 @@ def test_only_the_targeted_locations_change(swap, make):
 
 @given(swaps())
 def test_the_factory_is_called_in_definition_order_once_for_a_tie_or_a_location(swap):
-    recorder = Recorder()
+    recorder = Recorder(new)
     replace_layers(swap.model, swap.patterns[::-1], recorder)
     assert called(recorder, oracle.calls(swap.targets))
 
@@ -446,7 +439,7 @@ def test_a_module_that_was_elsewhere_in_the_model_is_not_touched(swap, data):
 @given(models())
 def test_nothing_holds_on_to_a_replaced_module(model):
     old = [weakref.ref(module) for module in select(model, "**", where=Leaf, strict=False).values()]
-    replacement = replace_layers(model, "**", Recorder().make, where=Leaf, strict=False)
+    replacement = replace_layers(model, "**", new, where=Leaf, strict=False)
     assert [ref() for ref in old] == [None] * len(old)
     assert replacement is not None
 
@@ -530,7 +523,7 @@ def test_a_where_that_fails_leaves_the_model_as_it_was(swap):
 
     before = Snapshot(swap.model)
     with pytest.raises(Boom):
-        replace_layers(swap.model, swap.patterns, Recorder(), where=where)
+        replace_layers(swap.model, swap.patterns, Recorder(new), where=where)
     assert before.differences() == []
 
 
@@ -542,9 +535,9 @@ def test_a_part_of_a_tie_or_of_an_alias_is_refused_and_the_rest_is_named(swap, d
     rest = [place for place in swap.targets if place is not left_out]
     before = Snapshot(swap.model)
     with pytest.raises(SelectionError, match=re.escape(printed(left_out.path))):
-        replace_layers(swap.model, [exactly(place.path) for place in rest], Recorder())
+        replace_layers(swap.model, [exactly(place.path) for place in rest], Recorder(new))
     with pytest.raises(SelectionError, match=re.escape(printed(left_out.path))):
-        replace_layers(swap.model, swap.patterns, Recorder(), exclude=exactly(left_out.path))
+        replace_layers(swap.model, swap.patterns, Recorder(new), exclude=exactly(left_out.path))
     assert before.differences() == []
 
 
@@ -553,8 +546,9 @@ def test_two_rules_cannot_share_a_tie_or_an_alias(swap, data):
     for_all = [p for p in swap.targets if len(oracle.brothers(swap.model, p)) > 1]
     assume(for_all)
     other = data.draw(st.sampled_from(for_all))
-    rules: dict[Any, Any] = {exactly(other.path): data.draw(st.sampled_from([Recorder(), None]))}
-    rules |= {pattern: Recorder() for pattern in swap.patterns if pattern not in rules}
+    factory = data.draw(st.sampled_from([Recorder(new), None]))
+    rules: dict[Any, Any] = {exactly(other.path): factory}
+    rules |= {pattern: Recorder(new) for pattern in swap.patterns if pattern not in rules}
     before = Snapshot(swap.model)
     with pytest.raises(SelectionError):
         replace_layers(swap.model, rules)
@@ -613,7 +607,7 @@ def test_two_entries_with_one_path_are_refused_when_one_would_change(swap, patte
     with pytest.raises(SelectionError):
         replace_layers(swap.model, pattern, lambda p, m: New() if "twins" in p else m)
     assert before.differences() == []
-    replace_layers(swap.model, swap.patterns, Recorder())
+    replace_layers(swap.model, swap.patterns, Recorder(new))
     assert before.differences(but=swap.locations) == []
 
 
@@ -624,7 +618,7 @@ def test_two_entries_with_one_path_are_refused_when_one_would_change(swap, patte
 def mappings(draw: st.DrawFn) -> tuple[Selection, dict[Any, Recorder | None]]:
     selection = draw(selections())
     return selection, {
-        pattern: Recorder() if draw(st.sampled_from([True, True, False])) else None
+        pattern: Recorder(new) if draw(st.sampled_from([True, True, False])) else None
         for pattern in selection.patterns
     }
 
@@ -776,7 +770,7 @@ def test_swapped_does_not_undo_what_someone_else_changed(swap, data, error):
 @given(swaps())
 def test_a_mode_set_inside_swapped_stays_with_the_layers_that_were_in_the_model_then(swap):
     modes = [(place.module, place.module.training) for place in swap.targets]
-    with swapped(swap.model, swap.patterns, Recorder()):
+    with swapped(swap.model, swap.patterns, Recorder(new)):
         inside = {id(module): module for module in swap.model.modules()}
         swap.model.eval()
     assert not any(module.training for module in inside.values())

@@ -18,45 +18,10 @@ import oracle
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from models import Llama
 from strategies import Leaf, Net, Secret, lists_of_patterns, models
 
 from mlx_modswap import NoMatchError, PatternError, SelectionError, Wrapper, select, tree
-
-
-class Attention(nn.Module):
-    def __init__(self, dims: int, heads: int, kv_heads: int):
-        super().__init__()
-        self.n_heads, self.n_kv_heads = heads, kv_heads
-        self.q_proj = nn.Linear(dims, dims, bias=False)
-        self.k_proj = nn.Linear(dims, dims * kv_heads // heads, bias=False)
-        self.v_proj = nn.Linear(dims, dims * kv_heads // heads, bias=False)
-        self.o_proj = nn.Linear(dims, dims, bias=False)
-        self.rope = nn.RoPE(dims // heads)
-
-
-class MLP(nn.Module):
-    def __init__(self, dims: int):
-        super().__init__()
-        self.gate_proj = nn.Linear(dims, 2 * dims, bias=False)
-        self.up_proj = nn.Linear(dims, 2 * dims, bias=False)
-        self.down_proj = nn.Linear(2 * dims, dims, bias=False)
-
-
-class Block(nn.Module):
-    def __init__(self, dims: int, number: int):
-        super().__init__()
-        self.layer_idx = number
-        self.self_attn = Attention(dims, 4, 2)
-        self.mlp = MLP(dims)
-        self.norm = nn.RMSNorm(dims)
-
-
-class Llama(nn.Module):
-    def __init__(self, layers: int = 4, dims: int = 64):
-        super().__init__()
-        self.embed_tokens = nn.Embedding(1000, dims)
-        self.layers = [Block(dims, number) for number in range(layers)]
-        self.lm_head = self.embed_tokens
 
 
 class Expert(nn.Module):
@@ -103,7 +68,7 @@ def test_a_model():
         == """\
 Llama                                                            211.7K params   846.8 KB   float32
   {embed_tokens,lm_head}   Embedding(1000, 64)              x2   64.0K           256.0 KB   float32   tied, one module
-  layers[0:4]              Block                            x4   147.7K          590.8 KB   float32
+  layers[0:4]              LlamaBlock                       x4   147.7K          590.8 KB   float32
     self_attn              Attention(4 heads, 2 kv heads)   x4   49.2K           196.6 KB   float32
       {q,o}_proj           Linear(64 -> 64)                 x8   32.8K           131.1 KB   float32
       {k,v}_proj           Linear(64 -> 32)                 x8   16.4K           65.5 KB    float32
@@ -130,7 +95,7 @@ def test_a_selection_is_marked_and_splits_what_looked_the_same():
         == """\
   Llama                                                            285.6K params   1.1 MB     float32
     {embed_tokens,lm_head}   Embedding(1000, 64)              x2   64.0K           256.0 KB   float32   tied, one module
-    layers[0:4]              Block                            x4   147.7K          590.8 KB   float32
+    layers[0:4]              LlamaBlock                       x4   147.7K          590.8 KB   float32
       self_attn              Attention(4 heads, 2 kv heads)   x4   49.2K           196.6 KB   float32
         {q,o}_proj           Linear(64 -> 64)                 x8   32.8K           131.1 KB   float32
         {k,v}_proj           Linear(64 -> 32)                 x8   16.4K           65.5 KB    float32
@@ -139,7 +104,7 @@ def test_a_selection_is_marked_and_splits_what_looked_the_same():
         {gate,up}_proj       Linear(64 -> 128)                x8   65.5K           262.1 KB   float32
         down_proj            Linear(128 -> 64)                x4   32.8K           131.1 KB   float32
       norm                   RMSNorm(64, eps=1e-05)           x4   256             1.0 KB     float32
-    layers[4:6]              Block                            x2   73.9K           295.4 KB   float32
+    layers[4:6]              LlamaBlock                       x2   73.9K           295.4 KB   float32
       self_attn              Attention(4 heads, 2 kv heads)   x2   24.6K           98.3 KB    float32
 *       q_proj               Linear(64 -> 64)                 x2   8.2K            32.8 KB    float32
         k_proj               Linear(64 -> 32)                 x2   4.1K            16.4 KB    float32
@@ -178,7 +143,7 @@ def test_a_quantized_model_says_how():
         == """\
 Llama                                                                               137.9K params   367.1 KB   float32, uint32
   {embed_tokens,lm_head}   Embedding(1000, 64)                                 x2   64.0K           256.0 KB   float32           tied, one module
-  layers.0                 Block                                                    36.9K           46.3 KB    float32, uint32
+  layers.0                 LlamaBlock                                               36.9K           46.3 KB    float32, uint32
     self_attn              Attention(4 heads, 2 kv heads)                           12.3K           15.4 KB    float32, uint32
       {q,o}_proj           QuantizedLinear(64 -> 64, group_size=32, bits=8)    x2   8.2K            10.2 KB    float32, uint32
       {k,v}_proj           QuantizedLinear(64 -> 32, group_size=32, bits=8)    x2   4.1K            5.1 KB     float32, uint32
@@ -187,7 +152,7 @@ Llama                                                                           
       {gate,up}_proj       QuantizedLinear(64 -> 128, group_size=32, bits=8)   x2   16.4K           20.5 KB    float32, uint32
       down_proj            QuantizedLinear(128 -> 64, group_size=32, bits=8)        8.2K            10.2 KB    float32, uint32
     norm                   RMSNorm(64, eps=1e-05)                                   64              256 B      float32
-  layers.1                 Block                                                    36.9K           64.8 KB    float32, uint32
+  layers.1                 LlamaBlock                                               36.9K           64.8 KB    float32, uint32
     self_attn              Attention(4 heads, 2 kv heads)                           12.3K           49.2 KB    float32
       {q,o}_proj           Linear(64 -> 64)                                    x2   8.2K            32.8 KB    float32
       {k,v}_proj           Linear(64 -> 32)                                    x2   4.1K            16.4 KB    float32
@@ -208,7 +173,7 @@ def test_a_half_frozen_model_says_what_is_trainable():
         == """\
 Llama                                                            137.9K params   24.6K trainable   551.4 KB   float32
   {embed_tokens,lm_head}   Embedding(1000, 64)              x2   64.0K           0                 256.0 KB   float32   tied, one module
-  layers.0                 Block                                 36.9K           0                 147.7 KB   float32
+  layers.0                 LlamaBlock                            36.9K           0                 147.7 KB   float32
     self_attn              Attention(4 heads, 2 kv heads)        12.3K           0                 49.2 KB    float32
       {q,o}_proj           Linear(64 -> 64)                 x2   8.2K            0                 32.8 KB    float32
       {k,v}_proj           Linear(64 -> 32)                 x2   4.1K            0                 16.4 KB    float32
@@ -217,7 +182,7 @@ Llama                                                            137.9K params  
       {gate,up}_proj       Linear(64 -> 128)                x2   16.4K           0                 65.5 KB    float32
       down_proj            Linear(128 -> 64)                     8.2K            0                 32.8 KB    float32
     norm                   RMSNorm(64, eps=1e-05)                64              0                 256 B      float32
-  layers.1                 Block                                 36.9K           24.6K             147.7 KB   float32
+  layers.1                 LlamaBlock                            36.9K           24.6K             147.7 KB   float32
     self_attn              Attention(4 heads, 2 kv heads)        12.3K           0                 49.2 KB    float32
       {q,o}_proj           Linear(64 -> 64)                 x2   8.2K            0                 32.8 KB    float32
       {k,v}_proj           Linear(64 -> 32)                 x2   4.1K            0                 16.4 KB    float32
