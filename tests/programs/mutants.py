@@ -45,8 +45,7 @@ FILES = (
 )
 FILES += " command_line"
 # Left out: what fails for no reason when each function counts its calls, and what is slow.
-SLOW = "time_of_a_match or hard_pattern or takes_no_time or of_mlx_lm or language_model"
-SLOW += " or cache_is_recorded or the_example_prints"
+SLOW = "hard_pattern or cache_is_recorded"
 AT_ONCE = os.cpu_count() or 2
 SPARE_SECONDS = 3  # of computing, for a test
 MOST_SECONDS = 300  # for all tests of a mutant
@@ -211,7 +210,7 @@ def quietly(mutant: str) -> None:
 
 
 def first_failing(items: list[pytest.Item], seconds: dict[str, float]) -> int | None:
-    """The number of the first test that fails; those behind it are not run."""
+    """The number of the first test that fails; those after it are not run."""
     for number, item in enumerate(items):
         # A mutant that runs in circles ends by the signal, which nothing handles.
         limit = SPARE_SECONDS + 5 * seconds.get(item.nodeid, MOST_SECONDS)
