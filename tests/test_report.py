@@ -53,7 +53,7 @@ def read(pattern: str) -> Any:
 # ---------------------------------------------------------------- whole texts
 
 
-def test_adapters_in_a_frozen_model_in_bfloat16():
+def test_a_report_of_adapters_shows_parameters_trainable_ones_bytes_and_dtypes():
     model = Llama()
     model.set_dtype(mx.bfloat16)
     model.freeze()
@@ -63,7 +63,7 @@ def test_adapters_in_a_frozen_model_in_bfloat16():
     )
 
 
-def test_quantization_keeps_the_number_of_parameters():
+def test_a_report_of_quantization_counts_parameters_before_it():
     rules = {
         "layers[-1].**": None,
         "embed_tokens": lambda path, layer: layer.to_quantized(bits=8),
@@ -109,7 +109,7 @@ def test_the_total_tells_what_is_trainable_if_one_of_its_lines_does():
     assert "   64 -> 3 trainable   " in total
 
 
-def test_trainable_parameters_are_told_where_they_are_not_what_one_expects():
+def test_a_report_shows_trainable_parameters_only_where_they_are_unexpected():
     def half_frozen(path: str, layer: nn.Module) -> nn.Module:
         new = nn.Linear(64, 64)
         new.freeze(keys="weight")
@@ -154,7 +154,7 @@ def with_bits(module: Any) -> Any:
     return module
 
 
-# What stands in the columns for an old module that becomes a Linear of two parameters, 8 bytes.
+# The cells of a line for an old module that becomes a Linear of two parameters, 8 bytes.
 COUNTED = [
     (lambda: nn.Linear(2, 2), "Linear   x1   6 -> 2 params   24 B -> 8 B   float32"),
     (
@@ -214,14 +214,14 @@ COUNTED = [
 
 
 @pytest.mark.parametrize(("build", "line"), COUNTED)
-def test_what_is_counted_in_a_module(build, line):
+def test_the_figures_of_a_single_module(build, line):
     model = nn.Sequential(build())
     report = replace_layers(model, "layers.0", lambda path, layer: nn.Linear(1, 1))
     assert str(report) == f"layers.0   {line}"
 
 
 @pytest.mark.parametrize(("build", "line"), COUNTED)
-def test_what_is_counted_in_a_module_beside_plain_ones(build, line):
+def test_the_figures_of_a_module_next_to_plain_ones(build, line):
     model = nn.Sequential(Unlike(), nn.Embedding(3, 3), build())
     report = replace_layers(model, "layers.*", lambda path, layer: nn.Linear(1, 1))
     last = str(report).splitlines()[2]
@@ -264,20 +264,20 @@ def test_a_record_tells_what_modules_held_when_it_was_made(monkeypatch, chunk):
     assert [(one.params, one.nbytes) for one in note()] == [(4, 16), (2, 8), (0, 0), (4, 16)]
 
 
-def test_digits_that_are_keys_are_no_indices():
+def test_a_report_writes_slices_only_where_all_numbers_are_indices():
     model = build(by_key={"0": nn.Linear(2, 2), "1": nn.Linear(2, 2)}, by_index=[nn.Linear(2, 2)])
     assert patterns_of(replace_layers(model, "by_index.*", identity)) == ["by_index.0"]
     assert patterns_of(replace_layers(model, "by_key.*", identity)) == ["by_key.{0,1}"]
 
 
-def test_columns_that_say_nothing_are_left_out():
+def test_a_report_leaves_out_empty_columns():
     model = nn.Sequential(nn.ReLU(), nn.Linear(2, 2), nn.ReLU())
     assert str(replace_layers(model, "**", lambda path, layer: nn.Tanh(), where=nn.ReLU)) == (
         "layers.{0,2}   ReLU -> Tanh   x2"
     )
 
 
-def test_what_is_taken_out_leaves_no_arrays():
+def test_a_report_says_where_no_arrays_are_left():
     assert str(replace_layers(Llama(), "layers[::2].norm", identity)) == (
         "layers.{0,2}.norm   RMSNorm -> Identity   x2   128 -> 0 params   512 B -> 0 B"
         "   float32 -> no arrays"
@@ -301,7 +301,7 @@ def test_a_small_change_of_a_big_number_is_visible(more, line):
     assert str(replace_layers(model, "**", lambda path, layer: Big(more))) == line
 
 
-def test_a_tied_module_counts_once():
+def test_a_report_counts_a_tied_module_once():
     model = Net()
     model.a = model.b = nn.Linear(2, 2)
     assert str(replace_layers(model, "*", lambda path, layer: nn.Linear(2, 2, bias=False))) == (
@@ -309,23 +309,23 @@ def test_a_tied_module_counts_once():
     )
 
 
-def test_a_swap_of_nothing():
+def test_a_report_says_that_nothing_changed():
     report = replace_layers(Llama(), "**", lambda path, layer: layer)
     assert (str(report), report._repr_html_()) == ("nothing changed", "<p>nothing changed</p>")
 
 
-def test_digit_keys_of_a_dict_that_holds_no_modules_do_not_matter():
+def test_digit_keys_of_a_dict_without_modules_do_not_prevent_slices():
     model = Llama()
     model.settings = {"0": None, "1": nn.gelu}
     assert str(replace_layers(model, "**.q_proj", identity)).startswith("layers[0:4].self_attn.q")
 
 
-def test_digit_keys_of_a_dict_are_no_indices():
+def test_digit_keys_of_a_dict_are_not_written_as_a_slice():
     model = build(keyed={str(n): nn.ReLU() for n in range(3)})
     assert str(replace_layers(model, "**", identity)) == "keyed.{0,1,2}   ReLU -> Identity   x3"
 
 
-def test_arrays_that_hold_other_numbers_are_no_layers_with_digit_keys():
+def test_digit_names_of_arrays_do_not_prevent_slices():
     model = build(layers=[nn.Module() for _ in range(10)])
     for layer in model.layers:
         layer["0"] = mx.zeros(1)
@@ -333,7 +333,7 @@ def test_arrays_that_hold_other_numbers_are_no_layers_with_digit_keys():
     assert str(report).startswith("layers[0:10]   Module -> Identity")
 
 
-def test_of_many_layers_each_keeps_its_own_dtype():
+def test_layers_of_different_dtypes_do_not_share_a_line():
     model = build(layers=[nn.Linear(1, 1, bias=False) for _ in range(2000)])
     for layer in model.layers[:1000]:
         layer.set_dtype(mx.float16)
@@ -346,7 +346,7 @@ def test_of_many_layers_each_keeps_its_own_dtype():
     ]
 
 
-def test_what_differs_has_a_line_of_its_own():
+def test_changes_of_different_classes_or_dtypes_do_not_share_a_line():
     def linear(dtype: mx.Dtype) -> nn.Module:
         layer = nn.Linear(1, 1)
         layer.set_dtype(dtype)
@@ -397,7 +397,7 @@ def test_a_report_shows_at_most_a_hundred_lines_and_the_total(lines, end):
     assert len(replacement.changes) == lines
 
 
-def test_a_notebook_gets_a_table_in_which_nothing_is_markup():
+def test_a_notebook_gets_a_table_with_markup_escaped():
     model = Net()
     setattr(model, "<b>&", Leaf())
     model.act = nn.ReLU()
@@ -610,7 +610,7 @@ def test_any_choice_of_layers_folds_into_patterns_that_select_it(seed, layers, s
 # ---------------------------------------------------------------- what else it keeps
 
 
-def test_a_picture_keeps_no_replaced_module_alive():
+def test_a_report_keeps_no_replaced_module_alive():
     model = Llama()
     olds = [weakref.ref(module) for module in select(model, "**.q_proj").values()]
     replacement = replace_layers(model, "**.q_proj", identity)
@@ -619,7 +619,7 @@ def test_a_picture_keeps_no_replaced_module_alive():
     assert str(replacement).startswith("layers[0:4].self_attn.q_proj   Linear -> Identity   x4")
 
 
-def test_an_outline_names_the_modules_right_inside():
+def test_an_outline_names_the_direct_children():
     block = Llama().layers[0]
     model = build(layers=[block] * 4, norm=nn.ReLU())
     assert outline(model) == ["'layers[0:4]' (4 LlamaBlock)", "'norm'"]
@@ -634,7 +634,7 @@ def test_bits_of_a_layers_own_kind_do_not_disturb_the_report(bits):
     assert str(tree(build(a=layer)))
 
 
-def test_a_layer_in_two_places_inside_of_what_is_replaced_counts_once():
+def test_a_layer_in_two_places_inside_replaced_modules_counts_once():
     inner = nn.Linear(2, 2)
     for model in (
         build(a=build(x=inner, y=inner)),
@@ -646,7 +646,7 @@ def test_a_layer_in_two_places_inside_of_what_is_replaced_counts_once():
         assert "   6 -> 0 params   24 B -> 0 B   " in total_of(replace_layers(model, "*", identity))
 
 
-def test_new_layers_that_were_made_to_hold_one_another_are_measured_once():
+def test_new_layers_that_contain_each_other_are_measured_once():
     first, second = build(x=nn.Linear(2, 2)), build(x=nn.Linear(3, 3))
     report = replace_layers(nn.Sequential(nn.ReLU()), "layers.0", lambda path, layer: first)
     first.second, second.first = second, first
@@ -660,7 +660,7 @@ def total_of(report: Replacement) -> str:
     return "".join(line for line in str(report).splitlines() if " 0 -> 0 " not in line) + "   "
 
 
-def test_a_deep_model_is_reported():
+def test_a_swap_300_levels_deep_is_reported_in_a_hundred_lines():
     model = inner = nn.Module()
     for _ in range(300):
         inner.leaf, inner.inner = nn.ReLU(), nn.Module()
