@@ -169,8 +169,8 @@ class Replacement(Mapping[str, nn.Module]):
             groups.setdefault(key, []).append(at)
         lines: list[_Line] = []
         for (_, old_name, new_name, *_), group in groups.items():
-            for product, numbers in fold([paths[at] for at in group]):
-                places = [group[number] for number in numbers]
+            for product, positions in fold([paths[at] for at in group]):
+                places = [group[position] for position in positions]
                 old, new = (total(of[at] for at in places) for of in (olds, news))
                 pattern = selector_of(product)
                 lines.append(_Line(pattern, old_name, new_name, len(places), old, new))

@@ -101,8 +101,8 @@ def form_of(model: nn.Module, marked: set[Location]) -> Form:
     module once: it takes time linear in the size of the model, however many places a
     module is in. What is marked or tied is part of the look of a child, so a selection
     inside one of several equal blocks gives that block another form, and a line of
-    its own. What the picture does not show is no part of it: blocks that know their
-    own number share a line all the same.
+    its own. What the picture does not show is not part of a form: blocks that know
+    their own number share a line all the same.
     """
     sharing = Sharing(model)  # raises if the model has a cycle, or too many paths
     shared = _shared(sharing)

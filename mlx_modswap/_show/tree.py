@@ -120,9 +120,9 @@ def _child_rows(parent: Row, form: Form, modules: Modules) -> list[tuple[Row, Mo
     for position, child in enumerate(form.children):
         same.setdefault((child.look, is_private(child.path)), []).append(position)
     groups = [
-        (look, private, product, [positions[number] for number in numbers])
+        (look, private, product, [positions[at] for at in chosen])
         for (look, private), positions in same.items()
-        for product, numbers in fold([form.children[position].path for position in positions])
+        for product, chosen in fold([form.children[position].path for position in positions])
     ]
     rows: list[tuple[Row, Modules]] = []
     for look, private, product, positions in sorted(groups, key=lambda group: group[3][0]):
