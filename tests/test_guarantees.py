@@ -333,6 +333,35 @@ class TestAllOrNothing:
             replace_layers(model, ["first.act", "inner.act"], fresh)
         assert before.differences() == []
 
+    @pytest.mark.parametrize("error", [KeyError, KeyboardInterrupt])
+    @pytest.mark.parametrize("swap", [replace_layers, swapped])
+    def test_a_failed_update_gives_new_modules_their_training_mode_back(self, swap, error):
+        class Locked(nn.Module):
+            def __setitem__(self, key, value):
+                raise error
+
+        locked = Locked()
+        dict.__setitem__(locked, "act", nn.ReLU())
+        model = build(first=build(act=nn.ReLU()), locked=locked)
+        model.eval()
+        new = nn.Sequential(nn.Tanh(), nn.Tanh().eval())
+        with pytest.raises((SelectionError, KeyboardInterrupt)):
+            swap(model, "*.act", lambda path, module: new).__enter__()
+        assert [module.training for module in (new, *new.layers)] == [True, True, False]
+
+    def test_a_refused_swap_leaves_new_modules_in_their_training_mode(self):
+        model = Model()
+        model.eval()
+        new = nn.Linear(4, 4)
+
+        def meddling(path, module):
+            model.layers[0].attn = nn.ReLU()
+            return new
+
+        with pytest.raises(SelectionError, match="while the factories ran"):
+            replace_layers(model, "layers[0].attn", meddling)
+        assert new.training
+
     def test_an_interrupt_at_any_line_leaves_all_places_or_none_changed(self):
         changed = set()
         for line in range(1, 10_000, 5):
