@@ -22,7 +22,6 @@ Exit status: 0, 1 if there is no model to draw, 2 if the arguments are wrong.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (PatternError, NoMatchError) as error:
         print(f"mlx_modswap: {str(error).splitlines()[0]}", file=sys.stderr)
         return 2
-    print(json.dumps(picture.data(), indent=1) if given.json else picture)
+    print(picture)
     return 0
 
 
