@@ -12,6 +12,8 @@ except ImportError as error:
     ) from error
 
 from ._blocks import layers_path
+from ._convert import convert
 from ._quantize import quantization_config, quantize
+from ._save import save
 
-__all__ = ["layers_path", "quantization_config", "quantize"]
+__all__ = ["convert", "layers_path", "quantization_config", "quantize", "save"]
