@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from functools import partial
@@ -111,7 +111,7 @@ def _other_classes(built: dict[str, type], model: dict[str, type]) -> str:
         if _is_same(one, other):
             continue
         seen.add(path)
-        if not any(path.startswith(f"{above}.") for above in seen):  # it says enough
+        if not any(above in seen for above in _above(path)):  # there it says enough
             differing.setdefault((one, other), []).append(path)
     if not differing:
         return ""
@@ -125,6 +125,14 @@ def _other_classes(built: dict[str, type], model: dict[str, type]) -> str:
     else:
         cure = "fuse or unwrap it, or give a model_file"
     return f"{listed(texts, ', and ')}: {cure}"
+
+
+def _above(path: str) -> Iterator[str]:
+    """The paths of the modules around one, the model first."""
+    if path:
+        yield ""
+    parts = path.split(".")
+    yield from (".".join(parts[:length]) for length in range(1, len(parts)))
 
 
 def _is_same(one: type | None, other: type | None) -> bool:
@@ -179,7 +187,7 @@ def _other_arrays(built: dict[str, str], model: dict[str, str]) -> str:
         if one != other:
             differing.setdefault((one, other), []).append(name)
     texts = [
-        f"mlx-lm makes {one} of {listed(_at(names))}, the model has {other}"
+        f"mlx-lm builds {one} at {listed(_at(names))}, the model has {other}"
         for (one, other), names in differing.items()
     ]
     return listed(texts, ", and ")

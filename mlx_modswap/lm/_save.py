@@ -115,11 +115,11 @@ def check(
         except ValueError:
             built = None
         if differs := built and difference(outline(built, changed), expected):
-            raise ValueError(f"{str(target)!r} was not saved: {differs}") from None
+            raise ValueError(f"{str(target)!r} was not written: {differs}") from None
         text = str(error).replace(str(staging), str(target))
-        raise ValueError(f"{str(target)!r} was not saved: {text}") from error
+        raise ValueError(f"{str(target)!r} was not written: {text}") from error
     if differs := difference(outline(built, changed), expected):
-        raise ValueError(f"{str(target)!r} was not saved: {differs}")
+        raise ValueError(f"{str(target)!r} was not written: {differs}")
 
 
 def _check_entries(changes: dict[str, Any]) -> None:
