@@ -137,7 +137,7 @@ def convert(source: str, folder: Path) -> float:
     mx.reset_peak_memory()
     try:
         print(lm.convert(source, folder, RULES, dtype=dtype))
-    except (NoMatchError, ValueError) as error:
+    except (NoMatchError, ValueError, OSError) as error:
         sys.exit(f"{source} cannot be converted: {error}")
     return (mx.get_peak_memory() - in_use) / 1e6
 

@@ -28,7 +28,6 @@ _DTYPES = ("float16", "bfloat16", "float32")
 # What errors of the library call them.
 _OPTIONS = {
     "trust_remote_code=True": "--trust-remote-code",
-    "max_shard_mb": "--max-shard-mb",
     "a group_size": "a --q-group-size",
     "alone with None": "alone with 'keep'",
 }
@@ -109,13 +108,25 @@ def _add_convert(commands: Any) -> None:
         help="more rules, after those above: {PATTERN: VALUE}, or [[PATTERN or PATTERNS, VALUE], "
         '...]; a VALUE is a number of bits, {"bits": 4, "group_size": 32}, or null to leave alone',
     )
-    parser.add_argument("--q-group-size", metavar="N", type=int, help="weights that share a scale")
+    parser.add_argument(
+        "--q-group-size", metavar="N", type=_positive, help="weights that share a scale"
+    )
     parser.add_argument("--q-mode", choices=_MODES, default="affine", help="default: affine")
     parser.add_argument("--dtype", choices=_DTYPES, help="of what is not packed; default: config's")
     parser.add_argument(
-        "--max-shard-mb", metavar="N", type=int, default=1000, help="size of a file; default: 1000"
+        "--max-shard-mb",
+        metavar="N",
+        type=_positive,
+        default=1000,
+        help="size of a file; default: 1000",
     )
     parser.add_argument("--dry-run", action="store_true", help="print the plan and write nothing")
+
+
+def _positive(text: str) -> int:
+    if not (text.isascii() and text.isdigit()) or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
 
 
 def _added(commands: Any, name: str, run: Any, summary: str) -> argparse.ArgumentParser:

@@ -12,6 +12,7 @@ Value = int | dict[str, Any] | None
 Rule = tuple[Key, Value]
 
 _KEEP = "keep"  # to leave alone, which is None to the library and null in JSON
+_BITS = range(1, 33)  # which of them there are is for MLX to say
 _FORMS = '{"PATTERN": VALUE} or [["PATTERN" or ["PATTERN", ...], VALUE], ...]'
 
 
@@ -57,7 +58,7 @@ def _rule(text: str) -> Rule:
         )
     if value == _KEEP:
         return pattern, None
-    if not (value.isascii() and value.isdigit()):
+    if value not in map(str, _BITS):
         raise RulesError(
             f"the rule {text!r} ends in {value!r}, which is neither a number of bits nor 'keep'"
         )
@@ -99,13 +100,30 @@ def _checked(file: Path, item: Any) -> Rule:
     patterns = key if isinstance(key, list) else [key]
     if not patterns or not all(isinstance(pattern, str) for pattern in patterns):
         raise RulesError(f"{file}: {json.dumps(key)} is not a pattern or a list of patterns")
-    value = None if value == _KEEP else value
-    if isinstance(value, bool) or not isinstance(value, (int, dict, type(None))):
+    return tuple(key) if isinstance(key, list) else key, _value(file, json.dumps(key), value)
+
+
+def _value(file: Path, key: str, value: Any) -> Value:
+    if value is None or value == _KEEP:
+        return None
+    if isinstance(value, dict):
+        for name in ("bits", "group_size"):  # other keywords are for the layer to judge
+            if name in value and not (_is_number(value[name]) and value[name] > 0):
+                raise RulesError(
+                    f"{file}: {name!r} of {key} is {json.dumps(value[name])}; it must be a whole "
+                    "number above 0"
+                )
+        return value
+    if not (_is_number(value) and value in _BITS):
         raise RulesError(
-            f"{file}: the value of {json.dumps(key)} is {json.dumps(value)}; it must be a number "
-            'of bits, an object such as {"bits": 4, "group_size": 32}, or "keep"'
+            f"{file}: the value of {key} is {json.dumps(value)}; it must be a number of bits, an "
+            'object such as {"bits": 4, "group_size": 32}, or "keep"'
         )
-    return tuple(key) if isinstance(key, list) else key, value
+    return value
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _shown(key: Key) -> str:

@@ -208,7 +208,9 @@ def test_weights_are_not_read(tmp_path):
         (["convert", "llama", "new", "**=4", "--dry"], "unrecognized arguments: --dry"),
         (["convert", "llama", "new", "--q-mode", "int4"], "invalid choice: 'int4'"),
         (["convert", "llama", "new", "--dtype", "int8"], "invalid choice: 'int8'"),
-        (["convert", "llama", "new", "--q-group-size", "all"], "invalid int value: 'all'"),
+        (["convert", "llama", "new", "--q-group-size", "0"], "'0' is not a whole number above 0"),
+        (["convert", "llama", "new", "--max-shard-mb", "-1"], "'-1' is not a whole number above 0"),
+        (["convert", "llama", "new", "--max-shard-mb", "all"], "'all' is not a whole number"),
     ],
 )
 def test_wrong_arguments(arguments, message, capsys):

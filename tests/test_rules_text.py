@@ -64,7 +64,7 @@ def test_rules_keep_their_order_and_those_of_the_file_come_last(file):
     assert list(rules.items()) == [("c", 1), ("a", 2), ("z", 3), ("b", 4)]
 
 
-@given(st.dictionaries(st.text(), st.integers(min_value=0) | st.just("keep")))
+@given(st.dictionaries(st.text(), st.integers(1, 32) | st.just("keep")))
 def test_any_pattern_can_be_given_a_value(rules):
     texts = [f"{pattern}={value}" for pattern, value in rules.items()]
     expected = {pattern: None if value == "keep" else value for pattern, value in rules.items()}
@@ -86,7 +86,7 @@ def test_any_pattern_can_be_given_a_value(rules):
                 f"the rule '**={value}' ends in '{value}', which is neither a number of bits nor "
                 "'keep'",
             )
-            for value in ("", "4bit", "4.5", "-4", "four", "²", "Keep", "None", "True")
+            for value in ("", "4bit", "4.5", "-4", "0", "04", "33", "four", "²", "Keep", "None")
         ),
         (["**=4", "a=8", "**=6"], "two rules for '**': keep one of them"),
     ],
@@ -123,7 +123,15 @@ def test_a_wrong_argument(texts, message):
         ('[[["a", 4], 4]]', 'rules.json: ["a", 4] is not a pattern or a list of patterns'),
         *(
             (f'{{"**": {value}}}', f'rules.json: the value of "**" is {value}; {VALUES}')
-            for value in ("true", "4.5", '"4"', "[4]", "NaN")
+            for value in ("true", "4.5", '"4"', "[4]", "NaN", "0", "-4", "64")
+        ),
+        *(
+            (
+                f'{{"**": {{"mode": "affine", "{name}": {value}}}}}',
+                f"rules.json: '{name}' of \"**\" is {value}; it must be a whole number above 0",
+            )
+            for name in ("bits", "group_size")
+            for value in ("0", "-1", '"4"', "true", "null", "[4]")
         ),
     ],
 )
