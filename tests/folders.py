@@ -86,7 +86,7 @@ def write(
     (folder / "config.json").write_text(json.dumps({**LLAMA, **(config or {})}))
     if with_weights:
         mx.random.seed(0)
-        model = llama.Model(llama.ModelArgs.from_dict(LLAMA))
+        model = llama.Model(llama.ModelArgs.from_dict({**LLAMA, **(config or {})}))
         model.set_dtype(mx.bfloat16)
         prepare(model)
         utils.save_model(folder, model)

@@ -192,6 +192,24 @@ def test_weights_are_not_read(tmp_path):
     assert mx.get_peak_memory() - before < 2**20
 
 
+@needs_mlx_lm
+def test_without_weights_nothing_is_computed(tmp_path):
+    config = {**folders.LLAMA, "hidden_size": 2**13, "intermediate_size": 2**15}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    assert "2.0B params" in run_here(f"mlx_modswap tree {tmp_path}").splitlines()[0]
+    assert mx.get_peak_memory() - before < 2**20
+
+
+@needs_mlx_lm
+def test_files_of_weights_are_as_large_as_asked_for(tmp_path):
+    folders.write(tmp_path / "large", {"vocab_size": 20_000})  # 2.6 MB in the embedding
+    rules = "**.embed_tokens=keep **=4"
+    run_here(f"mlx_modswap convert {tmp_path}/large {tmp_path}/new --max-shard-mb 1 {rules}")
+    assert len(list((tmp_path / "new").glob("model*.safetensors"))) == 2
+
+
 # ---------------------------------------------------------------- arguments
 
 
