@@ -98,14 +98,14 @@ def convert(
     expected = outline(model)
     arrays = _parameters(model)
     nbytes = sum(array.nbytes for array in arrays.values())
-    with _folders.staged(target, nbytes) as staging:
+    with _folders.staged(target, nbytes + _folders.copied_nbytes(origin)) as staging:
         finish(staging, origin, config, model)
         shards = list(_shards(arrays, int(max_shard_mb * 10**6)))
         summary = {"total_size": nbytes, "total_parameters": utils.get_total_parameters(model)}
         del arrays
         _drop_arrays(model)
         _write(staging, shards, originals, summary)
-        check(staging, target, expected, [], trust_remote_code)
+        check(staging, target, expected, None, trust_remote_code)
     return report
 
 
@@ -219,7 +219,8 @@ def _write(folder: Path, shards: list[Arrays], originals: Arrays, summary: dict[
                 _compute(name, originals.pop(name, None))
                 _compute(name, shard[name])
                 bar.update(shard[name].nbytes)
-            mx.save_safetensors(str(folder / file), shard, metadata={"format": "mlx"})
+            with _folders.writing(file):
+                mx.save_safetensors(str(folder / file), shard, metadata={"format": "mlx"})
             files.update(dict.fromkeys(shard, file))
             shard.clear()
             mx.clear_cache()

@@ -142,7 +142,9 @@ def quantizable(path: str, layer: Any) -> bool:
 
 
 def quantized(path: str, layer: Any) -> bool:
-    """Whether a layer holds packed weights."""
+    """Whether a layer holds packed weights, or would if it were not in training."""
+    if isinstance(layer, nn.QQLinear):
+        return True
     return "scales" in layer and hasattr(layer, "bits") and hasattr(layer, "group_size")
 
 
