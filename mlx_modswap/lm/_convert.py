@@ -78,9 +78,13 @@ def convert(
         TypeError: If an argument is of the wrong type.
 
     Example:
+        >>> import mlx_lm
         >>> from mlx_modswap import lm
         >>> rules = {"model.layers[0]": None, "**.v_proj": 8, "**": 4}
-        >>> print(lm.convert("my_model", "my_model_mixed", rules))  # doctest: +SKIP
+        >>> report = lm.convert("my_model", "my_model_mixed", rules)
+        >>> model, tokenizer = mlx_lm.load("my_model_mixed")
+        >>> model.layers[1].self_attn.v_proj.bits
+        8
     """
     target = Path(folder)
     _folders.check_free(target)
