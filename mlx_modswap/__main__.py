@@ -32,7 +32,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ._errors import NoMatchError, PatternError
-from ._tree import tree
+from ._show.tree import tree
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
