@@ -40,8 +40,10 @@ def convert(
 
     Reads, quantizes and writes one array after the other. The memory it takes
     is at most one shard and one and a half times the largest layer that is
-    quantized, however large the model is. For the same settings the arrays are
-    those that ``mlx_lm.convert`` writes. On a terminal a bar shows the progress.
+    quantized, however large the model is; or twice that layer where the model
+    puts it together of several arrays of its files, as it does with experts that
+    are stored one by one. For the same settings the arrays are those that
+    ``mlx_lm.convert`` writes. On a terminal a bar shows the progress.
 
     The folder is written under another name and loaded by mlx-lm, as in
     :func:`save`, before it gets its own. If anything fails, or is interrupted,

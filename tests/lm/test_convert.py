@@ -24,6 +24,8 @@ import huggingface_hub
 import mlx_lm
 import model_folders
 from mlx_lm import utils
+from mlx_lm.models.mixtral import Model as Mixtral
+from mlx_lm.models.mixtral import ModelArgs as MixtralArgs
 
 from mlx_modswap import NoMatchError, PatternError, lm
 
@@ -227,6 +229,39 @@ def test_memory_is_one_shard_and_one_and_a_half_layers_however_many_there_are(
 
     assert peak <= shard + 1.5 * LARGEST * itemsize
     assert peak < size
+
+
+def test_experts_that_are_stored_one_by_one_take_twice_what_they_take_together(tmp_path):
+    source = experts_folder(tmp_path / "source")
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    lm.convert(source, tmp_path / "converted", {"**": 4}, max_shard_mb=0.1)
+
+    assert mx.get_peak_memory() - before <= 1_000_000 + 2 * 8 * 256 * 512 * 4
+
+
+def experts_folder(folder: Path) -> Path:
+    """A mixtral whose experts are arrays of their own, as they are on the hub."""
+    config = {
+        **model_folders.LLAMA,
+        "model_type": "mixtral",
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+    }
+    arrays = model_folders.arrays_of(Mixtral(MixtralArgs.from_dict(config)))
+    names = {"gate_proj.weight": "w1", "down_proj.weight": "w2", "up_proj.weight": "w3"}
+    for name in [name for name in arrays if "switch_mlp" in name]:
+        start, _, end = name.partition("switch_mlp.")
+        stacked = arrays.pop(name)
+        for number in range(8):
+            arrays[f"{start}experts.{number}.{names[end]}.weight"] = stacked[number]
+    folder.mkdir()
+    mx.save_safetensors(str(folder / "model.safetensors"), arrays)
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
 
 
 # The bar

@@ -17,6 +17,7 @@ import mlx_lm
 import model_folders
 import zoo
 from mlx_lm import utils
+from mlx_lm.models.bitlinear_layers import bitnet_quantize
 from mlx_lm.tuner.lora import LoRALinear
 
 from mlx_modswap import Wrapper, lm, replace_layers
@@ -107,6 +108,27 @@ def test_a_dequantized_model_leaves_no_quantization_in_the_config(tmp_path, sour
     lm.save(model, tmp_path / "saved", tmp_path / "quantized")
 
     assert model_folders.config_of(tmp_path / "saved") == model_folders.LLAMA
+    model_folders.assert_same_arrays(load(tmp_path / "saved"), model)
+
+
+def test_the_quantization_of_the_original_format_is_left_out_of_the_config(tmp_path):
+    packed = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
+    source = model_folders.llama_folder(
+        tmp_path / "source", text_config={"quantization_config": packed, "dtype": "float16"}
+    )
+    lm.save(load(source), tmp_path / "saved", source)
+
+    assert model_folders.config_of(tmp_path / "saved")["text_config"] == {"dtype": "float16"}
+
+
+def test_a_model_of_bitlinear_layers_keeps_what_its_config_says_of_them(tmp_path):
+    quantization = {"quant_method": "bitnet", "modules_to_not_convert": ["lm_head"]}
+    model = bitnet_quantize(model_folders.llama(), quantization)
+    config = {**model_folders.LLAMA, "quantization_config": quantization}
+    source = model_folders.write_folder(tmp_path / "source", model, config)
+    lm.save(load(source), tmp_path / "saved", source)
+
+    assert model_folders.config_of(tmp_path / "saved") == config
     model_folders.assert_same_arrays(load(tmp_path / "saved"), model)
 
 
