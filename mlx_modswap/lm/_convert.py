@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from .._report import Replacement
 from . import _folders
-from ._folders import Config, Source
+from ._folders import Config, Folder
 from ._outline import outline
 from ._quantize import Rules, quantize
 from ._save import check, finish
@@ -25,8 +25,8 @@ Arrays = dict[str, mx.array]
 
 
 def convert(
-    source: Source,
-    folder: Source,
+    source: Folder,
+    folder: Folder,
     rules: Rules,
     *,
     group_size: int | None = None,
@@ -90,8 +90,8 @@ def convert(
     """
     target = Path(folder)
     _folders.check_free(target)
-    if not max_shard_mb > 0:
-        raise ValueError(f"max_shard_mb must be more than 0, not {max_shard_mb!r}")
+    if not isinstance(max_shard_mb, (int, float)) or not max_shard_mb > 0:
+        raise ValueError(f"max_shard_mb must be a number above 0, not {max_shard_mb!r}")
     origin, model, config, report, originals = plan(
         source,
         rules,
@@ -106,7 +106,7 @@ def convert(
     nbytes = sum(array.nbytes for array in arrays.values())
     with _folders.staged(target, nbytes + _folders.copied_nbytes(origin)) as staging:
         finish(staging, origin, config, model)
-        shards = list(_shards(arrays, int(max_shard_mb * 10**6)))
+        shards = list(_shards(arrays, max_shard_mb * 10**6))
         summary = {"total_size": nbytes, "total_parameters": utils.get_total_parameters(model)}
         del arrays
         _drop_arrays(model)
@@ -134,7 +134,7 @@ class Plan(NamedTuple):
 
 
 def plan(
-    source: Source,
+    source: Folder,
     rules: Rules,
     *,
     group_size: int | None = None,
@@ -186,7 +186,7 @@ def _cast(model: nn.Module, config: Config, dtype: str | None) -> None:
 # ---------------------------------------------------------------- write as it is computed
 
 
-def _shards(arrays: Arrays, most: int) -> Iterator[Arrays]:
+def _shards(arrays: Arrays, most: float) -> Iterator[Arrays]:
     """The arrays in order, in groups that have no more than ``most`` bytes."""
     shard: Arrays = {}
     taken = 0

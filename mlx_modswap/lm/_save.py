@@ -15,15 +15,15 @@ from mlx_lm.models.bitlinear_layers import BitLinear
 
 from .._select import check_model, select
 from . import _folders
-from ._folders import Config, Source
+from ._folders import Config, Folder
 from ._outline import Outline, difference, other_layers, outline
 from ._quantize import quantization_config, quantized
 
 
 def save(
     model: nn.Module,
-    folder: Source,
-    source: Source,
+    folder: Folder,
+    source: Folder,
     *,
     config: Mapping[str, Any] | None = None,
     trust_remote_code: bool = False,

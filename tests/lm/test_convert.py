@@ -144,7 +144,7 @@ def test_an_array_that_is_larger_than_a_shard_has_a_file_of_its_own(tmp_path, so
 
 
 def test_a_model_of_one_shard_has_one_file_as_mlx_lm_names_it(tmp_path, source):
-    lm.convert(source, tmp_path / "converted", {"**": 4})
+    lm.convert(source, tmp_path / "converted", {"**": 4}, max_shard_mb=float("inf"))
 
     files = {path.name for path in (tmp_path / "converted").iterdir()}
     assert files == {"config.json", "model.safetensors", "model.safetensors.index.json"}
@@ -574,7 +574,13 @@ def test_a_model_in_the_cache_of_the_hub_is_converted_and_saved_offline(tmp_path
             {"**": 4},
             {"max_shard_mb": 0},
             ValueError,
-            "max_shard_mb must be more than 0, not 0",
+            "max_shard_mb must be a number above 0, not 0",
+        ),
+        (
+            {"**": 4},
+            {"max_shard_mb": "5"},
+            ValueError,
+            "max_shard_mb must be a number above 0, not '5'",
         ),
         (
             {"**": 4},
