@@ -62,6 +62,7 @@ def layers_path(model: nn.Module) -> str:
 
 def _lists_of(model: nn.Module, block: nn.Module) -> list[str]:
     """The paths of the lists that hold a block."""
-    paths = [path for path, module in select(model, "**").items() if module is block]
+    modules = select(model, "**", strict=False)
+    paths = [path for path, module in modules.items() if module is block]
     holders = dict.fromkeys(path.rpartition(".")[0] for path in paths)
     return [one for one in holders if one and select(model, f"{one}[:]", strict=False)]

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from .._report import Replacement
 from . import _folders
-from ._folders import Config, Source
+from ._folders import Config, Folder
 from ._outline import outline
 from ._quantize import Rules, quantize
 from ._save import check, finish
@@ -25,8 +25,8 @@ Arrays = dict[str, mx.array]
 
 
 def convert(
-    source: Source,
-    folder: Source,
+    source: Folder,
+    folder: Folder,
     rules: Rules,
     *,
     group_size: int | None = None,
@@ -40,8 +40,10 @@ def convert(
 
     Reads, quantizes and writes one array after the other. The memory it takes
     is at most one shard and one and a half times the largest layer that is
-    quantized, however large the model is. For the same settings the arrays are
-    those that ``mlx_lm.convert`` writes. On a terminal a bar shows the progress.
+    quantized, however large the model is; or twice that layer where the model
+    puts it together of several arrays of its files, as it does with experts that
+    are stored one by one. For the same settings the arrays are those that
+    ``mlx_lm.convert`` writes. On a terminal a bar shows the progress.
 
     The folder is written under another name and loaded by mlx-lm, as in
     :func:`save`, before it gets its own. If anything fails, or is interrupted,
@@ -78,14 +80,18 @@ def convert(
         TypeError: If an argument is of the wrong type.
 
     Example:
+        >>> import mlx_lm
         >>> from mlx_modswap import lm
         >>> rules = {"model.layers[0]": None, "**.v_proj": 8, "**": 4}
-        >>> print(lm.convert("my_model", "my_model_mixed", rules))  # doctest: +SKIP
+        >>> report = lm.convert("my_model", "my_model_mixed", rules)
+        >>> model, tokenizer = mlx_lm.load("my_model_mixed")
+        >>> model.layers[1].self_attn.v_proj.bits
+        8
     """
     target = Path(folder)
     _folders.check_free(target)
-    if not max_shard_mb > 0:
-        raise ValueError(f"max_shard_mb must be more than 0, not {max_shard_mb!r}")
+    if not isinstance(max_shard_mb, (int, float)) or not max_shard_mb > 0:
+        raise ValueError(f"max_shard_mb must be a number above 0, not {max_shard_mb!r}")
     origin, model, config, report, originals = plan(
         source,
         rules,
@@ -100,7 +106,7 @@ def convert(
     nbytes = sum(array.nbytes for array in arrays.values())
     with _folders.staged(target, nbytes + _folders.copied_nbytes(origin)) as staging:
         finish(staging, origin, config, model)
-        shards = list(_shards(arrays, int(max_shard_mb * 10**6)))
+        shards = list(_shards(arrays, max_shard_mb * 10**6))
         summary = {"total_size": nbytes, "total_parameters": utils.get_total_parameters(model)}
         del arrays
         _drop_arrays(model)
@@ -128,7 +134,7 @@ class Plan(NamedTuple):
 
 
 def plan(
-    source: Source,
+    source: Folder,
     rules: Rules,
     *,
     group_size: int | None = None,
@@ -180,7 +186,7 @@ def _cast(model: nn.Module, config: Config, dtype: str | None) -> None:
 # ---------------------------------------------------------------- write as it is computed
 
 
-def _shards(arrays: Arrays, most: int) -> Iterator[Arrays]:
+def _shards(arrays: Arrays, most: float) -> Iterator[Arrays]:
     """The arrays in order, in groups that have no more than ``most`` bytes."""
     shard: Arrays = {}
     taken = 0

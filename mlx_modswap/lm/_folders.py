@@ -17,7 +17,7 @@ from mlx_lm import utils
 from .._report import size
 
 Config = dict[str, Any]
-Source = str | Path
+Folder = str | Path
 
 # What `copy_files` leaves in the source: weights in any format, and what describes them.
 _WEIGHTS = {
@@ -27,7 +27,7 @@ _WEIGHTS = {
 _DESCRIPTIONS = {"config.json", "hf_quant_config.json"}
 
 
-def find(source: Source) -> Path:
+def find(source: Folder) -> Path:
     """The folder of a model, which is downloaded if it is on the hub and not here yet.
 
     Raises:

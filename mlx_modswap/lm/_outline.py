@@ -67,13 +67,15 @@ def _told(value: Any) -> str:
         return repr(value)
     if isinstance(value, mx.array):
         return f"{str(value.dtype).removeprefix('mlx.core.')} {value.shape}"
+    if isinstance(value, nn.Module):  # which is a mapping, and has a path of its own
+        return type(value).__name__
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{key!r}: {_told(one)}" for key, one in value.items()) + "}"
     if isinstance(value, (list, tuple)):
         return f"({', '.join(map(_told, value))})"
     if isinstance(value, (type, FunctionType, BuiltinFunctionType, MethodType)):
         return value.__qualname__
-    return type(value).__name__  # of a module, too, which has a path of its own
+    return type(value).__name__
 
 
 # ---------------------------------------------------------------- differences

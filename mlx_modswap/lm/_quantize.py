@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from .._errors import NoMatchError
+from .._errors import NoMatchError, described
 from .._pattern import Pattern
 from .._replace import replace_layers
 from .._report import Replacement
@@ -79,10 +79,10 @@ def quantize(
         >>> model.layers[0].bits, model.layers[2].bits, model.layers[2].group_size
         (8, 4, 32)
     """
-    if not isinstance(rules, Mapping):
+    if not isinstance(rules, Mapping) or isinstance(rules, nn.Module):
         raise TypeError(
             "rules must map patterns to bits, to keywords of to_quantized or to None, "
-            f"not {type(rules).__name__}"
+            f"not {described(rules)}"
         )
     factories = {
         pattern: _factory(model, pattern, _settings(pattern, value, group_size, mode))
@@ -174,11 +174,19 @@ def _settings(pattern: Any, value: Any, group_size: int | None, mode: str) -> Se
             f"rule {_shown(pattern)} must be a number of bits, a mapping of keywords of "
             f"to_quantized, or None, not {value!r}"
         )
-    own_mode = value.get("mode", mode)
+    given = {key: one for key, one in value.items() if one is not None}
+    own_mode = given.get("mode", mode)
     usual_group_size, usual_bits = _defaults(own_mode)
     if group_size is not None and own_mode == mode:
         usual_group_size = group_size
-    return {"group_size": usual_group_size, "bits": usual_bits, "mode": own_mode, **value}
+    settings = {"group_size": usual_group_size, "bits": usual_bits, "mode": own_mode, **given}
+    for name in ("group_size", "bits"):
+        number = settings[name]
+        if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+            raise TypeError(
+                f"{name} of rule {_shown(pattern)} must be an int of 1 or more, not {number!r}"
+            )
+    return settings
 
 
 def _defaults(mode: str) -> tuple[int, int]:

@@ -15,15 +15,15 @@ from mlx_lm.models.bitlinear_layers import BitLinear
 
 from .._select import check_model, select
 from . import _folders
-from ._folders import Config, Source
+from ._folders import Config, Folder
 from ._outline import Outline, difference, other_layers, outline
 from ._quantize import quantization_config, quantized
 
 
 def save(
     model: nn.Module,
-    folder: Source,
-    source: Source,
+    folder: Folder,
+    source: Folder,
     *,
     config: Mapping[str, Any] | None = None,
     trust_remote_code: bool = False,
@@ -61,10 +61,12 @@ def save(
         TypeError: If an argument is of the wrong type.
 
     Example:
+        >>> import mlx_lm
         >>> from mlx_modswap import lm
-        >>> model, tokenizer = mlx_lm.load("my_model")  # doctest: +SKIP
-        >>> _ = lm.quantize(model, {"**.mlp.**": 4, "**": 8})  # doctest: +SKIP
-        >>> lm.save(model, "my_model_mixed", "my_model")  # doctest: +SKIP
+        >>> model, tokenizer = mlx_lm.load("my_model")
+        >>> _ = lm.quantize(model, {"**.self_attn.*": 8, "**": 4})
+        >>> lm.save(model, "my_model_mixed", "my_model")
+        >>> model, tokenizer = mlx_lm.load("my_model_mixed")
     """
     check_model(model)
     target, changes = Path(folder), dict(config or {})

@@ -17,6 +17,7 @@ import mlx_lm
 import model_folders
 import zoo
 from mlx_lm import utils
+from mlx_lm.models.bitlinear_layers import bitnet_quantize
 from mlx_lm.tuner.lora import LoRALinear
 
 from mlx_modswap import Wrapper, lm, replace_layers
@@ -46,6 +47,17 @@ class Model(llama.Model):
         super().__init__(args)
         replace_layers(self, RULES)
 '''
+
+CASTING = """
+import mlx.core as mx
+from mlx_lm.models import llama
+from mlx_lm.models.llama import ModelArgs
+
+class Model(llama.Model):
+    def sanitize(self, weights):
+        norm = "model.norm.weight"
+        return {**super().sanitize(weights), norm: weights[norm].astype(mx.float32)}
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -96,6 +108,27 @@ def test_a_dequantized_model_leaves_no_quantization_in_the_config(tmp_path, sour
     lm.save(model, tmp_path / "saved", tmp_path / "quantized")
 
     assert model_folders.config_of(tmp_path / "saved") == model_folders.LLAMA
+    model_folders.assert_same_arrays(load(tmp_path / "saved"), model)
+
+
+def test_the_quantization_of_the_original_format_is_left_out_of_the_config(tmp_path):
+    packed = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
+    source = model_folders.llama_folder(
+        tmp_path / "source", text_config={"quantization_config": packed, "dtype": "float16"}
+    )
+    lm.save(load(source), tmp_path / "saved", source)
+
+    assert model_folders.config_of(tmp_path / "saved")["text_config"] == {"dtype": "float16"}
+
+
+def test_a_model_of_bitlinear_layers_keeps_what_its_config_says_of_them(tmp_path):
+    quantization = {"quant_method": "bitnet", "modules_to_not_convert": ["lm_head"]}
+    model = bitnet_quantize(model_folders.llama(), quantization)
+    config = {**model_folders.LLAMA, "quantization_config": quantization}
+    source = model_folders.write_folder(tmp_path / "source", model, config)
+    lm.save(load(source), tmp_path / "saved", source)
+
+    assert model_folders.config_of(tmp_path / "saved") == config
     model_folders.assert_same_arrays(load(tmp_path / "saved"), model)
 
 
@@ -357,7 +390,7 @@ def with_other_arguments(model: Any) -> None:
         ),
         (
             with_a_bias,
-            "mlx-lm builds nothing at model.norm.bias, the model has float32 (64,)",
+            "mlx-lm cannot load '{target}': Received 1 parameters not in model: model.norm.bias.",
         ),
         (
             with_a_long_norm,
@@ -383,6 +416,18 @@ def test_a_model_that_would_not_load_is_refused(tmp_path, source, change, told):
     assert str(caught.value) == f"{target!r} was not written: {told}".replace("{target}", target)
     assert model_folders.content(tmp_path) == before
     assert all(model_folders.arrays_of(model)[name] is array for name, array in arrays.items())
+
+
+def test_a_folder_whose_weights_mlx_lm_would_cast_is_refused(tmp_path, source):
+    (source / "casting.py").write_text(CASTING)
+    how: dict[str, Any] = {"config": {"model_file": "casting.py"}, "trust_remote_code": True}
+    with pytest.raises(ValueError, match="was not written") as caught:
+        lm.save(load(source), tmp_path / "saved", source, **how)
+
+    assert str(caught.value) == (
+        f"'{tmp_path}/saved' was not written: mlx-lm builds float32 (64,) at model.norm.weight, "
+        "the model has float16 (64,)"
+    )
 
 
 # Bad input
