@@ -56,10 +56,7 @@ def quantizable(model: nn.Module) -> dict[str, Any]:
         ({"**.q_proj": 4}, {"mode": "mxfp4"}, {"**.q_proj": "4 32 mxfp4"}),
         ({"**.q_proj": {"mode": "mxfp8"}}, {}, {"**.q_proj": "8 32 mxfp8"}),
         ({"**.q_proj": {}}, {}, {"**.q_proj": "4 64 affine"}),
-<<<<<<< HEAD
-=======
         ({"**.q_proj": {"bits": 8, "group_size": None}}, {}, {"**.q_proj": "8 64 affine"}),
->>>>>>> lm
         ({"**.down_proj": {"bits": 6, "group_size": 32}}, {}, {"**.down_proj": "6 32 affine"}),
         (
             {"**.q_proj": {"mode": "nvfp4"}, "**.k_proj": 8},
@@ -295,9 +292,6 @@ def told_by_first(model: nn.Module, rules: dict[str, Any]) -> dict[str, str]:
             ["**"],
             {},
             TypeError,
-<<<<<<< HEAD
-            "rules must map patterns to bits, to keywords of to_quantized or to None, not list",
-=======
             "rules must map patterns to bits, to keywords of to_quantized or to None, not a list "
             "of 1",
         ),
@@ -325,7 +319,6 @@ def told_by_first(model: nn.Module, rules: dict[str, Any]) -> dict[str, str]:
             {},
             TypeError,
             "bits of rule ['**.q_proj', '**.k_proj'] must be an int of 1 or more, not -4",
->>>>>>> lm
         ),
         (
             {"**": 4},
