@@ -11,7 +11,15 @@ except ImportError as error:
         "mlx_modswap.lm needs mlx-lm: pip install 'mlx-modswap[lm]'", name=error.name
     ) from error
 
+from ._adapters import adapter_rules
 from ._blocks import layers_path
 from ._quantize import quantization_config, quantize
+from ._save_adapters import save_adapters
 
-__all__ = ["layers_path", "quantization_config", "quantize"]
+__all__ = [
+    "adapter_rules",
+    "layers_path",
+    "quantization_config",
+    "quantize",
+    "save_adapters",
+]
