@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from huggingface_hub import snapshot_download  # which mlx-lm brings
+from mlx_lm import utils
+
+from ._folders import one_line
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapters.safetensors"
@@ -23,16 +25,16 @@ def find_folder(folder: str | Path) -> Path:
     if path.is_dir():
         return path
     if path.exists():
-        raise NotADirectoryError(f"{path} is a file; give the folder that it is in")
-    if not isinstance(folder, str):
-        raise FileNotFoundError(f"{path} does not exist")
+        raise NotADirectoryError(f"{quoted(path)} is a file; give the folder that it is in")
     try:
-        return Path(snapshot_download(folder, allow_patterns=[CONFIG, WEIGHTS, PEFT_WEIGHTS]))
-    except Exception as error:  # of the hub, of HTTP or of the network
-        reason = str(error).strip().partition("\n")[0]
+        download: Any = vars(utils)["snapshot_download"]  # of the hub that mlx-lm was told to use
+        found = download(str(folder), allow_patterns=[CONFIG, WEIGHTS, PEFT_WEIGHTS])
+    except Exception as error:  # of the hub, the network or the disk
         raise FileNotFoundError(
-            f"{folder!r} is not a folder, and not to be had from the Hugging Face Hub: {reason}"
+            f"{quoted(path)} is not a folder here, and the hub does not give an adapter of that "
+            f"name: {one_line(error)}"
         ) from error
+    return Path(found)
 
 
 def read_config(file: Path) -> dict[str, Any]:
@@ -41,8 +43,8 @@ def read_config(file: Path) -> dict[str, Any]:
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is not JSON: {error}") from error
-    return read_object(config, str(file))
+        raise ValueError(f"{quoted(file)} is not JSON: {one_line(error)}") from error
+    return read_object(config, quoted(file))
 
 
 def read_arrays(file: Path) -> dict[str, mx.array]:
@@ -55,14 +57,18 @@ def read_arrays(file: Path) -> dict[str, mx.array]:
     try:
         arrays: Any = mx.load(str(file))  # of a safetensors file: a dict
         mx.eval(arrays)
-    except (RuntimeError, ValueError) as error:
-        raise ValueError(f"{file} is not a complete safetensors file: {error}") from error
+    except Exception as error:  # MLX raises many kinds
+        raise ValueError(f"{quoted(file)} is broken: {one_line(error)}") from error
     if not arrays:
-        raise ValueError(f"{file} has no arrays")
-    for name in arrays:
+        raise ValueError(f"{quoted(file)} has no arrays")
+    for name, array in arrays.items():
         if "" in name.split("."):
-            raise ValueError(f"{file} has an array {name!r}, which is not the name of a parameter")
-    return arrays
+            raise ValueError(
+                f"{quoted(file)} has an array {name!r}, which is not the name of a parameter"
+            )
+        if not mx.issubdtype(array.dtype, mx.floating):
+            raise ValueError(f"{quoted(file)} has {name!r} as {array.dtype}, which is no float")
+    return dict(sorted(arrays.items()))
 
 
 def _check_exists(file: Path) -> None:
@@ -71,13 +77,18 @@ def _check_exists(file: Path) -> None:
     pickled = file.with_suffix(".bin")
     if pickled.is_file():
         raise ValueError(
-            f"{pickled} is not safetensors: save the adapter again with PEFT, whose "
-            "save_pretrained writes safetensors"
+            f"{quoted(pickled)} is not a safetensors file; save the adapter again with PEFT, whose "
+            "save_pretrained writes one"
         )
     raise FileNotFoundError(
-        f"{file} does not exist; an adapter is a folder with {CONFIG} and {WEIGHTS} "
+        f"{quoted(file)} does not exist; an adapter is a folder with {CONFIG}, and with {WEIGHTS} "
         f"(mlx-lm) or {PEFT_WEIGHTS} (PEFT)"
     )
+
+
+def quoted(path: Path) -> str:
+    """A path as it is shown in messages."""
+    return repr(str(path))
 
 
 # ---------------------------------------------------------------- values of a config
@@ -93,7 +104,7 @@ def read_object(value: Any, what: str) -> dict[str, Any]:
 def read_rank(value: Any, what: str) -> int:
     """Check that a value is a rank."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{what} must be a whole number from 1 on, not {_shown(value)}")
+        raise ValueError(f"{what} must be a whole number of at least 1, not {_shown(value)}")
     return value
 
 
@@ -101,7 +112,7 @@ def read_number(value: Any, what: str) -> float:
     """Check that a value is a finite number."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not is_number or not math.isfinite(value):
-        raise ValueError(f"{what} must be a number, not {_shown(value)}")
+        raise ValueError(f"{what} must be a finite number, not {_shown(value)}")
     return value
 
 

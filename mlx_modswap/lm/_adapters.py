@@ -17,6 +17,7 @@ from ._adapter_files import (
     TRUTH,
     WEIGHTS,
     find_folder,
+    quoted,
     read_arrays,
     read_config,
     read_dropout,
@@ -98,8 +99,8 @@ def adapter_rules(folder: str | Path) -> dict[Any, Factory]:
     for path, adapter in adapters.items():
         _check_complete(path, adapter, file)
     if TRUTH in config:
-        adapters = restore(adapters, config[TRUTH], f"{TRUTH!r} in {where / CONFIG}")
-    return {_literal(path): _factory(adapter, str(file)) for path, adapter in adapters.items()}
+        adapters = restore(adapters, config[TRUTH], f"{TRUTH!r} in {quoted(where / CONFIG)}")
+    return {_literal(path): _factory(adapter, quoted(file)) for path, adapter in adapters.items()}
 
 
 def _factory(adapter: Adapter, file: str) -> Factory:
@@ -116,12 +117,12 @@ def _literal(path: str) -> Any:
 
 def _read_mlx_lm(folder: Path, config: Mapping[str, Any]) -> dict[str, Adapter]:
     """The adapters of a folder that ``mlx_lm.lora`` or :func:`save_adapters` wrote, by path."""
-    what = f"in {folder / CONFIG}"
+    what = f"in {quoted(folder / CONFIG)}"
     method = config.get("fine_tune_type", "lora")
     if method == "full":
         raise ValueError(
-            f"{folder} is a full fine-tune, not an adapter: its arrays take the place of the "
-            "model's; mlx_lm.load(..., adapter_path=...) loads it"
+            f"{quoted(folder)} is a full fine-tune, not an adapter: its arrays take the place of "
+            "the model's; mlx_lm.load(..., adapter_path=...) loads it"
         )
     if not isinstance(method, str) or method not in METHODS:
         raise ValueError(f"'fine_tune_type' {what} must be 'lora' or 'dora', not {method!r}")
@@ -134,7 +135,7 @@ def _read_mlx_lm(folder: Path, config: Mapping[str, Any]) -> dict[str, Adapter]:
         found = _NAME.fullmatch(name)
         if found is None:
             raise ValueError(
-                f"{folder / WEIGHTS} has an array {name!r}, which is not one of an adapter "
+                f"{quoted(folder / WEIGHTS)} has an array {name!r}, which is not one of an adapter "
                 "(lora_a, lora_b or m)"
             )
         by_path.setdefault(found[1], {})[found[2]] = array
@@ -147,17 +148,17 @@ def _check_complete(path: str, adapter: Adapter, file: Path) -> None:
     needed = {"lora_a", "lora_b", "m"} if adapter.method == "dora" else {"lora_a", "lora_b"}
     if set(arrays) != needed:
         raise ValueError(
-            f"{file} has {_listed(arrays)} for {path!r}, and {METHODS[adapter.method]} needs "
-            f"{_listed(needed)}"
+            f"{quoted(file)} has {_listed(arrays)} for {path!r}, and {METHODS[adapter.method]} "
+            f"needs {_listed(needed)}"
         )
     a, b = arrays["lora_a"], arrays["lora_b"]
     fit = a.ndim in (2, 3) and a.ndim == b.ndim
     if not (fit and a.shape[A_RANK] == rank and b.shape[b_rank(b)] == rank):
         raise ValueError(
-            f"{file} has lora_a of shape {a.shape} and lora_b of shape {b.shape} for {path!r}, "
-            f"which are not of rank {rank} as {CONFIG} says"
+            f"{quoted(file)} has lora_a of shape {a.shape} and lora_b of shape {b.shape} for "
+            f"{path!r}, which are not of rank {rank}, as {CONFIG} says"
         )
 
 
 def _listed(names: Any) -> str:
-    return " and ".join(sorted(names))
+    return ", ".join(sorted(names))

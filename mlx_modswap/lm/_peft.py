@@ -13,6 +13,7 @@ import mlx.core as mx
 from ._adapter_files import (
     CONFIG,
     PEFT_WEIGHTS,
+    quoted,
     read_arrays,
     read_dropout,
     read_number,
@@ -37,6 +38,7 @@ _HARMLESS = frozenset(
         *("r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "use_rslora"),
     }
 )
+_MERGE = "merge the adapter with PEFT (merge_and_unload), and convert the merged model"
 _PLAIN = {  # the values of keys that are never empty
     "bias": ("none",),
     "init_lora_weights": (True, "gaussian", "eva", "orthogonal"),  # others change the base weights
@@ -73,8 +75,7 @@ def _check_plain(config: Mapping[str, Any], file: Path) -> None:
             is_plain = not value or key in _HARMLESS
         if not is_plain:
             raise ValueError(
-                f"{file} sets {key!r} to {value!r}, which is not plain LoRA; merge the adapter "
-                "with PEFT (merge_and_unload) and convert the merged model"
+                f"{quoted(file)} sets {key!r} to {value!r}, which is not plain LoRA; {_MERGE}"
             )
 
 
@@ -86,9 +87,8 @@ def _pairs(file: Path) -> dict[str, dict[str, mx.array]]:
         if found is None or array.ndim != 2:
             shape = "" if found is None else f" of shape {array.shape}"
             raise ValueError(
-                f"{file} has an array {name!r}{shape}, which is not LoRA of a linear layer or an "
-                "embedding; merge the adapter with PEFT (merge_and_unload) and convert the merged "
-                "model"
+                f"{quoted(file)} has an array {name!r}{shape}, which is not LoRA of a linear layer "
+                f"or an embedding; {_MERGE}"
             )
         side = found["linear"] or found["embedding"]
         pairs.setdefault(found["path"], {})[f"lora_{side.lower()}"] = array.T
@@ -120,4 +120,4 @@ def _for(
 
 
 def _key(folder: Path, key: str) -> str:
-    return f"{key!r} in {folder / CONFIG}"
+    return f"{key!r} in {quoted(folder / CONFIG)}"

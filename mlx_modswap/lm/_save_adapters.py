@@ -17,7 +17,7 @@ import mlx.nn as nn
 from mlx_lm.utils import save_config
 
 from .._select import check_model, select
-from ._adapter_files import CONFIG, PEFT_WEIGHTS, TRUTH, WEIGHTS
+from ._adapter_files import CONFIG, PEFT_WEIGHTS, TRUTH, WEIGHTS, quoted
 from ._lora import A_RANK, METHODS, Adapter, kind_for, kind_of, misfit, shapes
 from ._paths import folded
 from ._uniform import make_uniform
@@ -216,9 +216,11 @@ def _inside(module: nn.Module) -> dict[str, nn.Module]:
 def _replaced(folder: Path) -> Iterator[Path]:
     """Give a folder to write the two files to, and then put them into ``folder`` together."""
     if (folder / PEFT_WEIGHTS).exists():
-        raise ValueError(f"{folder} has an adapter of PEFT, which would be lost; give another one")
+        raise ValueError(
+            f"{quoted(folder)} has an adapter of PEFT, which would be lost; give another folder"
+        )
     if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"{folder} is a file; give a folder")
+        raise NotADirectoryError(f"{quoted(folder)} is a file; give a folder")
     made = [one for one in (folder, *folder.parents) if not one.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     try:

@@ -6,10 +6,10 @@ zero in training, because each side's gradient is a product with the other side.
 A scale is folded into ``lora_b``: the product of both stays the same. It is
 multiplied and divided in float64, so each way rounds once. Taken out again,
 ``lora_b`` is the same bit by bit where the scale is the most frequent one or
-differs from it by a power of two, and where ``lora_b`` is float16 or bfloat16
-(it is written as float32 if its own dtype would lose something). Otherwise it
-differs by at most one unit in the last place of float32. No array of float32
-could do better: there are more numbers than places on one side of the fold.
+differs from it by a power of two, and where ``lora_b`` is float16 or bfloat16,
+which are written as float32 if their own dtype would round. Otherwise it differs
+by at most one unit in the last place: in float32 several numbers times a scale
+may round to the same product.
 """
 
 from __future__ import annotations
@@ -76,45 +76,49 @@ def restore(adapters: Mapping[str, Adapter], truths: Any, what: str) -> dict[str
     if unpaired := sorted(set(truths) ^ set(adapters)):
         raise ValueError(f"{what} does not have the paths of the arrays: {unpaired[0]!r}")
     return {
-        path: _restored(adapter, read_object(truths[path], f"{path!r} of {what}"), path, what)
+        path: _restored(adapter, truths[path], f"{path!r} under {what}")
         for path, adapter in adapters.items()
     }
 
 
-def _restored(adapter: Adapter, truth: dict[str, Any], path: str, what: str) -> Adapter:
-    rank = read_rank(truth.get("rank"), f"'rank' of {path!r} in {what}")
-    scale = read_number(truth.get("scale"), f"'scale' of {path!r} in {what}")
+def _restored(adapter: Adapter, truth: Any, what: str) -> Adapter:
+    truth = read_object(truth, what)
+    rank = read_rank(truth.get("rank"), f"'rank' of {what}")
+    scale = read_number(truth.get("scale"), f"'scale' of {what}")
     dtype: Any = truth.get("dtype")
     if dtype not in (None, *_DTYPES):
-        raise ValueError(f"'dtype' of {path!r} in {what} must be one of {', '.join(_DTYPES)}")
+        raise ValueError(f"'dtype' of {what} must be {' or '.join(map(repr, _DTYPES))}")
+    if rank > adapter.rank:
+        raise ValueError(f"'rank' of {what} is {rank}, and the arrays have the rank {adapter.rank}")
     if scale != adapter.scale and 0 in (scale, adapter.scale):
-        raise ValueError(f"'scale' of {path!r} in {what} cannot be {scale}")
+        raise ValueError(f"'scale' of {what} cannot be {scale} where others are {adapter.scale}")
     arrays = dict(adapter.arrays)
     for name, axis in (("lora_a", A_RANK), ("lora_b", b_rank(arrays["lora_b"]))):
-        arrays[name], rest = mx.split(arrays[name], [min(rank, adapter.rank)], axis=axis)
-        if rank > adapter.rank or mx.any(rest).item():
-            raise ValueError(f"'rank' of {path!r} in {what} cannot be {rank}: see {name}")
+        arrays[name], padding = mx.split(arrays[name], [rank], axis=axis)
+        if mx.any(padding).item():
+            raise ValueError(f"'rank' of {what} is {rank}, and {name} is not zero beyond it")
     if scale != adapter.scale:
-        own_dtype = _DTYPES[dtype] if dtype else arrays["lora_b"].dtype
-        arrays["lora_b"] = _scaled(arrays["lora_b"], adapter.scale, scale, own_dtype)
+        own = _DTYPES[dtype] if dtype else arrays["lora_b"].dtype
+        exact = _multiplied(arrays["lora_b"], adapter.scale, scale)
+        arrays["lora_b"] = exact.astype(own, stream=mx.cpu)
     mx.eval(arrays)
     return adapter._replace(arrays=arrays, rank=rank, scale=scale)
 
 
 def _fold(lora_b: mx.array, scale: float, common: float) -> mx.array:
-    """Put a scale into ``lora_b``, in its own dtype if it can be taken out again exactly."""
+    """Put a scale into ``lora_b``, in its own dtype if that takes no rounding, else in float32."""
     if scale == common:
         return lora_b
-    for dtype in (lora_b.dtype, mx.float32):
-        array = _scaled(lora_b, scale, common, dtype)
-        if mx.array_equal(_scaled(array, common, scale, lora_b.dtype), lora_b):
-            break
-    return array
+    exact = _multiplied(lora_b, scale, common)
+    with mx.stream(mx.cpu):
+        own = exact.astype(lora_b.dtype)
+        is_exact = mx.array_equal(own.astype(mx.float64), exact).item()
+        return own if is_exact else exact.astype(mx.float32)
 
 
-def _scaled(array: mx.array, factor: float, divisor: float, dtype: mx.Dtype) -> mx.array:
+def _multiplied(array: mx.array, factor: float, divisor: float) -> mx.array:
     with mx.stream(mx.cpu):  # the one device that has float64
-        return (array.astype(mx.float64) * factor / divisor).astype(dtype)
+        return array.astype(mx.float64) * factor / divisor
 
 
 def _pad(array: mx.array, axis: int, rank: int) -> mx.array:

@@ -1,0 +1,497 @@
+"""Bad adapters: one clear error that names the file or the place, and the model as it was."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+import zoo
+
+from mlx_modswap import replace_layers
+
+pytest.importorskip("mlx_lm", reason="adapters are those of mlx-lm")
+
+from adapting import adapted, arrays_of, config_of, lora
+from mlx_lm.tuner.lora import LoRALinear
+
+from mlx_modswap import lm
+
+Q1, Q3 = (f"model.layers.{n}.self_attn.q_proj" for n in (1, 3))
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu():
+    mx.random.seed(0)
+    with mx.stream(mx.cpu):
+        yield
+
+
+@pytest.fixture
+def saved(tmp_path) -> Path:
+    """A folder with two adapters of ranks 2 and 4."""
+    model = zoo.build("llama")
+    replace_layers(model, {Q1: lora(2, 3.0), Q3: lora(4, 5.0)})
+    lm.save_adapters(model, tmp_path / "math")
+    return tmp_path / "math"
+
+
+def message(action: Callable[[], Any], folder: Path) -> str:
+    """The class and the text of an error, in which the folder is called ``math``."""
+    with pytest.raises((OSError, ValueError, TypeError, LookupError)) as caught:
+        action()
+    return f"{caught.type.__name__}: {caught.value}".replace(str(folder), "math")
+
+
+def is_expected(text: str, expected: str) -> bool:
+    """Whether it is this text; ``...`` at its end is what MLX or the hub has to say."""
+    if expected.endswith("..."):
+        return text.startswith(expected[:-3])
+    return text == expected
+
+
+def contents(model: nn.Module) -> tuple[list[Any], list[Any]]:
+    """What there is in a model, and all objects in it, so that no other one gets the id of one."""
+    modules = model.named_modules()
+    objects = [value for _, module in modules for value in module.values()]
+    state = [
+        (path, id(module), module.training, set(module._no_grad), list(map(id, module.values())))
+        for path, module in modules
+    ]
+    return state, objects
+
+
+# ---------------------------------------------------------------- folders
+
+
+def rewrite(folder: Path, **entries: Any) -> None:
+    """Change entries of the config."""
+    config = {**config_of(folder), **entries}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+
+
+def set_parameter(folder: Path, name: str, value: Any) -> None:
+    rewrite(folder, lora_parameters={**config_of(folder)["lora_parameters"], name: value})
+
+
+def set_truth(folder: Path, path: str, **entries: Any) -> None:
+    truths = config_of(folder)["mlx_modswap"]
+    rewrite(folder, mlx_modswap={**truths, path: {**truths.get(path, {}), **entries}})
+
+
+def set_array(folder: Path, name: str, array: mx.array | None) -> None:
+    arrays = {key: mx.array(value) for key, value in arrays_of(folder).items()}
+    mx.eval(arrays)
+    if array is None:
+        del arrays[name]
+    else:
+        arrays[name] = array
+    mx.save_safetensors(str(folder / "adapters.safetensors"), arrays)
+
+
+def cut(file: Path, size: int) -> None:
+    file.write_bytes(file.read_bytes()[:size])
+
+
+BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "no folder": (
+        lambda folder: shutil.rmtree(folder),
+        "FileNotFoundError: 'math' is not a folder here, and the hub does not give an adapter of "
+        "that name: ...",
+    ),
+    "a file": (
+        lambda folder: (shutil.rmtree(folder), folder.write_text("")),
+        "NotADirectoryError: 'math' is a file; give the folder that it is in",
+    ),
+    "no config": (
+        lambda folder: (folder / "adapter_config.json").unlink(),
+        "FileNotFoundError: 'math/adapter_config.json' does not exist; an adapter is a folder with "
+        "adapter_config.json, and with adapters.safetensors (mlx-lm) or adapter_model.safetensors "
+        "(PEFT)",
+    ),
+    "no weights": (
+        lambda folder: (folder / "adapters.safetensors").unlink(),
+        "FileNotFoundError: 'math/adapters.safetensors' does not exist; an adapter is a folder "
+        "with adapter_config.json, and with adapters.safetensors (mlx-lm) or "
+        "adapter_model.safetensors (PEFT)",
+    ),
+    "a config that is not JSON": (
+        lambda folder: (folder / "adapter_config.json").write_text('{"fine_tune_type": lora}'),
+        "ValueError: 'math/adapter_config.json' is not JSON: Expecting value: line 1 column 20 "
+        "(char 19)",
+    ),
+    "a config that is no text": (
+        lambda folder: (folder / "adapter_config.json").write_bytes(b"\xff\xfe{}"),
+        "ValueError: 'math/adapter_config.json' is not JSON: 'utf-8' codec can't decode byte 0xff "
+        "in position 0: invalid start byte",
+    ),
+    "a config that is a list": (
+        lambda folder: (folder / "adapter_config.json").write_text("[1, 2]"),
+        "ValueError: 'math/adapter_config.json' must be a JSON object, not [1, 2]",
+    ),
+    "a truncated file": (
+        lambda folder: cut(folder / "adapters.safetensors", 1000),
+        "ValueError: 'math/adapters.safetensors' is broken: ...",
+    ),
+    "a file cut in its header": (
+        lambda folder: cut(folder / "adapters.safetensors", 100),
+        "ValueError: 'math/adapters.safetensors' is broken: ...",
+    ),
+    "an empty file": (
+        lambda folder: cut(folder / "adapters.safetensors", 0),
+        "ValueError: 'math/adapters.safetensors' is broken: ...",
+    ),
+    "another kind of file": (
+        lambda folder: (folder / "adapters.safetensors").write_text("GGUF" * 100),
+        "ValueError: 'math/adapters.safetensors' is broken: ...",
+    ),
+    "no arrays": (
+        lambda folder: mx.save_safetensors(str(folder / "adapters.safetensors"), {}),
+        "ValueError: 'math/adapters.safetensors' has no arrays",
+    ),
+    "a full fine-tune": (
+        lambda folder: rewrite(folder, fine_tune_type="full"),
+        "ValueError: 'math' is a full fine-tune, not an adapter: its arrays take the place of the "
+        "model's; mlx_lm.load(..., adapter_path=...) loads it",
+    ),
+    "an unknown type": (
+        lambda folder: rewrite(folder, fine_tune_type="ia3"),
+        "ValueError: 'fine_tune_type' in 'math/adapter_config.json' must be 'lora' or 'dora', not "
+        "'ia3'",
+    ),
+    "no parameters": (
+        lambda folder: rewrite(folder, lora_parameters=None),
+        "ValueError: 'lora_parameters' in 'math/adapter_config.json' must be a JSON object, not "
+        "null",
+    ),
+    "no scale": (
+        lambda folder: set_parameter(folder, "scale", None),
+        "ValueError: 'scale' in 'math/adapter_config.json' must be a finite number, not null",
+    ),
+    "an infinite scale": (
+        lambda folder: set_parameter(folder, "scale", float("inf")),
+        "ValueError: 'scale' in 'math/adapter_config.json' must be a finite number, not Infinity",
+    ),
+    "a rank that is no number": (
+        lambda folder: set_parameter(folder, "rank", "4"),
+        "ValueError: 'rank' in 'math/adapter_config.json' must be a whole number of at least 1, "
+        'not "4"',
+    ),
+    "a rank of zero": (
+        lambda folder: set_parameter(folder, "rank", 0),
+        "ValueError: 'rank' in 'math/adapter_config.json' must be a whole number of at least 1, "
+        "not 0",
+    ),
+    "another rank than the arrays": (
+        lambda folder: set_parameter(folder, "rank", 8),
+        "ValueError: 'math/adapters.safetensors' has lora_a of shape (64, 4) and lora_b of shape "
+        f"(4, 64) for '{Q1}', which are not of rank 8, as adapter_config.json says",
+    ),
+    "a dropout of one": (
+        lambda folder: set_parameter(folder, "dropout", 1.0),
+        "ValueError: 'dropout' in 'math/adapter_config.json' must be at least 0 and less than 1, "
+        "not 1.0",
+    ),
+    "no lora_b": (
+        lambda folder: set_array(folder, f"{Q3}.lora_b", None),
+        f"ValueError: 'math/adapters.safetensors' has lora_a for '{Q3}', and LoRA needs lora_a, "
+        "lora_b",
+    ),
+    "DoRA's m in LoRA": (
+        lambda folder: set_array(folder, f"{Q3}.m", mx.ones(64)),
+        f"ValueError: 'math/adapters.safetensors' has lora_a, lora_b, m for '{Q3}', and LoRA needs "
+        "lora_a, lora_b",
+    ),
+    "DoRA without m": (
+        lambda folder: rewrite(folder, fine_tune_type="dora"),
+        f"ValueError: 'math/adapters.safetensors' has lora_a, lora_b for '{Q1}', and DoRA needs "
+        "lora_a, lora_b, m",
+    ),
+    "an array of the model": (
+        lambda folder: set_array(folder, "model.norm.weight", mx.ones(64)),
+        "ValueError: 'math/adapters.safetensors' has an array 'model.norm.weight', which is not "
+        "one of an adapter (lora_a, lora_b or m)",
+    ),
+    "a name with an empty segment": (
+        lambda folder: set_array(folder, "../../model.lora_a", mx.ones((64, 4))),
+        "ValueError: 'math/adapters.safetensors' has an array '../../model.lora_a', which is not "
+        "the name of a parameter",
+    ),
+    "arrays with one axis": (
+        lambda folder: set_array(folder, f"{Q1}.lora_a", mx.ones(4)),
+        "ValueError: 'math/adapters.safetensors' has lora_a of shape (4,) and lora_b of shape "
+        f"(4, 64) for '{Q1}', which are not of rank 4, as adapter_config.json says",
+    ),
+    "arrays of integers": (
+        lambda folder: set_array(folder, f"{Q1}.lora_a", mx.ones((64, 4), mx.int32)),
+        f"ValueError: 'math/adapters.safetensors' has '{Q1}.lora_a' as mlx.core.int32, which is no "
+        "float",
+    ),
+    "true ranks that are a list": (
+        lambda folder: rewrite(folder, mlx_modswap=[4, 2]),
+        "ValueError: 'mlx_modswap' in 'math/adapter_config.json' must be a JSON object, not [4, 2]",
+    ),
+    "a true rank for another path": (
+        lambda folder: set_truth(folder, "model.layers.9.self_attn.q_proj", rank=2, scale=1.0),
+        "ValueError: 'mlx_modswap' in 'math/adapter_config.json' does not have the paths of the "
+        "arrays: 'model.layers.9.self_attn.q_proj'",
+    ),
+    "a true rank that is too high": (
+        lambda folder: set_truth(folder, Q1, rank=5),
+        f"ValueError: 'rank' of '{Q1}' under 'mlx_modswap' in 'math/adapter_config.json' is 5, and "
+        "the arrays have the rank 4",
+    ),
+    "a true rank that is too low": (
+        lambda folder: set_truth(folder, Q3, rank=3),
+        f"ValueError: 'rank' of '{Q3}' under 'mlx_modswap' in 'math/adapter_config.json' is 3, and "
+        "lora_a is not zero beyond it",
+    ),
+    "a true scale of zero": (
+        lambda folder: set_truth(folder, Q3, scale=0),
+        f"ValueError: 'scale' of '{Q3}' under 'mlx_modswap' in 'math/adapter_config.json' cannot "
+        "be 0 where others are 3.0",
+    ),
+    "a true dtype that is none": (
+        lambda folder: set_truth(folder, Q3, dtype="int4"),
+        f"ValueError: 'dtype' of '{Q3}' under 'mlx_modswap' in 'math/adapter_config.json' must be "
+        "'float16' or 'bfloat16'",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_folder_is_one_clear_error(name, saved):
+    damage, expected = BAD[name]
+    damage(saved)
+    text = message(lambda: lm.adapter_rules(str(saved)), saved)
+
+    assert is_expected(text, expected), text
+
+
+def test_a_hub_id_that_cannot_be_had_is_one_clear_error(monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    text = message(lambda: lm.adapter_rules("someone/math"), tmp_path)
+
+    assert is_expected(
+        text,
+        "FileNotFoundError: 'someone/math' is not a folder here, and the hub does not give an "
+        "adapter of that name: Cannot find an appropriate cached snapshot folder ...",
+    ), text
+
+
+def test_a_hub_id_in_the_cache_is_read_from_there(monkeypatch, tmp_path, saved):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    cached = tmp_path / "models--someone--math"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text("0" * 40)
+    shutil.copytree(saved, cached / "snapshots" / ("0" * 40))
+
+    assert list(lm.adapter_rules("someone/math")) == [Q1, Q3]
+
+
+# ---------------------------------------------------------------- models that do not fit
+
+
+def llama(**config: Any) -> nn.Module:
+    return zoo.build("llama", **config)
+
+
+def with_adapters() -> nn.Module:
+    model = llama()
+    replace_layers(model, Q3, lora(8))
+    return model
+
+
+def with_a_norm() -> nn.Module:
+    model = llama()
+    replace_layers(model, Q3, lambda path, layer: nn.RMSNorm(64))
+    return model
+
+
+MISFITS: dict[str, tuple[Callable[[], Any], str]] = {
+    "fewer blocks": (
+        lambda: llama(num_hidden_layers=2, layer_types=["full_attention"] * 2),
+        "NoMatchError: 'model.layers.3.self_attn.q_proj' matches nothing: ...",
+    ),
+    "wider layers": (
+        lambda: llama(hidden_size=128),
+        f"ValueError: 'math/adapters.safetensors' does not fit '{Q1}': lora_a has the shape "
+        "(64, 2), and the Linear needs (128, 2)",
+    ),
+    "quantized layers of another width": (
+        lambda: nn.quantize(model := llama(head_dim=32), 32, 4) or model,
+        f"ValueError: 'math/adapters.safetensors' does not fit '{Q1}': lora_b has the shape "
+        "(2, 64), and the QuantizedLinear needs (2, 128)",
+    ),
+    "adapters": (
+        with_adapters,
+        f"ValueError: '{Q3}' already has an adapter, a LoRALinear; to replace it, take it off "
+        f"first (layer.linear), and to add this one to it, use '{Q3}.linear'",
+    ),
+    "a layer of another class": (
+        with_a_norm,
+        f"ValueError: 'math/adapters.safetensors' has a LoRA adapter for '{Q3}', and mlx-lm reads "
+        "none around a RMSNorm",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISFITS)
+def test_an_adapter_of_another_model_is_one_clear_error_that_changes_nothing(name, saved):
+    make, expected = MISFITS[name]
+    model, rules = make(), lm.adapter_rules(saved)
+    before = contents(model)
+    text = message(lambda: replace_layers(model, rules), saved)
+
+    assert is_expected(text, expected), text
+    assert contents(model)[0] == before[0]
+
+
+def test_dora_has_no_place_around_experts_and_quantized_embeddings(tmp_path):
+    model = llama()
+    replace_layers(model, "model.embed_tokens", lora(4, method="dora"))
+    lm.save_adapters(model, tmp_path)
+    fresh = llama()
+    nn.quantize(fresh, 32, 4)
+
+    assert message(lambda: replace_layers(fresh, lm.adapter_rules(tmp_path)), tmp_path) == (
+        "ValueError: 'math/adapters.safetensors' has a DoRA adapter for 'model.embed_tokens', and "
+        "mlx-lm reads none around a QuantizedEmbedding"
+    )
+
+
+# ---------------------------------------------------------------- models that cannot be saved
+
+
+class MyLoRA(nn.Module):
+    def __init__(self, linear: nn.Module):
+        super().__init__()
+        self.linear, self.lora_a, self.lora_b = linear, mx.ones((64, 4)), mx.ones((4, 64))
+
+
+def stacked(path: str, layer: nn.Module) -> nn.Module:
+    inner = adapted(layer, r=4)
+    outer = LoRALinear(64, 64, r=2)
+    outer.linear = inner
+    return outer
+
+
+def changed(**attributes: Any) -> Callable[[str, Any], nn.Module]:
+    def factory(path: str, layer: Any) -> nn.Module:
+        adapter = adapted(layer, r=4, scale=2.0)
+        for name, value in attributes.items():
+            setattr(adapter, name, value)
+        return adapter
+
+    return factory
+
+
+def around_a_norm(path: str, layer: Any) -> nn.Module:
+    adapter = adapted(layer, r=4)
+    adapter.linear = nn.RMSNorm(64)
+    return adapter
+
+
+UNSAVABLE: dict[str, tuple[dict[str, Any], str]] = {
+    "no adapters": (
+        {Q1: lambda path, layer: nn.Linear(64, 64)},
+        "ValueError: the model has no adapters; put some in with replace_layers and a class of "
+        "mlx-lm, such as mlx_lm.tuner.lora.LoRALinear",
+    ),
+    "a class of one's own": (
+        {"**.q_proj": lambda path, layer: MyLoRA(layer)},
+        "ValueError: mlx-lm has no MyLoRA, which the model has at "
+        "'model.layers[0:4].self_attn.q_proj'; use the classes of mlx_lm.tuner.lora and "
+        "mlx_lm.tuner.dora",
+    ),
+    "an adapter in an adapter": (
+        {Q1: stacked},
+        f"ValueError: '{Q1}' is an adapter around an adapter, and mlx-lm reads one for each layer; "
+        "take one of the two off",
+    ),
+    "an adapter around another class": (
+        {Q1: around_a_norm},
+        f"ValueError: '{Q1}' is a LoRALinear around a RMSNorm, which mlx-lm does not build",
+    ),
+    "LoRA and DoRA": (
+        {"**.q_proj": lora(4), "**.{k,v}_proj": lora(4, method="dora")},
+        "ValueError: mlx-lm reads one method for all adapters, not LoRA at "
+        "'model.layers[0:4].self_attn.q_proj', DoRA at 'model.layers[0:4].self_attn.{k,v}_proj'; "
+        "take the adapters of one kind off, or fuse them",
+    ),
+    "two dropouts": (
+        {"**.q_proj": lora(4, dropout=0.1), "model.layers[0].**.k_proj": lora(4)},
+        "ValueError: mlx-lm reads one dropout for all adapters, not 0.1 at "
+        "'model.layers[0:4].self_attn.q_proj', 0.0 at 'model.layers.0.self_attn.k_proj'; give them "
+        "one: layer.dropout = mlx.nn.Dropout(p)",
+    ),
+    "another class of dropout": (
+        {Q1: changed(dropout=nn.Identity())},
+        f"ValueError: the dropout of '{Q1}' must be an mlx.nn.Dropout, not a Identity",
+    ),
+    "arrays of two ranks": (
+        {Q1: changed(lora_b=mx.zeros((8, 64)))},
+        f"ValueError: the adapter at '{Q1}' does not fit its layer: lora_b has the shape (8, 64), "
+        "and the Linear needs (4, 64)",
+    ),
+    "an array as scale": (
+        {Q1: changed(scale=mx.array(2.0))},
+        f"ValueError: the scale of '{Q1}' must be a number, not array(2, dtype=float32)",
+    ),
+    "a scale that is infinite": (
+        {Q1: changed(scale=float("inf"))},
+        f"ValueError: the scale of '{Q1}' must be a number, not inf",
+    ),
+    "a scale of zero among others": (
+        {Q1: changed(scale=0), "**.k_proj": lora(4)},
+        f"ValueError: the scale is 0 at {Q1}, and lora_b could not be restored from what mlx-lm "
+        "reads; set another scale, or take the adapters off",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNSAVABLE)
+def test_what_mlx_lm_cannot_read_is_one_clear_error_and_nothing_is_written(name, tmp_path):
+    rules, expected = UNSAVABLE[name]
+    model = llama()
+    replace_layers(model, rules)
+    before = contents(model)
+    text = message(lambda: lm.save_adapters(model, tmp_path / "deep" / "math"), tmp_path)
+
+    assert is_expected(text, expected), text
+    assert contents(model)[0] == before[0]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_path_that_mlx_lm_would_find_in_a_block_too_is_one_clear_error(tmp_path):
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(8, 8)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = [Block()]
+            self.head = nn.Linear(8, 8)
+
+    model = Model()
+    replace_layers(model, "head", lora(2))
+
+    assert message(lambda: lm.save_adapters(model, tmp_path), tmp_path) == (
+        "ValueError: mlx-lm would take 'head' for a path inside a block as well, and put adapters "
+        "there, too"
+    )
+
+
+def test_a_model_must_be_a_module():
+    assert message(lambda: lm.save_adapters({}, "math"), Path("math")) == (  # pyright: ignore[reportArgumentType]
+        "TypeError: model must be an mlx.nn.Module, not a dict"
+    )
