@@ -97,26 +97,26 @@ def _pairs(file: Path) -> dict[str, dict[str, mx.array]]:
 
 def _rank_and_scale(config: Mapping[str, Any], path: str, folder: Path) -> tuple[int, float]:
     """As PEFT computes them: alpha / r, or alpha / sqrt(r) with ``use_rslora``."""
-    rank = read_rank(_for(config, "rank_pattern", path, "r", 8, folder), _key(folder, "r"))
-    alpha = read_number(
-        _for(config, "alpha_pattern", path, "lora_alpha", 8, folder), _key(folder, "lora_alpha")
-    )
+    rank = read_rank(*_for(path, config, "rank_pattern", "r", folder))
+    alpha = read_number(*_for(path, config, "alpha_pattern", "lora_alpha", folder))
     return rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def _for(
-    config: Mapping[str, Any], patterns: str, path: str, usual: str, default: int, folder: Path
-) -> Any:
-    """The value of the first pattern that matches the end of a path, as PEFT looks it up."""
+    path: str, config: Mapping[str, Any], patterns: str, usual: str, folder: Path
+) -> tuple[Any, str]:
+    """The value for a path, and what to call it: that of the first pattern that matches its end."""
     what = _key(folder, patterns)
     for pattern, value in read_object(config.get(patterns) or {}, what).items():
         try:
-            matches = re.match(rf"(.*\.)?({pattern})$", path)
+            matches = re.match(rf"(.*\.)?({pattern})$", path)  # as in PEFT's get_pattern_key
         except re.error as error:
-            raise ValueError(f"{what} has {pattern!r}, not a regular expression: {error}") from None
+            raise ValueError(
+                f"{what} has {pattern!r}, which is not a regular expression: {error}"
+            ) from error
         if matches:
-            return value
-    return config.get(usual, default)
+            return value, f"{pattern!r} of {what}"
+    return config.get(usual, 8), _key(folder, usual)  # 8 is PEFT's default for both
 
 
 def _key(folder: Path, key: str) -> str:

@@ -215,7 +215,8 @@ def _inside(module: nn.Module) -> dict[str, nn.Module]:
 @contextmanager
 def _replaced(folder: Path) -> Iterator[Path]:
     """Give a folder to write the two files to, and then put them into ``folder`` together."""
-    if (folder / PEFT_WEIGHTS).exists():
+    peft = Path(PEFT_WEIGHTS)
+    if any((folder / name).exists() for name in (peft, peft.with_suffix(".bin"))):
         raise ValueError(
             f"{quoted(folder)} has an adapter of PEFT, which would be lost; give another folder"
         )

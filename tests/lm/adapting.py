@@ -9,6 +9,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import pytest
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from mlx_lm.tuner.dora import DoRAEmbedding, DoRALinear
 from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
@@ -74,3 +75,28 @@ def identical_adapters(one: Any, other: Any) -> bool:
         and one.dropout._p_1 == other.dropout._p_1
         and all(identical(one[name], other[name]) for name in names)
     )
+
+
+def message(action: Callable[[], Any], folder: Path) -> str:
+    """The class and the text of an error, in which the folder is called ``math``."""
+    with pytest.raises((OSError, ValueError, TypeError, LookupError)) as caught:
+        action()
+    return f"{caught.type.__name__}: {caught.value}".replace(str(folder), "math")
+
+
+def is_expected(text: str, expected: str) -> bool:
+    """Whether it is this text; ``...`` at its end is what MLX or the hub has to say."""
+    if expected.endswith("..."):
+        return text.startswith(expected[:-3])
+    return text == expected
+
+
+def contents(model: nn.Module) -> tuple[list[Any], list[Any]]:
+    """What there is in a model, and all objects in it, so that no other one gets the id of one."""
+    modules = model.named_modules()
+    objects = [value for _, module in modules for value in module.values()]
+    state = [
+        (path, id(module), module.training, set(module._no_grad), list(map(id, module.values())))
+        for path, module in modules
+    ]
+    return state, objects

@@ -179,12 +179,14 @@ def case(request, tmp_path) -> tuple[Any, Any, Any]:
     name, bits, method, rules = CASES[request.param]
     model, fresh = zoo.build(name), zoo.build(name)
     if bits:
-        quantized(model, bits), quantized(fresh, bits)
+        quantized(model, bits)
+        quantized(fresh, bits)
     factories = {
         pattern: lora(r, scale, method=method, dropout=0.1) for pattern, (r, scale) in rules.items()
     }
     replace_layers(model, factories)
-    model.eval(), fresh.eval()
+    model.eval()
+    fresh.eval()
     lm.save_adapters(model, tmp_path / "adapters")
     return model, fresh, tmp_path / "adapters"
 
@@ -203,7 +205,7 @@ def test_mlx_lm_reads_them_into_the_same_places_with_the_same_output(case):
 def test_adapter_rules_restore_rank_scale_dropout_and_output(case):
     model, fresh, folder = case
     tokens = mx.array([[1, 2, 3, 4]])
-    news = replace_layers(fresh, lm.adapter_rules(folder))
+    news: Any = replace_layers(fresh, lm.adapter_rules(folder))
 
     adapters = adapters_in(model)
     assert list(news) == [path for path, _ in reversed(list(adapters.items()))]
