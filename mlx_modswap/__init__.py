@@ -4,7 +4,7 @@ from ._errors import NoMatchError, PatternError, SelectionError
 from ._replace import partial_modules, replace_layers, swapped
 from ._report import Replacement
 from ._select import select
-from ._tree import tree
+from ._show.tree import tree
 from ._wrapper import Wrapper, capture, patch
 
 __all__ = [

@@ -8,10 +8,6 @@ from itertools import chain, groupby, takewhile
 from itertools import product as each_of
 from typing import Any
 
-import mlx.nn as nn
-
-from ._locations import Container, entries, is_container, opened
-
 Segment = str | int  # an int is an index of a list, and a str is no index
 Product = tuple[tuple[Segment, ...], ...]  # the choices for each segment of a path
 
@@ -152,48 +148,3 @@ def _braces(names: list[str]) -> str:
 def _common(words: list[list[str]]) -> int:
     """How many words all of them begin with."""
     return len(list(takewhile(lambda same: len(set(same)) == 1, zip(*words))))
-
-
-# ---------------------------------------------------------------- what one module holds
-
-
-Keys = tuple[Any, ...]  # that lead from a module to what it holds
-
-
-def inside(container: Container) -> Iterator[tuple[tuple[Segment, ...], Container, Keys, Any]]:
-    """All that a module holds, in order, but not what the modules inside it hold.
-
-    Yields:
-        The path of a value, the container that has it, the keys that lead to it, itself.
-    """
-    waiting: list[tuple[Any, ...]] = [((), container, (), container)]
-    while waiting:
-        path, holder, keys, value = waiting.pop()
-        if keys and (issubclass(type(value), nn.Module) or not is_container(value)):
-            yield path, holder, keys, value
-            continue
-        holder = opened(value)
-        by_index = isinstance(holder, list)
-        held = [
-            ((*path, *([key] if by_index else str(key).split("."))), holder, (*keys, key), one)
-            for key, one in entries(holder)
-        ]
-        waiting.extend(reversed(held))
-
-
-def is_private(path: Sequence[Segment]) -> bool:
-    """Whether what a module holds there is none of its parameters, as in MLX."""
-    return str(path[0]).startswith("_")
-
-
-def outline(container: Container) -> list[str]:
-    """The modules right inside a container, folded: ``["'norm'", "'layers[0:32]' (32 Block)"]``."""
-    alike: dict[type, list[tuple[Segment, ...]]] = {}
-    for path, _, _, value in inside(container):
-        if issubclass(type(value), nn.Module):
-            alike.setdefault(type(value), []).append(path)
-    return [
-        f"{pattern_of(product)!r}" + (f" ({len(numbers)} {cls.__name__})" if numbers[1:] else "")
-        for cls, paths in alike.items()
-        for product, numbers in fold(paths)
-    ]

@@ -6,8 +6,7 @@ Runs on the way to an error only, so it is written to be plain, not fast.
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from difflib import get_close_matches
 from functools import reduce
@@ -16,12 +15,12 @@ from typing import Any, NamedTuple
 
 import mlx.nn as nn
 
-from ._errors import SelectionError
-from ._fold import outline
-from ._locations import entries, find, is_container
-from ._pattern import Matcher, Parsed, parse, shorten
+from ._containers import Container, entries, is_container, own_values
+from ._errors import SelectionError, described, listed, shorten
+from ._fold import fold, pattern_of
+from ._pattern import Matcher, Parsed, parse
+from ._walk import find
 
-_MOST_NAMES = 8  # in a list of what is there
 _MOST_TOKENS = 40  # of a pattern that is worth mending
 
 
@@ -68,37 +67,6 @@ def no_place(model: nn.Module, path: str) -> str:
     if len(names) > _MOST_TOKENS or re.search(r"[*?\[\]{}]|^$|^\.|\.\.|\.$", path):
         return message  # no pattern that could be stepped through
     return f"{message}: {_what_is_there(model, names)}"
-
-
-def listed(things: Iterable[str]) -> str:
-    """A few of many things, with how many more there are."""
-    things = list(things)
-    more = len(things) - _MOST_NAMES
-    shown = ", ".join(things[:_MOST_NAMES])
-    return f"{shown} and {more} more" if more > 0 else shown
-
-
-def classes(modules: Iterable[nn.Module]) -> str:
-    """How many modules of which class there are."""
-    counts = Counter(type(module).__name__ for module in modules)
-    return listed(f"{count} {name}" for name, count in counts.most_common())
-
-
-def described(value: Any) -> str:
-    """What kind of thing a value is, in the words of a message."""
-    if value is None:
-        return "None"
-    if isinstance(value, type):
-        return f"the class {value.__name__}"
-    name = type(value).__name__
-    if issubclass(type(value), nn.Module):
-        return f"a module ({name})"
-    name = f"an {name}" if name[:1].lower() in "aeiou" else f"a {name}"
-    if isinstance(value, list):
-        return f"{name} of {list.__len__(value)}"
-    if isinstance(value, tuple):
-        return f"{name} of {tuple.__len__(value)}"
-    return "a function" if callable(value) else name
 
 
 # ---------------------------------------------------------------- a walk that sees everything
@@ -184,6 +152,19 @@ def _no_module(thing: _Thing, pattern: str) -> str:
     if issubclass(type(thing.value), nn.Module):
         return f"{place} holds no modules"
     return f"{place} is {described(thing.value)}, not a module"
+
+
+def outline(container: Container) -> list[str]:
+    """The modules right inside a container, folded: ``["'norm'", "'layers[0:32]' (32 Block)"]``."""
+    alike: dict[type, list[tuple[str | int, ...]]] = {}
+    for path, _, _, value in own_values(container):
+        if issubclass(type(value), nn.Module):
+            alike.setdefault(type(value), []).append(path)
+    return [
+        f"{pattern_of(product)!r}" + (f" ({len(numbers)} {cls.__name__})" if numbers[1:] else "")
+        for cls, paths in alike.items()
+        for product, numbers in fold(paths)
+    ]
 
 
 # ---------------------------------------------------------------- what would work

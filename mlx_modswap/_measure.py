@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
-from ._fold import inside, is_private
-from ._locations import opened, parts
+from ._containers import is_private, own_values, unwrapped
 
 _ARRAY = mx.array
+_CHUNK = 1000
 _SIZE, _DTYPE = attrgetter("size"), attrgetter("dtype")
 _FROZEN = attrgetter("_no_grad")
 
@@ -58,7 +58,7 @@ def record(modules: Sequence[nn.Module]) -> Callable[[], list[Measure]]:
     lengths: list[int] = []
     sizes: list[int] = []
     dtypes: list[mx.Dtype] = []
-    for part in parts(modules):
+    for part in _chunks(modules):
         arrays = list(chain.from_iterable(map(dict.values, part)))
         if arrays and not (set(map(type, arrays)) == {_ARRAY} and _are_plain(part)):
             measures = measure(modules)
@@ -70,6 +70,12 @@ def record(modules: Sequence[nn.Module]) -> Callable[[], list[Measure]]:
         dtypes += few * len(arrays) if len(few) == 1 else map(_DTYPE, arrays)
     ids = list(map(id, modules))
     return lambda: list(_measures(ids, classes, lengths, zip(sizes, dtypes)))
+
+
+def _chunks(things: Sequence[Any]) -> Iterator[Sequence[Any]]:
+    """Split into chunks that fit the CPU cache, since each is passed over several times."""
+    for start in range(0, len(things), _CHUNK):
+        yield things[start : start + _CHUNK]
 
 
 def _are_plain(modules: Sequence[nn.Module]) -> bool:
@@ -107,7 +113,7 @@ def _with_inner(module: nn.Module, counted: set[int]) -> Measure:
     modules, seen = [module], set[int]()
     measures: list[Measure] = []
     for one in modules:
-        layer = id(opened(one))
+        layer = id(unwrapped(one))
         if layer not in seen:
             seen.add(layer)
             own, inner = measure_own(one)
@@ -122,7 +128,7 @@ def measure_own(module: nn.Module) -> tuple[Measure, list[nn.Module]]:
     params = trainable = nbytes = 0
     dtypes: set[mx.Dtype] = set()
     inner: list[nn.Module] = []
-    for path, _, keys, value in inside(module):
+    for path, _, keys, value in own_values(module):
         if is_private(path):
             continue
         if type(value) is _ARRAY:
@@ -142,7 +148,7 @@ def measure_own(module: nn.Module) -> tuple[Measure, list[nn.Module]]:
 
 def _bits(module: nn.Module) -> int:
     """The bits of a quantized layer, 0 for another one."""
-    layer: Any = opened(module)
+    layer: Any = unwrapped(module)
     bits = vars(layer).get("bits") if dict.__contains__(layer, "scales") else 0
     return bits if isinstance(bits, int) and 0 < bits <= 32 else 0
 

@@ -14,7 +14,7 @@ from functools import lru_cache
 from itertools import product
 from typing import Any, NamedTuple
 
-from ._errors import PatternError
+from ._errors import PatternError, shorten
 
 Pattern = str | re.Pattern[str]
 
@@ -272,11 +272,6 @@ def _error(text: str, start: int, length: int, message: str) -> PatternError:
     return PatternError(f"{message}\n    {before}{wrong}{after}\n    {carets}")
 
 
-def shorten(text: str) -> str:
-    """The text, or the beginning of one that is too long for a message."""
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
 # ---------------------------------------------------------------- items -> matcher
 
 
@@ -337,15 +332,11 @@ class State(dict[str, "State"]):
 
     def __missing__(self, key: Any) -> State:
         """Step along ``key``, which may hold dots; remember the way if it is a plain str."""
-        matcher = self._matcher
         if type(key) is not str:
-            matcher.odd_keys = True
             return self[f"{key}"]
         state = self
-        segments = key.split(".")
-        for segment in segments:
+        for segment in key.split("."):
             state = state._step(segment)
-        matcher.odd_keys |= len(segments) > 1 or key.isdecimal()
         self[key] = state
         return state
 
@@ -384,16 +375,9 @@ class State(dict[str, "State"]):
 
 
 class Matcher:
-    """Several patterns side by side, as one lazily built automaton.
-
-    Attributes:
-        odd_keys (bool): Whether a walk met a key of a dict that is no str, a
-            number or holds a dot. Only then may two places print the same path,
-            or a number in a path be no index of a list.
-    """
+    """Several patterns side by side, as one lazily built automaton."""
 
     def __init__(self, patterns: Sequence[Parsed] = ()):
-        self.odd_keys = False
         self._root = _Node()
         self._states: dict[frozenset[_Node], State] = {}
         for number, pattern in enumerate(patterns):

@@ -32,12 +32,14 @@ class Replacement(Mapping[str, nn.Module]):
         paths: Sequence[str],
         olds: Sequence[nn.Module],
         news: Sequence[nn.Module],
-        has_digit_keys: bool,
+        rules: Sequence[int],
+        slices: bool,
     ):
         self._paths = paths
         self._news = news
         self._olds = record(olds)
-        self._has_digit_keys = has_digit_keys
+        self._rules = rules
+        self._slices = slices  # whether every number in a path is an index of a list
 
     @cached_property
     def _modules(self) -> dict[str, nn.Module]:
@@ -72,7 +74,7 @@ class Replacement(Mapping[str, nn.Module]):
 
     def _rows(self) -> list[list[str]]:
         olds, news = self._olds(), measure(list(self.values()))
-        paths = [segments(path, slices=not self._has_digit_keys) for path in self]
+        paths = [segments(path, slices=self._slices) for path in self]
         alike: dict[tuple[object, ...], list[int]] = {}
         for at, (old, new) in enumerate(zip(olds, news)):
             alike.setdefault((old.name, new.name, old.dtypes, new.dtypes), []).append(at)

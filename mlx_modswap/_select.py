@@ -15,9 +15,10 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from . import _hints
-from ._errors import NoMatchError
-from ._locations import Places, find
-from ._pattern import Matcher, Parsed, Pattern, parse_all, shorten
+from ._errors import NoMatchError, classes, described, listed, shorten
+from ._pattern import Matcher, Parsed, Pattern, parse_all
+from ._sharing import Visited
+from ._walk import Places, find_and_note
 
 Patterns = Pattern | Iterable[Pattern]
 Where = type | types.UnionType | tuple[type, ...] | Callable[[str, nn.Module], bool]
@@ -68,7 +69,7 @@ def select(
     """
     check_model(model)
     patterns, excludes = parse_argument("pattern", pattern), parse_argument("exclude", exclude)
-    places = choose(model, patterns, where, excludes, strict)
+    places, _ = choose(model, patterns, where, excludes, strict)
     chosen: dict[str, nn.Module] = {}
     for path, module in zip(places.paths, places.modules):
         chosen.setdefault(path, module)
@@ -78,13 +79,13 @@ def select(
 def check_model(model: Any) -> None:
     """Raise a ``TypeError`` for anything but a module."""
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an mlx.nn.Module, not {_hints.described(model)}")
+        raise TypeError(f"model must be an mlx.nn.Module, not {described(model)}")
 
 
 def parse_argument(name: str, patterns: Any) -> list[Parsed]:
     """Parse an argument that is one pattern or several."""
     if isinstance(patterns, (nn.Module, mx.array)):  # which could be iterated
-        raise TypeError(f"{name} must be a path pattern, not {_hints.described(patterns)}")
+        raise TypeError(f"{name} must be a path pattern, not {described(patterns)}")
     return parse_all(patterns)
 
 
@@ -96,13 +97,13 @@ def choose(
     strict: bool,
     *,
     as_rules: bool = False,
-) -> Places:
+) -> tuple[Places, Visited]:
     """Find the places that the arguments name, with the mask of the patterns that match each.
 
     With ``as_rules`` a pattern that is wholly shadowed by those before it is an error.
     """
     _check_where(where)
-    places = _match(model, patterns + excludes)
+    places, visited = _match(model, patterns + excludes)
     included = (1 << len(patterns)) - 1  # the lower bits; those of the excludes follow
     masks = set(places.masks)
     if strict:
@@ -118,18 +119,18 @@ def choose(
         if strict and passed and not any(passed):
             raise NoMatchError(_where_message(where, patterns, places.modules))
         places.keep(passed)
-    return places
+    return places, visited
 
 
-def _match(model: nn.Module, patterns: list[Parsed]) -> Places:
-    places = find(model, Matcher(patterns))
+def _match(model: nn.Module, patterns: list[Parsed]) -> tuple[Places, Visited]:
+    places, visited = find_and_note(model, Matcher(patterns))
     for number, pattern in enumerate(patterns):
         if isinstance(pattern.source, re.Pattern):
             fullmatch, rest = pattern.source.fullmatch, ~(1 << number)
             pairs = zip(places.masks, places.paths)
             places.masks = [mask if fullmatch(path) else mask & rest for mask, path in pairs]
             places.keep(places.masks)
-    return places
+    return places, visited
 
 
 def first_pattern(mask: int) -> int:
@@ -149,7 +150,7 @@ def _check_where(where: Any) -> None:
     if not callable(where) or isinstance(where, nn.Module):
         raise TypeError(
             "where must be a class, a tuple of classes or a function of path and module, "
-            f"not {_hints.described(where)}"
+            f"not {described(where)}"
         )
 
 
@@ -157,13 +158,6 @@ def _passed(where: Any, places: Places) -> list[bool]:
     if _is_class(where):
         return list(map(isinstance, places.modules, repeat(where)))
     return [bool(where(path, module)) for path, module in zip(places.paths, places.modules)]
-
-
-def note(error: BaseException, text: str) -> None:
-    """Add a note to an error, where Python has them (3.11 and later)."""
-    add_note = getattr(error, "add_note", None)
-    if add_note is not None:
-        add_note(text)
 
 
 # ---------------------------------------------------------------- nothing silent
@@ -187,7 +181,7 @@ def _check_excludes(
     for number, pattern in enumerate(excludes, start=len(patterns)):
         if found_by_any >> number & 1:
             continue
-        alone = len(_match(model, [pattern]).paths)
+        alone = len(_match(model, [pattern])[0].paths)
         if not alone:
             raise NoMatchError(f"exclude {_hints.no_match(model, pattern)}")
         raise NoMatchError(
@@ -201,7 +195,7 @@ def _check_rules(rules: list[Parsed], places: Places) -> None:
     for number, rule in enumerate(rules):
         if number not in deciding:
             taken = Counter(first_pattern(m) for m in places.masks if m >> number & 1)
-            by = _hints.listed(f"{rules[n].text} takes {count}" for n, count in taken.most_common())
+            by = listed(f"{rules[n].text} takes {count}" for n, count in taken.most_common())
             raise NoMatchError(
                 f"rule {rule.text} decides nothing: rules before it take all of the "
                 f"{taken.total()} that it matches ({by}); drop it, or put it before them"
@@ -210,7 +204,7 @@ def _check_rules(rules: list[Parsed], places: Places) -> None:
 
 def _where_message(where: Any, patterns: list[Parsed], modules: list[nn.Module]) -> str:
     matches = f"the {len(modules)} that {_union(patterns)} matches"
-    there = _hints.classes(modules)
+    there = classes(modules)
     return f"where={_name_of(where)} leaves nothing of {matches}: they are {there}"
 
 
@@ -221,4 +215,4 @@ def _name_of(where: Any) -> str:
 
 
 def _union(patterns: list[Parsed]) -> str:
-    return _hints.listed(pattern.text for pattern in patterns)
+    return listed(pattern.text for pattern in patterns)

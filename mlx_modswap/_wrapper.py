@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 
 import mlx.nn as nn
 
-from . import _hints
-from ._locations import WRAPPED
+from ._containers import WRAPPED
+from ._errors import described
 from ._replace import swapped
 from ._select import Patterns, Where, select
 
@@ -78,7 +78,7 @@ class Wrapper(nn.Module, metaclass=_Sealing):
 
     def __init__(self, layer: nn.Module):
         if not issubclass(type(layer), nn.Module):
-            raise TypeError(f"layer must be an mlx.nn.Module, not {_hints.described(layer)}")
+            raise TypeError(f"layer must be an mlx.nn.Module, not {described(layer)}")
         dict.__setitem__(self, WRAPPED, layer)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -241,7 +241,7 @@ def patch(
         array(True, dtype=bool)
     """
     if not callable(change) or isinstance(change, nn.Module):
-        what = _hints.described(change)
+        what = described(change)
         raise TypeError(f"change must be a function of path and output, not {what}")
 
     with _hooked(model, pattern, change, where, exclude):

@@ -1128,12 +1128,12 @@ class TestLimits:
     def test_the_number_of_paths_is_limited(self, monkeypatch):
         shared = Holder()
         model = build(first=shared, last=shared)  # three paths, with that of the model itself
-        monkeypatch.setattr("mlx_modswap._locations._MOST_PATHS", 2)
+        monkeypatch.setattr("mlx_modswap._sharing._MOST_PATHS", 2)
         assert refuses(model, "*", fresh) == (
             "more than 2 paths lead through this model: modules in several places hold modules "
             "in several places, again and again"
         )
-        monkeypatch.setattr("mlx_modswap._locations._MOST_PATHS", 3)
+        monkeypatch.setattr("mlx_modswap._sharing._MOST_PATHS", 3)
         assert list(replace_layers(model, "*", fresh)) == ["first", "last"]
 
     def test_a_cycle_is_refused(self):

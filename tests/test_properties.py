@@ -42,7 +42,6 @@ from mlx_modswap import (
     Replacement,
     SelectionError,
     Wrapper,
-    _locations,
     capture,
     partial_modules,
     replace_layers,
@@ -110,15 +109,6 @@ def holds(replacement: Mapping[str, nn.Module], places: list[Place]) -> bool:
     return list(replacement) == [place.path for place in places] and all(
         replacement[place.path] is place.now() for place in places
     )
-
-
-@pytest.fixture(autouse=True, scope="module")
-def short_parts():
-    """What is done in parts of many is done in parts of two, as no model here has many."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_locations, "_PART", 2)
-        patch.setattr(_locations, "_LONG", 1)
-        yield
 
 
 # Patterns

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from strategies import Leaf, Net, swaps
 
 from mlx_modswap import Replacement, Wrapper, replace_layers, select, tree
-from mlx_modswap._fold import fold, outline, pattern_of, segments
+from mlx_modswap._fold import fold, pattern_of, segments
+from mlx_modswap._hints import outline
 from mlx_modswap._report import number, size
 
 

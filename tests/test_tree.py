@@ -8,7 +8,6 @@ import gc
 import io
 import re
 import sys
-import time
 import weakref
 from html.parser import HTMLParser
 from typing import Any
@@ -756,11 +755,8 @@ Net                                         6 params   24 B   float32
 # ---------------------------------------------------------------- what fits
 
 
-def test_a_big_mixture_of_experts_is_five_lines_and_takes_no_time():
-    model = Mixture(60, 256)
-    start = time.process_time()
-    lines = str(tree(model)).splitlines()
-    assert time.process_time() - start < 1.5
+def test_a_big_mixture_of_experts_is_five_lines():
+    lines = str(tree(Mixture(60, 256))).splitlines()
     assert [line.split()[0] for line in lines] == [
         "Mixture", "layers[0:60]", "gate", "experts[0:256]", "w{1,2,3}"
     ]  # fmt: skip

@@ -86,7 +86,7 @@ def convert(
     _folders.check_free(target)
     if not max_shard_mb > 0:
         raise ValueError(f"max_shard_mb must be more than 0, not {max_shard_mb!r}")
-    origin, model, config, report = plan(
+    origin, model, config, report, originals = plan(
         source,
         rules,
         group_size=group_size,
@@ -96,26 +96,35 @@ def convert(
         trust_remote_code=trust_remote_code,
     )
     expected = outline(model)
-    arrays: Any = tree_flatten(model.parameters())
-    nbytes = sum(array.nbytes for _, array in arrays)
-    with _folders.staged(target, nbytes) as staging:
+    arrays = _parameters(model)
+    nbytes = sum(array.nbytes for array in arrays.values())
+    with _folders.staged(target, nbytes + _folders.copied_nbytes(origin)) as staging:
         finish(staging, origin, config, model)
         shards = list(_shards(arrays, int(max_shard_mb * 10**6)))
         summary = {"total_size": nbytes, "total_parameters": utils.get_total_parameters(model)}
         del arrays
         _drop_arrays(model)
-        _write(staging, shards, summary)
-        check(staging, target, expected, [], trust_remote_code)
+        _write(staging, shards, originals, summary)
+        check(staging, target, expected, None, trust_remote_code)
     return report
 
 
 class Plan(NamedTuple):
-    """What will be written: a model, none of whose arrays is computed yet."""
+    """What will be written. No array in it is computed yet.
+
+    Attributes:
+        origin (Path): The folder of the source.
+        model (mlx.nn.Module): The quantized model.
+        config (dict): The config of the source.
+        report (Replacement): What was quantized.
+        originals (dict): The parameters before they were quantized, by name.
+    """
 
     origin: Path
     model: nn.Module
     config: Config
     report: Replacement
+    originals: Arrays
 
 
 def plan(
@@ -134,8 +143,14 @@ def plan(
     _folders.check_trust(_folders.read_config(origin), trust_remote_code)
     model, config = _folders.load(origin, trust_remote_code=trust_remote_code)
     _cast(model, config, wanted)
+    originals = _parameters(model)
     report = quantize(model, rules, group_size=group_size, mode=mode, strict=strict)
-    return Plan(origin, model, config, report)
+    return Plan(origin, model, config, report, originals)
+
+
+def _parameters(model: nn.Module) -> Arrays:
+    parameters: Any = tree_flatten(model.parameters())
+    return dict(parameters)
 
 
 def _parsed(dtype: Any) -> str | None:
@@ -165,11 +180,11 @@ def _cast(model: nn.Module, config: Config, dtype: str | None) -> None:
 # ---------------------------------------------------------------- write as it is computed
 
 
-def _shards(arrays: list[tuple[str, mx.array]], most: int) -> Iterator[Arrays]:
+def _shards(arrays: Arrays, most: int) -> Iterator[Arrays]:
     """The arrays in order, in groups that have no more than ``most`` bytes."""
     shard: Arrays = {}
     taken = 0
-    for name, array in arrays:
+    for name, array in arrays.items():
         if shard and taken + array.nbytes > most:
             yield shard
             shard, taken = {}, 0
@@ -183,26 +198,29 @@ def _drop_arrays(model: nn.Module) -> None:
     model.update(tree_map(lambda array: mx.zeros(array.shape, array.dtype), model.parameters()))
 
 
-def _write(folder: Path, shards: list[Arrays], summary: dict[str, Any]) -> None:
-    """Compute and write the shards; each is dropped when it is written.
+def _write(folder: Path, shards: list[Arrays], originals: Arrays, summary: dict[str, Any]) -> None:
+    """Compute and write the shards, each of which is dropped when it is written.
 
-    An array that is computed lets go of those that it was made of, so that of the
-    original model there is never more in memory than what one array needs.
+    An array that is computed lets go of what it was made of, so that of the original
+    model no more is in memory than one array needs. That array is computed before it
+    is quantized: MLX would keep what it was cast from until both are done.
     """
     count = len(shards)
     files: dict[str, str] = {}
-    total = summary["total_size"]
     shards.reverse()  # the next one is taken from the end
-    with tqdm(total=total, unit="B", unit_scale=True, disable=None, desc=folder.name) as bar:
+    size = summary["total_size"]
+    with tqdm(total=size, unit="B", unit_scale=True, disable=None, desc=folder.name) as bar:
         while shards:
             shard = shards.pop()
             file = f"model-{count - len(shards):05d}-of-{count:05d}.safetensors"
             if count == 1:
                 file = "model.safetensors"
             for name in shard:
+                _compute(name, originals.pop(name, None))
                 _compute(name, shard[name])
                 bar.update(shard[name].nbytes)
-            mx.save_safetensors(str(folder / file), shard, metadata={"format": "mlx"})
+            with _folders.writing(file):
+                mx.save_safetensors(str(folder / file), shard, metadata={"format": "mlx"})
             files.update(dict.fromkeys(shard, file))
             shard.clear()
             mx.clear_cache()
@@ -210,7 +228,7 @@ def _write(folder: Path, shards: list[Arrays], summary: dict[str, Any]) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=4))
 
 
-def _compute(name: str, array: mx.array) -> None:
+def _compute(name: str, array: mx.array | None) -> None:
     try:
         mx.eval(array)
     except Exception as error:

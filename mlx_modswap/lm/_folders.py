@@ -164,13 +164,27 @@ def _remove(folder: Path) -> None:
         )
 
 
+@contextmanager
+def writing(what: str) -> Iterator[None]:
+    """Say what could not be written, for MLX, which does not."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise OSError(f"{what} could not be written: {one_line(error)}") from error
+
+
 def copy_files(source: Path, folder: Path) -> None:
     """Copy the tokenizer and the other top-level files of a source, but none about its weights."""
-    for file in files_to_copy(source):
+    for file in _files_to_copy(source):
         shutil.copyfile(file, folder / file.name)
 
 
-def files_to_copy(source: Path) -> list[Path]:
+def copied_nbytes(source: Path) -> int:
+    """The size of the files that are copied, in bytes."""
+    return sum(file.stat().st_size for file in _files_to_copy(source))
+
+
+def _files_to_copy(source: Path) -> list[Path]:
     """The top-level files of a source, but none about its weights."""
     return [
         file

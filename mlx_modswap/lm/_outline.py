@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from enum import Enum
-from functools import partial
 from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any, NamedTuple
 
@@ -37,81 +36,78 @@ class Outline(NamedTuple):
     arrays: dict[str, str]
 
 
-def outline(model: nn.Module, without: Iterable[str] = ()) -> Outline:
-    """Describe a model; nothing is computed.
-
-    Args:
-        model (mlx.nn.Module): The model.
-        without (Iterable[str]): The names of attributes to leave out, also inside of
-            the arguments that the model keeps.
-    """
-    left_out = _ABOUT_LAYERS.union(without)
+def outline(model: nn.Module) -> Outline:
+    """Describe a model; nothing is computed."""
     modules = {"": model, **select(model, "**", strict=False)}
     parameters: Any = tree_flatten(model.parameters())
     return Outline(
         {path: type(module) for path, module in modules.items()},
-        {path: _attributes(module, left_out) for path, module in modules.items()},
-        {name: _told(array, left_out) for name, array in parameters},
+        {path: dict(_attributes(module)) for path, module in modules.items()},
+        {name: _told(array) for name, array in parameters},
     )
 
 
-def _attributes(module: nn.Module, left_out: frozenset[str]) -> dict[str, str]:
+def _attributes(module: nn.Module) -> Iterator[tuple[str, str]]:
     # MLX keeps arrays, modules, lists and dicts in the module, which is a dict, and all else in
     # its `__dict__`. What is private there is MLX's own, or is made anew when it is needed.
-    held = {**vars(module), **module}
-    return {
-        name: _told(value, left_out)
-        for name, value in held.items()
-        if not name.startswith("_")
-        and name not in left_out
-        and not isinstance(value, (mx.array, nn.Module))
-    }
+    for name, value in {**vars(module), **module}.items():
+        if name.startswith("_") or isinstance(value, (mx.array, nn.Module)):
+            continue
+        if is_dataclass(value):  # the arguments of the model, an entry of the config each
+            for field in fields(value):
+                if field.name not in _ABOUT_LAYERS:
+                    yield f"{name}.{field.name}", _told(getattr(value, field.name))
+        elif name not in _ABOUT_LAYERS:
+            yield name, _told(value)
 
 
-def _told(value: Any, left_out: frozenset[str]) -> str:
-    """A value in words that are the same in two models if the value is the same."""
-    told = partial(_told, left_out=left_out)
+def _told(value: Any) -> str:
+    """A value in words, which are the same in two models if the value is the same."""
     if isinstance(value, _PLAIN):
         return repr(value)
     if isinstance(value, mx.array):
         return f"{str(value.dtype).removeprefix('mlx.core.')} {value.shape}"
-    if isinstance(value, nn.Module):  # it has a path of its own
-        return "a module"
-    if is_dataclass(value) and not isinstance(value, type):
-        names = [field.name for field in fields(value) if field.name not in left_out]
-        return (
-            f"{type(value).__name__}({', '.join(f'{n}={told(getattr(value, n))}' for n in names)})"
-        )
     if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{key!r}: {told(one)}" for key, one in value.items()) + "}"
+        return "{" + ", ".join(f"{key!r}: {_told(one)}" for key, one in value.items()) + "}"
     if isinstance(value, (list, tuple)):
-        return f"({', '.join(map(told, value))})"
+        return f"({', '.join(map(_told, value))})"
     if isinstance(value, (type, FunctionType, BuiltinFunctionType, MethodType)):
         return value.__qualname__
-    return type(value).__name__
+    return type(value).__name__  # of a module, too, which has a path of its own
 
 
 # ---------------------------------------------------------------- differences
 
 
-def difference(built: Outline, model: Outline) -> str:
-    """How what mlx-lm builds differs from a model, and what to do; ``""`` if it does not."""
+def difference(built: Outline, model: Outline, original: Outline | None = None) -> str:
+    """How what mlx-lm builds differs from a model, and what to do.
+
+    Args:
+        built (Outline): What mlx-lm builds.
+        model (Outline): The model.
+        original (Outline, optional): What mlx-lm builds with the config that the model
+            was loaded with, if some of its entries are others now.
+
+    Returns:
+        str: The differences in words, or ``""``.
+    """
     return (
-        _other_classes(built.classes, model.classes)
-        or _other_attributes(built.attributes, model.attributes)
+        other_layers(built, model)
+        or _other_attributes(built, model, original)
         or _other_arrays(built.arrays, model.arrays)
     )
 
 
-def _other_classes(built: dict[str, type], model: dict[str, type]) -> str:
+def other_layers(built: Outline, model: Outline) -> str:
+    """Where mlx-lm builds modules of other classes than a model has, or ``""``."""
     differing: dict[tuple[type | None, type | None], list[str]] = {}
     seen: set[str] = set()
-    for path in [*model, *(path for path in built if path not in model)]:
-        one, other = built.get(path), model.get(path)
+    for path in dict.fromkeys([*model.classes, *built.classes]):
+        one, other = built.classes.get(path), model.classes.get(path)
         if _is_same(one, other):
             continue
         seen.add(path)
-        if not any(path.startswith(f"{above}.") for above in seen):  # it says enough
+        if not any(above in seen for above in _above(path)):  # there it says enough
             differing.setdefault((one, other), []).append(path)
     if not differing:
         return ""
@@ -125,6 +121,14 @@ def _other_classes(built: dict[str, type], model: dict[str, type]) -> str:
     else:
         cure = "fuse or unwrap it, or give a model_file"
     return f"{listed(texts, ', and ')}: {cure}"
+
+
+def _above(path: str) -> Iterator[str]:
+    """The paths of the modules around one, the model first."""
+    if path:
+        yield ""
+    parts = path.split(".")
+    yield from (".".join(parts[:length]) for length in range(1, len(parts)))
 
 
 def _is_same(one: type | None, other: type | None) -> bool:
@@ -148,19 +152,36 @@ def _name(cls: type | None, other: type | None) -> str:
     return cls.__name__
 
 
-def _other_attributes(built: dict[str, dict[str, str]], model: dict[str, dict[str, str]]) -> str:
+def _other_attributes(built: Outline, model: Outline, original: Outline | None) -> str:
     differing: dict[tuple[str, str, str], list[str]] = {}
-    for path, attributes in model.items():
-        for name in dict.fromkeys([*attributes, *built[path]]):
-            one, other = built[path].get(name, "nothing"), attributes.get(name, "nothing")
-            if one != other:
-                differing.setdefault((name, *_shortened(one, other)), []).append(path)
+    resized = _resized(model, original) if original else set[str]()
+    for path, attributes in model.attributes.items():
+        anew = built.attributes[path]
+        for name in dict.fromkeys([*attributes, *anew]):
+            one, other = anew.get(name, "nothing"), attributes.get(name, "nothing")
+            if one == other:
+                continue
+            # The model still has what its old config says, of itself or of its blocks.
+            may_be_old = "." in name or path in resized
+            if (
+                original
+                and may_be_old
+                and original.attributes.get(path, {}).get(name, "nothing") == other
+            ):
+                continue
+            differing.setdefault((name, *_shortened(one, other)), []).append(path)
     texts = [
         f"mlx-lm sets {name} of {listed(_at(paths))} to {one}, the model has {other}"
         for (name, one, other), paths in differing.items()
     ]
     cure = "set it in the model, or give the entry of the config that sets it with config={...}"
     return f"{listed(texts, ', and ')}: {cure}" if texts else ""
+
+
+def _resized(model: Outline, original: Outline) -> set[str]:
+    """The paths inside which a model has more or fewer modules than it had."""
+    changed = model.classes.keys() ^ original.classes.keys()
+    return {above for path in changed for above in _above(path)}
 
 
 def _shortened(one: str, other: str, most: int = 60) -> tuple[str, str]:
@@ -179,11 +200,12 @@ def _other_arrays(built: dict[str, str], model: dict[str, str]) -> str:
         if one != other:
             differing.setdefault((one, other), []).append(name)
     texts = [
-        f"mlx-lm makes {one} of {listed(_at(names))}, the model has {other}"
+        f"mlx-lm builds {one} at {listed(_at(names))}, the model has {other}"
         for (one, other), names in differing.items()
     ]
     return listed(texts, ", and ")
 
 
 def _at(paths: list[str]) -> list[str]:
-    return [text or "the model itself" for text in folded(paths)]
+    inner = folded(path for path in paths if path)
+    return ["the model itself", *inner] if "" in paths else inner

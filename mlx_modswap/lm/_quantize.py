@@ -95,10 +95,10 @@ def quantize(
     except NoMatchError:
         _refuse_quantized(model, rules)
         raise
-    if strict and not report and rules.get(_CATCH_ALL) is not None:
-        raise NoMatchError(
-            _nothing_fits(model, _settings("**", rules["**"], group_size, mode)["group_size"])
-        )
+    catch_all = rules.get(_CATCH_ALL)
+    if strict and not report and catch_all is not None:
+        settings = _settings(_CATCH_ALL, catch_all, group_size, mode)
+        raise NoMatchError(_nothing_fits(model, settings["group_size"]))
     return report
 
 
@@ -142,7 +142,9 @@ def quantizable(path: str, layer: Any) -> bool:
 
 
 def quantized(path: str, layer: Any) -> bool:
-    """Whether a layer holds packed weights."""
+    """Whether a layer holds packed weights, or would if it were not in training."""
+    if isinstance(layer, nn.QQLinear):
+        return True
     return "scales" in layer and hasattr(layer, "bits") and hasattr(layer, "group_size")
 
 
@@ -197,7 +199,7 @@ def _factory(model: nn.Module, pattern: Any, settings: Settings) -> Callable[[st
     def by_rule(path: str, layer: Any) -> nn.Module:
         if _width(layer) % settings["group_size"]:
             raise ValueError(_misfit(model, pattern, settings["group_size"]))
-        return _to_quantized(layer, settings)
+        return _to_quantized(path, layer, settings)
 
     return by_rule
 
@@ -212,23 +214,28 @@ def _as_mlx_lm_does(
         answer = predicate(path, layer) if predicate is not None else True
         if not answer:
             return layer
-        return _to_quantized(layer, answer if isinstance(answer, Mapping) else settings)
+        return _to_quantized(path, layer, answer if isinstance(answer, Mapping) else settings)
 
     return catch_all
 
 
-def _to_quantized(layer: Any, settings: Mapping[str, Any]) -> nn.Module:
+def _to_quantized(path: str, layer: Any, settings: Mapping[str, Any]) -> nn.Module:
     # Not every `to_quantized` knows `quantize_input`, so it is left out where it is off.
     keywords = {key: value for key, value in settings.items() if value or key != "quantize_input"}
     known = inspect.signature(layer.to_quantized).parameters
     takes_any = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in known.values())
     unknown = [repr(name) for name in keywords if name not in known]
+    place = f"{path!r} ({type(layer).__name__})"
     if unknown and not takes_any:
         raise TypeError(
-            f"to_quantized of {type(layer).__name__} takes {', '.join(known)}; "
+            f"{place} cannot be quantized: its to_quantized takes {', '.join(known)}, "
             f"not {', '.join(unknown)}"
         )
-    return cast(nn.Module, layer.to_quantized(**keywords))
+    try:
+        return cast(nn.Module, layer.to_quantized(**keywords))
+    except ValueError as error:
+        told = ", ".join(f"{key}={value!r}" for key, value in keywords.items())
+        raise ValueError(f"{place} cannot be quantized with {told}: {error}") from error
 
 
 def _width(layer: Any) -> int:
@@ -279,12 +286,13 @@ def _refuse_quantized(model: nn.Module, rules: Rules) -> None:
 
 def _nothing_fits(model: nn.Module, group_size: int) -> str:
     layers = select(model, "**", where=quantizable, strict=False)
-    all_widths = {_width(layer) for layer in layers.values()}
-    misfits = ", ".join(str(width) for width in sorted(all_widths) if width % group_size)
+    widths = {_width(layer) for layer in layers.values()}
+    misfits = ", ".join(str(width) for width in sorted(widths) if width % group_size)
     reasons = [f"groups of {group_size} do not divide the widths {misfits}"] if misfits else []
-    if any(width % group_size == 0 for width in all_widths):
+    if any(width % group_size == 0 for width in widths):
         reasons.append("the model's own quant_predicate keeps layers that fit")
-    return (
-        f"rule '**' quantizes nothing: {', and '.join(reasons)}; "
-        "name the layers in a rule of their own, with a group_size that fits"
-    )
+    cure = "name the layers in a rule of their own, with a group_size that fits"
+    if stay := select(model, "**", where=quantized, strict=False):
+        reasons.append(f"{len(stay)} layers are quantized already, and stay as they are")
+        cure = "use the original model"
+    return f"rule '**' quantizes nothing: {', and '.join(reasons)}; {cure}"

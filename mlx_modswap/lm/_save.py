@@ -16,7 +16,7 @@ from mlx_lm.models.bitlinear_layers import BitLinear
 from .._select import check_model, select
 from . import _folders
 from ._folders import Config, Source
-from ._outline import Outline, difference, outline
+from ._outline import Outline, difference, other_layers, outline
 from ._quantize import quantization_config, quantized
 
 
@@ -76,15 +76,19 @@ def save(
     new_config = {**old_config, **changes}
     _folders.check_trust(new_config, trust_remote_code)
 
-    changed = [key for key, value in changes.items() if old_config.get(key, ...) != value]
-    expected = outline(model, without=changed)
+    expected = outline(model)
+    original = None
+    if any(old_config.get(key, ...) != value for key, value in changes.items()):
+        original = _original(origin, trust_remote_code)
     arrays: Any = tree_flatten(model.parameters())
-    with _folders.staged(target, sum(array.nbytes for _, array in arrays)) as staging:
-        utils.save_model(staging, model)
+    nbytes = sum(array.nbytes for _, array in arrays)
+    with _folders.staged(target, nbytes + _folders.copied_nbytes(origin)) as staging:
+        with _folders.writing("the weights"):
+            utils.save_model(staging, model)
         finish(staging, origin, new_config, model)
         if code is not None:
             shutil.copyfile(code, staging / code.name)
-        check(staging, target, expected, changed, trust_remote_code)
+        check(staging, target, expected, original, trust_remote_code)
 
 
 def finish(staging: Path, origin: Path, config: Config, model: nn.Module) -> None:
@@ -97,7 +101,7 @@ def check(
     staging: Path,
     target: Path,
     expected: Outline,
-    changed: list[str],
+    original: Outline | None,
     trust_remote_code: bool,
 ) -> None:
     """Load what was written, and compare it with what it was written from.
@@ -105,21 +109,32 @@ def check(
     Raises:
         ValueError: If mlx-lm cannot load it, or builds something else.
     """
-    how = {"trust_remote_code": trust_remote_code}
     try:
-        built, _ = _folders.load(staging, **how)
+        built, _ = _folders.load(staging, trust_remote_code=trust_remote_code)
     except ValueError as error:
-        # With the layers that the model has now, its weights may not fit into what mlx-lm builds.
-        try:
-            built, _ = _folders.load(staging, **how, strict=False)
-        except ValueError:
-            built = None
-        if differs := built and difference(outline(built, changed), expected):
-            raise ValueError(f"{str(target)!r} was not saved: {differs}") from None
-        text = str(error).replace(str(staging), str(target))
-        raise ValueError(f"{str(target)!r} was not saved: {text}") from error
-    if differs := difference(outline(built, changed), expected):
-        raise ValueError(f"{str(target)!r} was not saved: {differs}")
+        # Its weights may not fit since mlx-lm builds other layers: that says more.
+        differs = _other_layers(staging, expected, trust_remote_code)
+        told = differs or str(error).replace(str(staging), str(target))
+        raise ValueError(f"{str(target)!r} was not written: {told}") from error
+    if differs := difference(outline(built), expected, original):
+        raise ValueError(f"{str(target)!r} was not written: {differs}")
+
+
+def _other_layers(staging: Path, expected: Outline, trust_remote_code: bool) -> str:
+    try:
+        built, _ = _folders.load(staging, trust_remote_code=trust_remote_code, strict=False)
+    except ValueError:
+        return ""
+    return other_layers(outline(built), expected)
+
+
+def _original(origin: Path, trust_remote_code: bool) -> Outline | None:
+    """What mlx-lm builds of the source, if it can: there may be no weights any more."""
+    try:
+        model, _ = _folders.load(origin, trust_remote_code=trust_remote_code, strict=False)
+    except ValueError:
+        return None
+    return outline(model)
 
 
 def _check_entries(changes: dict[str, Any]) -> None:

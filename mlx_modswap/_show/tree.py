@@ -7,13 +7,13 @@ from typing import Any
 
 import mlx.nn as nn
 
-from . import _hints
-from ._fold import fold, is_private
-from ._forms import Form, form_of
-from ._locations import Container, Location, held_at, opened
-from ._measure import total
-from ._picture import Row, Tree
-from ._select import Patterns, Where, check_model, choose, parse_argument
+from .._containers import Container, Location, is_private, unwrapped, value_at
+from .._errors import listed
+from .._fold import fold
+from .._measure import total
+from .._select import Patterns, Where, check_model, choose, parse_argument
+from .forms import Form, form_of
+from .picture import Row, Tree
 
 
 def tree(
@@ -67,10 +67,10 @@ def tree(
     marked: set[Location] = set()
     chosen_by, selected = "", None
     if narrowed or not isinstance(pattern, str) or pattern != "**":
-        places = choose(model, patterns, where, excludes, strict=True)
+        places, _ = choose(model, patterns, where, excludes, strict=True)
         selected = len(places.paths)
         marked.update(places.locations())
-        chosen_by = _hints.listed(one.text for one in patterns)
+        chosen_by = listed(one.text for one in patterns)
         chosen_by += " with " * bool(narrowed) + " and ".join(narrowed)
     form = form_of(model, marked)
     return Tree(_rows(model, form), chosen_by, selected, form.frozen)
@@ -89,7 +89,7 @@ def _rows(model: nn.Module, form: Form) -> list[Row]:
         if row.form.solid and row.private:
             row.note = "not in parameters()"
         if row.tied:
-            different = {id(opened(module)): module for module in modules}
+            different = {id(unwrapped(module)): module for module in modules}
             modules = [module for key, module in different.items() if key not in firsts]
             row.note = "tied"
             if not modules:
@@ -98,7 +98,7 @@ def _rows(model: nn.Module, form: Form) -> list[Row]:
                 fresh = len(modules)
                 row.note += ", one module" if fresh == 1 else f", {fresh} modules"
             if not row.hidden:
-                firsts.update((id(opened(module)), row) for module in modules)
+                firsts.update((id(unwrapped(module)), row) for module in modules)
         if modules:
             row.held = total([row.form.own] * len(modules))
             waiting.extend(reversed(_below(row, row.form, modules)))
@@ -133,4 +133,4 @@ def _below(above: Row, form: Form, modules: list[Any]) -> list[_Line]:
 
 
 def _inner(container: Container, key: Any) -> Any:
-    return held_at(opened(container), key)
+    return value_at(unwrapped(container), key)

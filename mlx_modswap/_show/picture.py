@@ -9,10 +9,10 @@ from heapq import heappop, heappush
 from html import escape
 from typing import Any
 
-from ._fold import Product, is_plain, pattern_of
-from ._forms import Form
-from ._measure import NOTHING, Measure
-from ._report import aligned, dtypes, number, size
+from .._fold import Product, is_plain, pattern_of
+from .._measure import NOTHING, Measure
+from .._report import aligned, dtypes, number, size
+from .forms import Form
 
 _LINES, _LINES_INSIDE = 40, 24  # of a text, and below one of its lines
 _ROWS, _ROWS_INSIDE = 2000, 200  # of an HTML page, most of them closed

@@ -8,10 +8,18 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from . import _hints
-from ._fold import inside, is_private
-from ._locations import Container, Location, Sharing, entries, is_container, opened
-from ._measure import measure_own
+from .._containers import (
+    Container,
+    Location,
+    entries,
+    is_container,
+    is_private,
+    own_values,
+    unwrapped,
+)
+from .._errors import classes
+from .._measure import measure_own
+from .._sharing import Sharing
 
 _ARRAY = mx.array
 _PLAIN = {int, float, str, bool}
@@ -71,11 +79,11 @@ def form_of(model: nn.Module, marked: set[Location]) -> Form:
         held: list[Any] = []
         arrays: list[Any] = []
         state: list[Any] = []  # what a text may tell of
-        for path, holder, keys, value in inside(module):
+        for path, holder, keys, value in own_values(module):
             if type(value) is _ARRAY:
                 arrays.append((path, value.shape, value.dtype))
             elif form := forms.get(id(value)):
-                is_tied = form.solid and id(opened(value)) in shared
+                is_tied = form.solid and id(unwrapped(value)) in shared
                 is_marked = (id(holder), keys[-1]) in marked
                 held.append((path, keys, (form.text, form, is_tied, is_marked)))
             else:
@@ -98,10 +106,10 @@ def form_of(model: nn.Module, marked: set[Location]) -> Form:
 
 def _shared(sharing: Sharing) -> set[int]:
     """The ids of what is in several places, or in a list or dict that is."""
-    shared = {id(opened(one)) for one in sharing.order if sharing.holders[id(one)] > 1}
+    shared = {id(unwrapped(one)) for one in sharing.order if sharing.location_counts[id(one)] > 1}
     for container in sharing.order:  # each before what it holds
         if id(container) in shared and not isinstance(container, nn.Module):
-            shared.update(id(opened(one)) for _, one in entries(container) if is_container(one))
+            shared.update(id(unwrapped(one)) for _, one in entries(container) if is_container(one))
     return shared
 
 
@@ -148,7 +156,7 @@ def stand_in(value: Any, holder: Container) -> str:
         return "None" if among_others else ""
     if isinstance(value, tuple):
         modules = _modules_in(value)
-        return f"tuple of {_hints.classes(modules)}, which MLX does not see" if modules else ""
+        return f"tuple of {classes(modules)}, which MLX does not see" if modules else ""
     if callable(value) and not isinstance(value, (type, dict)):
         name = getattr(value, "__name__", None)
         return f"function {name}" if isinstance(name, str) else "function"
