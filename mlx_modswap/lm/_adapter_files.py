@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -110,17 +111,19 @@ def read_rank(value: Any, what: str) -> int:
 
 def read_number(value: Any, what: str) -> float:
     """Check that a value is a finite number."""
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value):
-        raise ValueError(f"{what} must be a finite number, not {_shown(value)}")
-    return value
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        with suppress(OverflowError):  # an integer of more than 300 digits
+            if math.isfinite(number := float(value)):
+                return number
+    raise ValueError(f"{what} must be a finite number, not {_shown(value)}")
 
 
 def read_dropout(value: Any, what: str) -> float:
     """Check that a value is a probability that ``nn.Dropout`` takes."""
-    if not 0 <= read_number(value, what) < 1:
+    number = read_number(value, what)
+    if not 0 <= number < 1:
         raise ValueError(f"{what} must be at least 0 and less than 1, not {_shown(value)}")
-    return value
+    return number
 
 
 def _shown(value: Any) -> str:

@@ -154,6 +154,26 @@ def test_a_model_without_blocks_is_saved_for_adapter_rules(tmp_path):
     assert all(identical_adapters(ours[path], theirs[path]) for path in ours)
 
 
+class Parts(nn.Module):
+    """A model whose paths hold characters of patterns."""
+
+    def __init__(self):
+        super().__init__()
+        self.parts = {name: nn.Linear(8, 8) for name in ("a*", "ab", "a?", "[0]", "{q,k}", "q")}
+
+
+def test_a_path_with_characters_of_patterns_is_a_rule_for_this_path_alone(tmp_path):
+    model, fresh = Parts(), Parts()
+    names = ["a*", "a?", "[0]", "{q,k}"]
+    for name in names:
+        model.parts[name] = adapted(model.parts[name], r=2)
+    lm.save_adapters(model, tmp_path)
+    news = replace_layers(fresh, lm.adapter_rules(tmp_path))
+
+    assert list(news) == [f"parts.{name}" for name in names]
+    assert all(identical_adapters(fresh.parts[name], model.parts[name]) for name in names)
+
+
 # ---------------------------------------------------------------- and read again
 
 

@@ -5,18 +5,21 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import pytest
 import zoo
+from hypothesis import given
+from hypothesis import strategies as st
 
-from mlx_modswap import replace_layers
+from mlx_modswap import NoMatchError, replace_layers, swapped
 
 pytest.importorskip("mlx_lm", reason="adapters are those of mlx-lm")
 
-from adapting import arrays_of, config_of, is_expected, lora, message
+from adapting import arrays_of, config_of, contents, is_expected, lora, message
 
 from mlx_modswap import lm
 
@@ -147,6 +150,11 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda folder: set_parameter(folder, "scale", float("inf")),
         "ValueError: 'scale' in 'math/adapter_config.json' must be a finite number, not Infinity",
     ),
+    "a scale of 400 digits": (
+        lambda folder: set_parameter(folder, "scale", 10**400),
+        "ValueError: 'scale' in 'math/adapter_config.json' must be a finite number, not "
+        f"1{'0' * 56}...",
+    ),
     "a rank that is no number": (
         lambda folder: set_parameter(folder, "rank", "4"),
         "ValueError: 'rank' in 'math/adapter_config.json' must be a whole number of at least 1, "
@@ -224,7 +232,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a true scale of zero": (
         lambda folder: set_truth(folder, Q3, scale=0),
         f"ValueError: 'scale' of '{Q3}' under 'mlx_modswap' in 'math/adapter_config.json' cannot "
-        "be 0 where others are 3.0",
+        "be 0.0 where others are 3.0",
     ),
     "a true dtype that is none": (
         lambda folder: set_truth(folder, Q3, dtype="int4"),
@@ -241,6 +249,29 @@ def test_a_bad_folder_is_one_clear_error(name, saved):
     text = message(lambda: lm.adapter_rules(str(saved)), saved)
 
     assert is_expected(text, expected), text
+
+
+@st.composite
+def damages(draw: st.DrawFn) -> tuple[str, Callable[[bytes], bytes]]:
+    """A file of the folder, and how some of its bytes are lost, replaced or added."""
+    name = draw(st.sampled_from(["adapter_config.json", "adapters.safetensors"]))
+    start, length = draw(st.integers(0, 1000)), draw(st.sampled_from([0, 1, 2, 8, 100, 10000]))
+    new = draw(st.one_of(st.binary(max_size=8), st.text('{}[]":,.-0123456789e ').map(str.encode)))
+    return name, lambda data: data[:start] + new + data[start + length :]
+
+
+@given(st.lists(damages(), min_size=1, max_size=3))
+def test_a_damaged_folder_is_refused_in_words_or_read_as_it_is(tmp_path_factory, some):
+    model, folder = zoo.build("llama"), tmp_path_factory.mktemp("math")
+    replace_layers(model, {Q1: lora(2, 3.0), Q3: lora(4, 5.0)})
+    lm.save_adapters(model, folder)
+    for name, damage in some:
+        (folder / name).write_bytes(damage((folder / name).read_bytes()))
+    fresh = zoo.build("llama")
+    before = contents(fresh)
+    with suppress(ValueError, NoMatchError), swapped(fresh, lm.adapter_rules(folder)) as news:
+        assert news
+    assert contents(fresh)[0] == before[0]
 
 
 def test_a_hub_id_that_cannot_be_had_is_one_clear_error(monkeypatch, tmp_path):
