@@ -101,7 +101,6 @@ def _restored(adapter: Adapter, truth: Any, what: str) -> Adapter:
         own = _DTYPES[dtype] if dtype else arrays["lora_b"].dtype
         exact = _multiplied(arrays["lora_b"], adapter.scale, scale)
         arrays["lora_b"] = exact.astype(own, stream=mx.cpu)
-    mx.eval(arrays)
     return adapter._replace(arrays=arrays, rank=rank, scale=scale)
 
 

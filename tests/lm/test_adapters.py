@@ -154,6 +154,32 @@ def test_a_model_without_blocks_is_saved_for_adapter_rules(tmp_path):
     assert all(identical_adapters(ours[path], theirs[path]) for path in ours)
 
 
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(8, 8)
+
+
+class Headed(nn.Module):
+    """A model in which a path inside a block is also one of the whole model."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = [Block(), Block()]
+        self.head = nn.Linear(8, 8)
+
+
+@pytest.mark.parametrize("model", [Headed, lambda: nn.Sequential(nn.Linear(8, 8))])
+def test_keys_are_whole_paths_where_mlx_lm_would_take_relative_ones_amiss(model, tmp_path):
+    adapted_model, fresh = model(), model()
+    news = replace_layers(adapted_model, "layers.**", lora(2), where=nn.Linear)
+    lm.save_adapters(adapted_model, tmp_path)
+    load_adapters(fresh, str(tmp_path))
+
+    assert config_of(tmp_path)["lora_parameters"]["keys"] == list(news)
+    assert set(adapters_in(fresh)) == set(news)
+
+
 class Parts(nn.Module):
     """A model whose paths hold characters of patterns."""
 

@@ -116,6 +116,17 @@ class MyLoRA(nn.Module):
         self.linear, self.lora_a, self.lora_b = linear, mx.ones((64, 4)), mx.ones((4, 64))
 
 
+class Doubled(LoRALinear):
+    def __call__(self, x: mx.array) -> mx.array:
+        return 2 * super().__call__(x)
+
+
+def subclassed(path: str, layer: nn.Module) -> nn.Module:
+    adapter = Doubled(64, 64)
+    adapter.linear = layer
+    return adapter
+
+
 def stacked(path: str, layer: nn.Module) -> nn.Module:
     inner = adapted(layer, r=4)
     outer = LoRALinear(64, 64, r=2)
@@ -150,6 +161,11 @@ UNSAVABLE: dict[str, tuple[dict[str, Any], str]] = {
         "ValueError: mlx-lm has no MyLoRA, which the model has at "
         "'model.layers[0:4].self_attn.q_proj'; use the classes of mlx_lm.tuner.lora and "
         "mlx_lm.tuner.dora",
+    ),
+    "a subclass of mlx-lm's": (
+        {Q1: subclassed},
+        f"ValueError: mlx-lm has no Doubled, which the model has at '{Q1}'; use the classes of "
+        "mlx_lm.tuner.lora and mlx_lm.tuner.dora",
     ),
     "an adapter in an adapter": (
         {Q1: stacked},
@@ -208,6 +224,24 @@ def test_what_mlx_lm_cannot_read_is_one_clear_error_and_nothing_is_written(name,
     assert is_expected(text, expected), text
     assert contents(model)[0] == before[0]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_fused_layers_of_afm7_whose_adapters_nothing_reads_are_refused(tmp_path):
+    model = zoo.build("afm7")
+    path = "model.layers.0.self_attn.qkv_proj"
+    replace_layers(model, path, lambda path, layer: layer.to_lora(r=4))
+    assert message(lambda: lm.save_adapters(model, tmp_path), tmp_path) == (
+        f"ValueError: mlx-lm has no FusedLoRALinear, which the model has at '{path}'; use the "
+        "classes of mlx_lm.tuner.lora and mlx_lm.tuner.dora"
+    )
+
+    fresh = zoo.build("afm7")
+    replace_layers(model, path, lambda path, layer: adapted(nn.Linear(64, 128), r=4))
+    lm.save_adapters(model, tmp_path)
+    assert message(lambda: replace_layers(fresh, lm.adapter_rules(tmp_path)), tmp_path) == (
+        f"ValueError: 'math/adapters.safetensors' has a LoRA adapter for '{path}', and mlx-lm "
+        "reads none around a FusedLinear"
+    )
 
 
 def test_a_path_that_mlx_lm_would_find_in_a_block_too_is_one_clear_error(tmp_path):
