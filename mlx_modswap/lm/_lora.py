@@ -125,8 +125,7 @@ def attach(path: str, layer: nn.Module, adapter: Adapter, file: str) -> nn.Modul
             f"{file} has a {METHODS[adapter.method]} adapter for {path!r}, "
             f"and mlx-lm reads none around a {name}"
         )
-    wrong = misfit(layer, adapter.arrays, adapter.method, adapter.rank)
-    if wrong:
+    if wrong := misfit(layer, adapter.arrays, adapter.method, adapter.rank):
         raise ValueError(f"{file} does not fit {path!r}: {wrong}")
     new = kind.adapter.from_base(
         layer, r=adapter.rank, dropout=adapter.dropout, scale=adapter.scale

@@ -43,6 +43,7 @@ def save_adapters(model: nn.Module, folder: str | Path) -> None:
     The folder may exist, as it does from the second save of a training on. Its two
     files are replaced and its other files stay. If something fails, the old files
     stay; a reader finds the old adapter, none, or the new one, never parts of both.
+    A process that is killed may leave a folder ``.unfinished-*`` inside.
 
     Args:
         model (mlx.nn.Module): A model with adapters. It is not changed.
@@ -72,7 +73,12 @@ def save_adapters(model: nn.Module, folder: str | Path) -> None:
         ['adapter_config.json', 'adapters.safetensors']
     """
     check_model(model)
-    modules = _find(model)
+    modules = select(model, "**", where=_has_lora, strict=False)
+    if not modules:
+        raise ValueError(
+            "the model has no adapters; put some in with replace_layers and a class of mlx-lm, "
+            "such as mlx_lm.tuner.lora.LoRALinear"
+        )
     adapters = {path: _read(path, module) for path, module in modules.items()}
     _check_same(adapters, "method", "take the adapters of one kind off, or fuse them")
     _check_same(adapters, "dropout", "give them one: layer.dropout = mlx.nn.Dropout(p)")
@@ -103,51 +109,31 @@ def save_adapters(model: nn.Module, folder: str | Path) -> None:
 # ---------------------------------------------------------------- what the model has
 
 
-def _find(model: nn.Module) -> dict[str, Any]:
-    """The adapters of a model by path, each of them one that mlx-lm builds for its layer."""
-    modules: dict[str, Any] = select(model, "**", where=_has_lora, strict=False)
-    if not modules:
-        raise ValueError(
-            "the model has no adapters; put some in with replace_layers and a class of mlx-lm, "
-            "such as mlx_lm.tuner.lora.LoRALinear"
-        )
-    unknown = [path for path, module in modules.items() if kind_of(module) is None]
-    if unknown:
-        classes = sorted({modules[path].__class__.__name__ for path in unknown})
-        raise ValueError(
-            f"mlx-lm has no {' and no '.join(classes)}, which the model has at "
-            f"{_listed(unknown)}; use the classes of mlx_lm.tuner.lora and mlx_lm.tuner.dora"
-        )
-    for path, module in modules.items():
-        kind = kind_of(module)
-        assert kind is not None
-        layer = module[kind.holds]
-        if _has_lora(path, layer):
-            raise ValueError(
-                f"{path!r} is an adapter around an adapter, and mlx-lm reads one for each layer; "
-                "take one of the two off"
-            )
-        if kind_for(layer, kind.method) is not kind:
-            raise ValueError(
-                f"{path!r} is a {kind.adapter.__name__} around a {layer.__class__.__name__}, "
-                "which mlx-lm does not build"
-            )
-    return modules
-
-
 def _has_lora(path: str, module: nn.Module) -> bool:
     return "lora_a" in module
 
 
 def _read(path: str, module: Any) -> Adapter:
-    """What an adapter computes with."""
-    kind = kind_of(module)
-    assert kind is not None
-    layer, rank = module[kind.holds], module.lora_a.shape[A_RANK]
-    names = shapes(layer, kind.method, rank)
-    arrays = {name: module[name] for name in names}
-    wrong = misfit(layer, arrays, kind.method, rank)
-    if wrong:
+    """What an adapter computes with, if mlx-lm would build the same."""
+    name, kind = module.__class__.__name__, kind_of(module)
+    if kind is None:
+        raise ValueError(
+            f"{path!r} is a {name}, which mlx-lm does not build; use the classes of "
+            "mlx_lm.tuner.lora and mlx_lm.tuner.dora"
+        )
+    layer = module[kind.holds]
+    if _has_lora(path, layer):
+        raise ValueError(
+            f"{path!r} is an adapter around an adapter, and mlx-lm reads one for each layer; "
+            "take one of the two off"
+        )
+    if kind_for(layer, kind.method) is not kind:
+        raise ValueError(
+            f"{path!r} is a {name} around a {layer.__class__.__name__}, which mlx-lm does not build"
+        )
+    rank = module.lora_a.shape[A_RANK]
+    arrays = {key: module[key] for key in shapes(layer, kind.method, rank)}
+    if wrong := misfit(layer, arrays, kind.method, rank):
         raise ValueError(f"the adapter at {path!r} does not fit its layer: {wrong}")
     if not isinstance(module.scale, Real) or not math.isfinite(module.scale):
         raise ValueError(f"the scale of {path!r} must be a number, not {module.scale!r}")
@@ -188,13 +174,16 @@ def _keys(model: nn.Module, modules: Mapping[str, nn.Module]) -> tuple[list[str]
     known to other readers too; whole paths can say any places. The search is done
     here as mlx-lm does it, so what it finds are these places, or it is an error.
     """
-    blocks = [_inside(block) for block in getattr(model, "layers", ())]
+    layers = getattr(model, "layers", ())
+    layers = layers if isinstance(layers, (list, tuple)) else ()
+    blocks = [dict(block.named_modules()) for block in layers]
     wanted = Counter(map(id, modules.values()))
     has_some = [not wanted.keys().isdisjoint(map(id, names.values())) for names in blocks]
     last = blocks[has_some.index(True) :] if any(has_some) else []
     relative = {key for names in last for key, module in names.items() if id(module) in wanted}
     found = Counter(id(names[key]) for names in last for key in relative if key in names)
-    if found == wanted and relative.isdisjoint(_inside(model)):
+    are_distinct = len(set(map(id, layers))) == len(layers)  # mlx-lm adapts each block in turn
+    if are_distinct and found == wanted and relative.isdisjoint(dict(model.named_modules())):
         return sorted(relative), len(last)
     for path in modules:
         if any(path in names for names in blocks):
@@ -203,10 +192,6 @@ def _keys(model: nn.Module, modules: Mapping[str, nn.Module]) -> tuple[list[str]
                 "there, too"
             )
     return list(modules), len(blocks)
-
-
-def _inside(module: nn.Module) -> dict[str, nn.Module]:
-    return {path: inner for path, inner in module.named_modules() if path}
 
 
 # ---------------------------------------------------------------- the files

@@ -169,7 +169,15 @@ class Headed(nn.Module):
         self.head = nn.Linear(8, 8)
 
 
-@pytest.mark.parametrize("model", [Headed, lambda: nn.Sequential(nn.Linear(8, 8))])
+class Recurrent(nn.Module):
+    """A model that goes twice through its blocks."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = [Block(), Block()] * 2
+
+
+@pytest.mark.parametrize("model", [Headed, Recurrent, lambda: nn.Sequential(nn.Linear(8, 8))])
 def test_keys_are_whole_paths_where_mlx_lm_would_take_relative_ones_amiss(model, tmp_path):
     adapted_model, fresh = model(), model()
     news = replace_layers(adapted_model, "layers.**", lora(2), where=nn.Linear)

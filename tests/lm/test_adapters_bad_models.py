@@ -121,7 +121,7 @@ class Doubled(LoRALinear):
         return 2 * super().__call__(x)
 
 
-def subclassed(path: str, layer: nn.Module) -> nn.Module:
+def subclassed(path: str, layer: Any) -> nn.Module:
     adapter = Doubled(64, 64)
     adapter.linear = layer
     return adapter
@@ -158,13 +158,12 @@ UNSAVABLE: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a class of one's own": (
         {"**.q_proj": lambda path, layer: MyLoRA(layer)},
-        "ValueError: mlx-lm has no MyLoRA, which the model has at "
-        "'model.layers[0:4].self_attn.q_proj'; use the classes of mlx_lm.tuner.lora and "
-        "mlx_lm.tuner.dora",
+        "ValueError: 'model.layers.0.self_attn.q_proj' is a MyLoRA, which mlx-lm does not build; "
+        "use the classes of mlx_lm.tuner.lora and mlx_lm.tuner.dora",
     ),
     "a subclass of mlx-lm's": (
         {Q1: subclassed},
-        f"ValueError: mlx-lm has no Doubled, which the model has at '{Q1}'; use the classes of "
+        f"ValueError: '{Q1}' is a Doubled, which mlx-lm does not build; use the classes of "
         "mlx_lm.tuner.lora and mlx_lm.tuner.dora",
     ),
     "an adapter in an adapter": (
@@ -231,8 +230,8 @@ def test_the_fused_layers_of_afm7_whose_adapters_nothing_reads_are_refused(tmp_p
     path = "model.layers.0.self_attn.qkv_proj"
     replace_layers(model, path, lambda path, layer: layer.to_lora(r=4))
     assert message(lambda: lm.save_adapters(model, tmp_path), tmp_path) == (
-        f"ValueError: mlx-lm has no FusedLoRALinear, which the model has at '{path}'; use the "
-        "classes of mlx_lm.tuner.lora and mlx_lm.tuner.dora"
+        f"ValueError: '{path}' is a FusedLoRALinear, which mlx-lm does not build; use the classes "
+        "of mlx_lm.tuner.lora and mlx_lm.tuner.dora"
     )
 
     fresh = zoo.build("afm7")
