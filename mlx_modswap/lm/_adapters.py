@@ -46,8 +46,9 @@ def adapter_rules(folder: str | Path) -> dict[Any, Factory]:
     * LoRA and DoRA of mlx-lm, with what :func:`save_adapters` adds: each adapter
       has the rank and the scale with which it was saved;
     * LoRA of PEFT, of linear layers and embeddings, with ``rank_pattern``,
-      ``alpha_pattern`` and ``use_rslora``. Paths are those of the model in
-      transformers. Where mlx-lm has other ones, change the keys of the rules.
+      ``alpha_pattern`` and ``use_rslora``. The paths are those of the model in
+      transformers. Where mlx-lm has other paths, change the keys:
+      ``{f"language_model.{path}": rule for path, rule in rules.items()}``.
 
     The layers around which the adapters go may be quantized. They stay as frozen
     as they are, and the adapters are trainable: to go on with a training, call
@@ -61,7 +62,8 @@ def adapter_rules(folder: str | Path) -> dict[Any, Factory]:
 
     Returns:
         dict[str, Callable]: A factory for each path. The factories hold the arrays,
-        which are read once, and can be used any number of times.
+        which are read once, and can be used any number of times. A path with ``*``,
+        ``?``, brackets or braces is given as a compiled regular expression.
 
     Raises:
         FileNotFoundError: If there is no such folder, or one of its files is missing.

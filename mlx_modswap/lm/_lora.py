@@ -11,7 +11,7 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from mlx_lm.tuner.dora import DoRAEmbedding, DoRALinear
 from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
 
-METHODS = {"lora": "LoRA", "dora": "DoRA"}  # what a config calls them, and what people do
+METHODS = {"lora": "LoRA", "dora": "DoRA"}  # what a config calls them, and what people say
 A_RANK = 1  # the axis of the rank in `lora_a`, for every kind of layer
 
 

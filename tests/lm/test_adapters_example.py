@@ -12,7 +12,6 @@ from contextlib import redirect_stdout
 from itertools import pairwise
 from pathlib import Path
 
-import mlx.core as mx
 import pytest
 
 pytest.importorskip("mlx_lm", reason="adapters are those of mlx-lm")
@@ -35,7 +34,7 @@ def printed(workplace) -> str:
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"{package} is not installed")
     out = io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), mx.stream(mx.cpu):
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out):
         patch.syspath_prepend(EXAMPLES)
         patch.chdir(workplace)
         importlib.import_module("finetune_lora").main([])

@@ -29,12 +29,6 @@ from mlx_modswap import lm
 PROMPT, COUNT = "w12 w34 w56", 12
 
 
-@pytest.fixture(autouse=True, scope="module")
-def on_the_cpu():
-    with mx.stream(mx.cpu):
-        yield
-
-
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory) -> Path:
     folder = model_folders.llama_folder(tmp_path_factory.mktemp("model"))
@@ -73,9 +67,10 @@ def answers(model_folder, adapter_folder) -> tuple[str, str]:
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory) -> dict[str, str]:
-    """That of a user without a network, whose default device is the CPU."""
+    """That of a user without a network, on the device of the tests."""
     folder = tmp_path_factory.mktemp("device")
-    device = "import mlx.core as mx; mx.set_default_device(mx.cpu)\n"
+    name = "cpu" if mx.default_device() == mx.cpu else "gpu"
+    device = f"import mlx.core as mx; mx.set_default_device(mx.{name})\n"
     (folder / "sitecustomize.py").write_text(device)
     path = os.pathsep.join([str(folder), *sys.path])
     return {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
