@@ -12,8 +12,9 @@ import mlx.nn as nn
 
 from ._containers import WRAPPED
 from ._errors import described
+from ._match import Patterns, Where
 from ._replace import swapped
-from ._select import Patterns, Where, select
+from ._select import select
 
 Change = Callable[[str, Any], Any]
 Outputs = dict[str, list[Any]]

@@ -274,6 +274,7 @@ def test_a_bar_is_shown_on_a_terminal_and_nowhere_else(tmp_path, source):
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
     subprocess.run([*call, str(tmp_path / "b")], stderr=theirs, check=True)
+    os.write(theirs, b"end")  # so that there is something to read in any case
     shown = os.read(ours, 10_000).decode()
     os.close(theirs)
     os.close(ours)
