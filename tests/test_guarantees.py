@@ -1049,13 +1049,13 @@ class TestNoPinning:
         with pytest.raises(SelectionError) as caught, swapped(model, "layers.*.attn", fresh):
             model.layers[1].attn = intruder
         assert str(caught.value) == (
-            "'layers.1.attn' was changed by someone else inside the block; nothing was changed here"
+            "'layers.1.attn' was modified inside the block; nothing was put back"
         )
         assert [type(layer.attn) for layer in model.layers] == [Holder, nn.ReLU, Holder]
 
     def test_a_container_changed_by_someone_else_counts_as_well(self):
         model = Model()
-        said = "changed by someone else inside the block"
+        said = "modified inside the block; nothing was put back"
         with pytest.raises(SelectionError, match=said), swapped(model, "layers.*.attn", fresh):
             model.layers = list(model.layers)
         with pytest.raises(SelectionError, match=said), swapped(model, "layers[-1].attn", around):
@@ -1096,7 +1096,7 @@ class TestNoPinning:
             spoil()
         if sys.version_info >= (3, 11):
             assert caught.value.__notes__ == [
-                "'embed' was changed by someone else inside the block; nothing was changed here"
+                "'embed' was modified inside the block; nothing was put back"
             ]
 
     def test_a_swap_that_fails_at_once_does_not_run_the_body(self):
