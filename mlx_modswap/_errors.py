@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Iterable
+from itertools import accumulate
 from typing import Any
 
 import mlx.nn as nn
@@ -36,6 +38,48 @@ def note(error: BaseException, text: str) -> None:
         add_note(text)
 
 
+def note_misuse(
+    error: BaseException, function: Any, path: str, call: str, mended: str = ""
+) -> None:
+    """Say how a function is called, if it failed because it was written for another call.
+
+    Where Python has no notes (3.10) this goes into the message, as it is the cause.
+
+    Args:
+        error (BaseException): What the function raised, as its caller has caught it.
+        function (Callable): The function.
+        path (str): Its first argument.
+        call (str): How it is called: ``"factory(path, module)"``.
+        mended (str): A call that works, with ``{}`` for the name of the function, if one
+            is known.
+    """
+    path_was_taken_for_a_module = getattr(error, "obj", None) is path
+    if not path_was_taken_for_a_module and not _refuses_the_call(function, error):
+        return
+    name = getattr(function, "__qualname__", "<lambda>")
+    text = f"it was called as {call}"
+    if (
+        mended and path_was_taken_for_a_module and "<" not in name
+    ):  # no lambda or function inside another
+        text += f"; write {mended.format(name)}"
+    if hasattr(error, "add_note"):
+        note(error, text)
+    elif error.args and isinstance(error.args[0], str):
+        error.args = (f"{error.args[0]}; {text}", *error.args[1:])
+
+
+def _refuses_the_call(function: Any, error: BaseException) -> bool:
+    """Whether a function could not be called, or is a class such as ``nn.Linear``."""
+    if not isinstance(error, TypeError):
+        return False
+    traceback = error.__traceback__
+    if traceback is not None and traceback.tb_next is None:
+        return True  # it did not get so far as to run
+    # `nn.Linear(path, module)` fails only where it counts with its dimensions.
+    code = getattr(function.__init__, "__code__", None) if isinstance(function, type) else None
+    return code is not None and "path" not in code.co_varnames[: code.co_argcount]
+
+
 def shorten(text: str) -> str:
     """The text, or the beginning of one that is too long for a message."""
     return text if len(text) <= 80 else text[:77] + "..."
@@ -49,10 +93,40 @@ def listed(things: Iterable[str]) -> str:
     return f"{shown} and {more} more" if more > 0 else shown
 
 
-def classes(modules: Iterable[nn.Module]) -> str:
-    """How many modules of which class there are."""
-    counts = Counter(type(module).__name__ for module in modules)
-    return listed(f"{count} {name}" for name, count in counts.most_common())
+def counted(modules: int) -> str:
+    """``1`` -> ``'1 module'``, ``2`` -> ``'2 modules'``."""
+    return f"{modules} module" + "s" * (modules != 1)
+
+
+def classes(modules: Iterable[nn.Module], beside: Iterable[type] = ()) -> str:
+    """How many modules of which class there are.
+
+    Args:
+        modules (iterable of nn.Module): The modules to count.
+        beside (iterable of type): Other classes that the message names.
+    """
+    counts = Counter(map(type, modules))
+    names = class_names([*counts, *beside])
+    return listed(f"{count} {names[cls]}" for cls, count in counts.most_common())
+
+
+def class_names(classes: Iterable[type]) -> dict[type, str]:
+    """A name for each class: with the module in front if two classes have the same name."""
+    names = {cls: cls.__name__ for cls in classes}
+    common = Counter(names.values())
+    return {
+        cls: f"{_public_module(cls)}.{name}" if common[name] > 1 else name
+        for cls, name in names.items()
+    }
+
+
+def _public_module(cls: type) -> str:
+    """The shortest module that has a class: ``mlx.nn`` and not ``mlx.nn.layers.linear``."""
+    parts = cls.__module__.split(".")
+    for module in accumulate(parts, "{}.{}".format):
+        if getattr(sys.modules.get(module), cls.__name__, None) is cls:
+            return module
+    return cls.__module__
 
 
 def described(value: Any) -> str:

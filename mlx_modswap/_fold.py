@@ -16,14 +16,23 @@ _WIDEST = 48  # of what stands for one segment
 _WORD = re.compile(r"[^\W\d_]+|[0-9]+|.", re.DOTALL)
 
 
+# A *product* has some choices for each segment of a path, and represents every path that takes
+# one choice from each: `(layers) (0, 1, 2) (q_proj, v_proj)` represents six. The invariant: all
+# products together represent exactly the paths that were given. A line of a report starts with a
+# pattern made of a product, and whoever copies it must select those places and no others.
+#
+# That is why `_merged` unites two products only if they are equal in all segments but one:
+# `(0) (q, v)` and `(1) (q, v)` are `(0, 1) (q, v)`. But `(0) (q, v)` and `(1) (q)` stay two, since
+# `(0, 1) (q, v)` would also represent `(1) (v)`, a place that did not change. `fold` divides again
+# what would be too long to print, and its paths with it, so that each product keeps just its own.
+
+
 def fold(paths: Sequence[Sequence[Segment]]) -> Iterator[tuple[Product, list[int]]]:
     """Fold paths into few products.
 
     Yields:
         A product, and the numbers of the paths that it stands for, in their order.
     """
-    # Two products that differ in one segment only are one product; so nothing but
-    # the paths is matched.
     by_length: dict[int, dict[Product, list[int]]] = {}
     for number, path in enumerate(paths):
         product = tuple((segment,) for segment in path)

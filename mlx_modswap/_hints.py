@@ -6,9 +6,10 @@ Runs on the way to an error only, so it is written to be plain, not fast.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from difflib import get_close_matches
+from difflib import SequenceMatcher, get_close_matches
 from functools import reduce
 from itertools import chain
 from typing import Any, NamedTuple
@@ -16,52 +17,34 @@ from typing import Any, NamedTuple
 import mlx.nn as nn
 
 from ._containers import Container, entries, is_container, own_values
-from ._errors import SelectionError, described, listed, shorten
+from ._errors import PatternError, SelectionError, described, listed, shorten
 from ._fold import fold, pattern_of
-from ._pattern import Matcher, Parsed, parse
+from ._pattern import Matcher, Parsed, parse, parse_all
+from ._proposals import Proposal, proposals, spellings, widened, written
 from ._walk import find
 
 _MOST_TOKENS = 40  # of a pattern that is worth mending
 
 
 def no_match(model: nn.Module, pattern: Parsed) -> str:
-    """That a pattern matches nothing, what is there instead, and a pattern that matches."""
+    """Say that a pattern matches nothing, what is there instead, and a pattern that matches."""
     source = pattern.source
     if isinstance(source, re.Pattern):
-        return _no_match_of_regex(model, source, pattern.text)
+        works = _first_that_works(model, widened(source))
+        return f"{pattern.text} does not match any complete path (fullmatch){works}"
     message = f"{pattern.text} matches nothing"
     tokens = _TOKENS.findall(source)
     if len(tokens) > _MOST_TOKENS:
         return message
-    if works := _tried(model, [f"**.{source}"]):
+    if works := _first_that_works(model, proposals(source)):
         return message + works
     if there := _what_is_there(model, tokens):
         message += f": {there}"
-    return message + _tried(model, _mended(model, tokens))
-
-
-def _tried(model: nn.Module, patterns: list[str]) -> str:
-    """What a message says of the first pattern that matches, or ``''``."""
-    for text in patterns:
-        with suppress(SelectionError):  # a cycle, say, to which the given pattern does not come
-            if count := len(find(model, Matcher([parse(text)])).paths):
-                return f"; {shorten(repr(text))} matches {count}"
-    return ""
-
-
-def _no_match_of_regex(model: nn.Module, regex: re.Pattern[str], text: str) -> str:
-    paths = find(model, Matcher([parse("**")])).paths
-    inner = _INLINE_FLAGS.sub("", regex.pattern)  # they stand at the beginning only
-    with suppress(re.error):  # it ends in a comment, say
-        for wider in (rf"(.*\.)?({inner})", rf".*({inner}).*"):
-            candidate = re.compile(wider, regex.flags)
-            if count := sum(map(bool, map(candidate.fullmatch, paths))):
-                return f"{text} matches no whole path; {shorten(repr(candidate))} matches {count}"
-    return f"{text} matches no whole path"
+    return message + _first_that_works(model, _close_patterns(model, source))
 
 
 def no_place(model: nn.Module, path: str) -> str:
-    """That there is no module at a path, and what is there instead."""
+    """Say that there is no module at a path, and what is there instead."""
     message = f"there is no module at {shorten(repr(path))}"
     names = path.split(".")
     if len(names) > _MOST_TOKENS or re.search(r"[*?\[\]{}]|^$|^\.|\.\.|\.$", path):
@@ -69,56 +52,77 @@ def no_place(model: nn.Module, path: str) -> str:
     return f"{message}: {_what_is_there(model, names)}"
 
 
+def count(model: nn.Module, proposal: Proposal) -> int:
+    """Count the modules that a proposal matches: none if one of several patterns matches none."""
+    with suppress(PatternError, SelectionError):  # a cycle, say, that the source does not reach
+        found = [_paths(model, pattern) for pattern in parse_all(proposal)]
+        return len(set().union(*found)) if all(found) else 0
+    return 0
+
+
+def _paths(model: nn.Module, pattern: Parsed) -> set[str]:
+    paths = find(model, Matcher([pattern])).paths
+    source = pattern.source
+    return set(filter(source.fullmatch, paths) if isinstance(source, re.Pattern) else paths)
+
+
+def _first_that_works(model: nn.Module, candidates: Iterable[Proposal]) -> str:
+    """Say which candidate is the first that matches something; ``''`` if none does."""
+    for candidate in candidates:
+        if (code := written(candidate)) and (matches := count(model, candidate)):
+            return f"; {code} matches {matches}"
+    return ""
+
+
 # ---------------------------------------------------------------- a walk that sees everything
 
 
-class _Thing(NamedTuple):
+class _Entry(NamedTuple):
     value: Any
     name: str = ""
     path: str = ""
-    hidden: bool = False  # inside a tuple, which hides it from MLX
+    in_tuple: bool = False  # which hides it from MLX
 
 
-_NAME = re.compile(r"(?!\d+$)[^.*?\[\]{}]+")  # no number, and no pattern
-_INLINE_FLAGS = re.compile(r"\A(\(\?[aimsux]+\))+")
+_NAME = re.compile(r"(?!\d+$)[\w-]+")  # no number, and no pattern
 _TOKENS = re.compile(r"\[[^\]]*\]|[^.\[]+")
 
 
-def _inside(thing: _Thing) -> list[_Thing]:
-    """Everything that a thing holds: also what MLX does not see."""
-    value = thing.value
+def _children(entry: _Entry) -> list[_Entry]:
+    """List all that an entry holds directly, including what MLX does not see."""
+    value = entry.value
     is_tuple = isinstance(value, tuple)
-    held: list[tuple[Any, Any]] = list(enumerate(value)) if is_tuple else []
+    pairs: list[tuple[Any, Any]] = list(enumerate(value)) if is_tuple else []
     if is_container(value):
-        held += entries(value)
+        pairs += entries(value)
     if issubclass(type(value), nn.Module):
-        held += [(k, v) for k, v in vars(value).items() if not k.startswith("_")]
-    prefix, hidden = thing.path and f"{thing.path}.", thing.hidden or is_tuple
-    return [_Thing(inner, str(key), f"{prefix}{key}", hidden) for key, inner in held]
+        pairs += [(k, v) for k, v in vars(value).items() if not k.startswith("_")]
+    prefix, in_tuple = entry.path and f"{entry.path}.", entry.in_tuple or is_tuple
+    return [_Entry(child, str(key), f"{prefix}{key}", in_tuple) for key, child in pairs]
 
 
-def _everything(things: list[_Thing]) -> list[_Thing]:
-    """The things and all that is inside of them, level by level."""
-    reached, entered = list(things), set[int]()
-    for thing in reached:
-        if id(thing.value) not in entered:
-            entered.add(id(thing.value))
-            reached += _inside(thing)
+def _with_descendants(start: list[_Entry]) -> list[_Entry]:
+    """List some entries and all that is inside them, level by level."""
+    reached, entered = list(start), set[int]()
+    for entry in reached:
+        if id(entry.value) not in entered:
+            entered.add(id(entry.value))
+            reached += _children(entry)
     return reached
 
 
-def _step(things: list[_Thing], token: str) -> list[_Thing]:
-    """What one token of a pattern leads to from some things."""
+def _step(start: list[_Entry], token: str) -> list[_Entry]:
+    """Follow one token of a pattern from some entries to others."""
     if token == "**":
-        return _everything(things)
+        return _with_descendants(start)
     item = parse(f"_{token}" if token.startswith("[") else token).items[-1]
-    reached: list[_Thing] = []
-    for thing in things:
-        inside = _inside(thing)
-        if isinstance(thing.value, (list, tuple)):
-            reached += [inside[index] for index in item.indices(len(inside))]
+    reached: list[_Entry] = []
+    for entry in start:
+        children = _children(entry)
+        if isinstance(entry.value, (list, tuple)):
+            reached += [children[index] for index in item.indices(len(children))]
         else:
-            reached += [inner for inner in inside if item.accepts(inner.name)]
+            reached += [child for child in children if item.accepts(child.name)]
     return reached
 
 
@@ -126,43 +130,43 @@ def _step(things: list[_Thing], token: str) -> list[_Thing]:
 
 
 def _what_is_there(model: nn.Module, tokens: list[str]) -> str:
-    """What stands where the tokens stop to match."""
-    reached = [_Thing(model)]
+    """Describe what is there where the tokens stop matching."""
+    reached = [_Entry(model)]
     for number, token in enumerate(tokens):
         before, reached = reached, _step(reached, token)
         if not reached:
-            return "" if "**" in tokens[:number] else _instead_of(token, before[0])
-    return _no_module(reached[0], ".".join(tokens))
+            return "" if "**" in tokens[:number] else _what_is_at(token, before[0])
+    return _not_a_module(reached[0], ".".join(tokens))
 
 
-def _instead_of(token: str, thing: _Thing) -> str:
-    place = repr(shorten(thing.path)) if thing.path else "the model"
-    if isinstance(thing.value, (list, tuple)):
-        return f"{place} is {described(thing.value)}"
+def _what_is_at(token: str, entry: _Entry) -> str:
+    place = repr(shorten(entry.path)) if entry.path else "the model"
+    if isinstance(entry.value, (list, tuple)):
+        return f"{place} is {described(entry.value)}"
     if token.startswith("["):
-        return f"{place} is {described(thing.value)}, not a list"
-    there = outline(thing.value) if is_container(thing.value) else []
+        return f"{place} is {described(entry.value)}, not a list"
+    there = outline(entry.value) if is_container(entry.value) else []
     return f"{place} holds {listed(there) or 'no modules'}"
 
 
-def _no_module(thing: _Thing, pattern: str) -> str:
-    place = "it" if thing.path == pattern else repr(shorten(thing.path))
-    if thing.hidden:
+def _not_a_module(entry: _Entry, pattern: str) -> str:
+    place = "it" if entry.path == pattern else repr(shorten(entry.path))
+    if entry.in_tuple:
         return f"{place} is in a tuple, and MLX sees modules in lists and dicts only"
-    if issubclass(type(thing.value), nn.Module):
+    if issubclass(type(entry.value), nn.Module):
         return f"{place} holds no modules"
-    return f"{place} is {described(thing.value)}, not a module"
+    return f"{place} is {described(entry.value)}, not a module"
 
 
 def outline(container: Container) -> list[str]:
-    """The modules right inside a container, folded: ``["'norm'", "'layers[0:32]' (32 Block)"]``."""
-    alike: dict[type, list[tuple[str | int, ...]]] = {}
+    """List the modules right inside a container: ``["'norm'", "'layers[0:32]' (32 Block)"]``."""
+    paths_of: dict[type, list[tuple[str | int, ...]]] = {}
     for path, _, _, value in own_values(container):
         if issubclass(type(value), nn.Module):
-            alike.setdefault(type(value), []).append(path)
+            paths_of.setdefault(type(value), []).append(path)
     return [
         f"{pattern_of(product)!r}" + (f" ({len(numbers)} {cls.__name__})" if numbers[1:] else "")
-        for cls, paths in alike.items()
+        for cls, paths in paths_of.items()
         for product, numbers in fold(paths)
     ]
 
@@ -170,25 +174,41 @@ def outline(container: Container) -> list[str]:
 # ---------------------------------------------------------------- what would work
 
 
-def _mended(model: nn.Module, tokens: list[str]) -> list[str]:
-    """Patterns close to these tokens that may match, the likeliest first."""
-    reached = [_Thing(model)]
+def _close_patterns(model: nn.Module, source: str) -> Iterator[str]:
+    """Yield patterns close to one that matches nothing, the likeliest first."""
+    for text in dict.fromkeys(reversed(list(spellings(source)))):
+        with suppress(PatternError):  # not all that was wrong is mended
+            parse(text)
+            yield from _corrected(model, _TOKENS.findall(text))
+    # The right place below a wrong beginning, as in another model of the same family.
+    tokens = _TOKENS.findall(source)
+    for start in range(1, len(tokens)):
+        if _NAME.fullmatch(tokens[start]):
+            yield f"**.{_joined(tokens[start:])}"
+
+
+def _joined(tokens: list[str]) -> str:
+    return "".join(t if t.startswith("[") else f".{t}" for t in tokens).removeprefix(".")
+
+
+def _corrected(model: nn.Module, tokens: list[str]) -> list[str]:
+    """List patterns like these tokens that lead somewhere in the model."""
+    reached = [_Entry(model)]
     mended: list[str] = []
     for token in tokens:
-        for way in _ways(reached, token, mended[-1:]):
-            if further := reduce(_step, way, reached):
-                mended += way
+        for instead in _replacements(reached, token, mended[-1:]):
+            if further := reduce(_step, instead, reached):
+                mended += instead
                 reached = further
                 break
         else:
             return []
-    ways = mended, [*mended, "*"], mended[:-1]
-    texts = ["".join(t if t.startswith("[") else f".{t}" for t in way)[1:] for way in ways]
+    texts = map(_joined, (mended, [*mended, "*"], mended[:-1]))
     return [text for text in texts if text not in ("", "**")]  # which says nothing of the model
 
 
-def _ways(things: list[_Thing], token: str, before: list[str]) -> Iterator[list[str]]:
-    """Steps that may have been meant by a token, the likeliest first."""
+def _replacements(start: list[_Entry], token: str, before: list[str]) -> Iterator[list[str]]:
+    """Yield tokens that may have been meant by one, the likeliest first."""
     yield [token]
     if token.startswith("["):
         yield [token[1:-1]]
@@ -196,16 +216,40 @@ def _ways(things: list[_Thing], token: str, before: list[str]) -> Iterator[list[
         return
     if token.isdecimal() and before and before != ["**"]:
         yield ["[-1]"]
-    yield from ([name] for name in _close(token, things))
+    yield from ([name] for name in _likely_name(token, start))
     yield ["**", token]
-    yield from (["**", name] for name in _close(token, _everything(things)))
+    yield from (["**", name] for name in _likely_name(token, _with_descendants(start)))
+    if _NAME.fullmatch(token) and isinstance(start[0].value, list):
+        yield ["*"]  # layers.N.mlp
 
 
-def _close(token: str, things: list[_Thing]) -> list[str]:
-    """Names in some things that are like a token and may lead to modules, the likest first."""
+def _likely_name(token: str, start: list[_Entry]) -> list[str]:
+    """Find the name in some entries that a token misspells, if there is just one."""
     names = {
-        inner.name.lower(): inner.name
-        for inner in chain.from_iterable(map(_inside, things))
-        if is_container(inner.value) and _NAME.fullmatch(inner.name)
+        child.name.lower(): child.name
+        for child in chain.from_iterable(map(_children, start))
+        if is_container(child.value) and _NAME.fullmatch(child.name)
     }
-    return [names[name] for name in get_close_matches(token.lower(), names)]
+    close = get_close_matches(token.lower(), names if _NAME.fullmatch(token) else {}, 8, 0.5)
+    scores = {name: _likeness(token.lower(), name) for name in close}
+    best = [name for name in close if scores[name] == max(scores.values()) >= _LIKE]
+    return [names[name] for name in best] if len(best) == 1 else []
+
+
+_LIKE = 0.6  # as in `get_close_matches`
+_WORD = re.compile(r"[^\W\d_]+|\d+")
+
+
+def _likeness(token: str, name: str) -> float:
+    """Rate how likely a token is a misspelling of a name, from 0 to 1.
+
+    Words that both have are left out: ``q_b_proj`` and ``kv_b_proj`` share most of their letters,
+    but nobody writes one for the other. A name with words more or less is just likely enough.
+    """
+    words, others = (Counter(_WORD.findall(text)) for text in (token, name))
+    left, right = (
+        "".join((one - other).elements()) for one, other in ((words, others), (others, words))
+    )
+    if bool(left) != bool(right):
+        return _LIKE
+    return SequenceMatcher(None, left, right).ratio()

@@ -12,11 +12,12 @@ from typing import Any, Protocol
 import mlx.nn as nn
 
 from ._containers import WRAPPED
-from ._errors import NoMatchError, described, listed, note
+from ._errors import NoMatchError, described, listed, note, note_misuse
 from ._fold import fold, pattern_of, segments
+from ._match import Patterns, Rule, Where, parse_argument
 from ._pattern import Parsed
 from ._replace import swapped
-from ._select import Patterns, Where, check_model, choose, parse_argument
+from ._select import check_model, choose
 from ._walk import Places
 from ._wrapper import Wrapper
 
@@ -103,6 +104,7 @@ def observe(
             hook(path, output, *args, **kwargs)
         except Exception as error:
             note(error, f"while observing {path!r}")
+            note_misuse(error, hook, path, "hook(path, output, *args, **kwargs)")
             raise
         return output
 
@@ -231,6 +233,7 @@ def patch(
             new = change(path, output)
         except Exception as error:
             note(error, f"while patching {path!r}")
+            note_misuse(error, change, path, "change(path, output)")
             raise
         if new is None and output is not None:
             raise TypeError(
@@ -319,11 +322,12 @@ def _hooking(
 ) -> Iterator[_Shared]:
     """Hook the selected layers inside a ``with`` block."""
     check_model(model)
-    patterns, excludes = parse_argument("pattern", pattern), parse_argument("exclude", exclude)
-    places, _ = choose(model, patterns, where, excludes, strict)
+    patterns = parse_argument(model, "pattern", pattern)
+    excludes = parse_argument(model, "exclude", exclude)
+    places = choose(model, [Rule(patterns)], where, excludes, strict).places
     masks, depths = dict(zip(places.paths, places.masks)), _depths(places)
     slices = not any(str(key).isdecimal() or "." in str(key) for key in places.dict_keys())
-    del places, _  # and the layers in them
+    del places  # and the layers in them
     shared = _Shared(see, [*masks])
     try:
         with ExitStack() as stack:

@@ -1,20 +1,20 @@
 """Text -> pattern -> matcher. Knows nothing of MLX.
 
 A pattern becomes a row of *items*, one for each segment of a path. The patterns
-of a call become one tree in a :class:`Matcher`, whose states say where a walk
-through a model stands in every pattern at once. A state remembers the state
-behind each key it has met, so most steps are one look-up.
+of a call become one trie in a :class:`Matcher`, whose states say how far a walk
+through a model has come in every pattern at once.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from itertools import product
 from typing import Any, NamedTuple
 
 from ._errors import PatternError, shorten
+from ._proposals import Mistake, Proposal, proposals, written
 
 Pattern = str | re.Pattern[str]
 
@@ -37,10 +37,19 @@ class Parsed(NamedTuple):
         return shorten(repr(self.source))
 
 
-def parse(pattern: Pattern) -> Parsed:
-    """Turn the text of a pattern, or a compiled regular expression, into items."""
+Trial = Callable[[Proposal], Any]  # whether a proposal works, say in the model at hand
+
+
+def parse(pattern: Pattern, trial: Trial = bool) -> Parsed:
+    """Turn the text of a pattern, or a compiled regular expression, into items.
+
+    An error proposes a form that parses, and rather one that the ``trial`` finds good.
+    """
     if isinstance(pattern, str):
-        return Parsed(pattern, _parse_path(pattern))
+        try:
+            return Parsed(pattern, _parse_path(pattern))
+        except Mistake as mistake:
+            raise PatternError(_message(pattern, mistake, trial)) from None
     if isinstance(pattern, re.Pattern) and isinstance(pattern.pattern, str):
         return Parsed(pattern, _EVERYTHING)
     raise TypeError(
@@ -49,11 +58,11 @@ def parse(pattern: Pattern) -> Parsed:
     )
 
 
-def parse_all(patterns: Pattern | Iterable[Pattern]) -> list[Parsed]:
+def parse_all(patterns: Pattern | Iterable[Pattern], trial: Trial = bool) -> list[Parsed]:
     """Parse one pattern or an iterable of them."""
     if isinstance(patterns, (str, bytes, re.Pattern)) or not isinstance(patterns, Iterable):
-        return [parse(patterns)]
-    return [parse(pattern) for pattern in patterns]
+        return [parse(patterns, trial)]
+    return [parse(pattern, trial) for pattern in patterns]
 
 
 # ---------------------------------------------------------------- items
@@ -159,13 +168,12 @@ def _parse_path(text: str) -> tuple[Any, ...]:
     start = 0
     for segment in text.split("."):
         if not segment:
-            mended = ".".join(filter(None, text.split("."))) or "**"
-            raise _error(text, start, 1, f"an empty segment; write {shorten(mended)!r}")
+            raise Mistake("a segment is empty", start, 1)
         if segment == "**":
             if not items or items[-1] is not _DEEP:  # two are the same as one
                 items.append(_DEEP)
         elif _SPECIAL.search(segment):
-            items.extend(_parse_segment(text, start, segment))
+            items.extend(_parse_segment(start, segment))
         else:
             items.append(_Names((segment,)))
         start += len(segment) + 1
@@ -174,26 +182,21 @@ def _parse_path(text: str) -> tuple[Any, ...]:
     return tuple(items)
 
 
-def _parse_segment(text: str, start: int, segment: str) -> list[Any]:
-    subscripts = [_parse_subscript(text, start, found) for found in _BRACKETS.finditer(segment)]
+def _parse_segment(start: int, segment: str) -> list[Any]:
+    subscripts = [_parse_subscript(start, found) for found in _BRACKETS.finditer(segment)]
     split = _SEGMENT.fullmatch(segment)
     if split is None:
-        raise _bracket_error(text, start, segment)
-    return [_parse_name(text, start, split[1]), *subscripts]
+        raise _bracket_mistake(start, segment)
+    return [_parse_name(start, split[1]), *subscripts]
 
 
-def _parse_name(text: str, start: int, name: str) -> Any:
+def _parse_name(start: int, name: str) -> Any:
     if name == "*":
         return _ANY
     if "**" in name:
-        one, bare = re.sub(r"[*]{2,}", "*", name), re.sub(r"[*]{2,}", "", name)
-        inside = f", or '{shorten(bare)}.**' for what is inside" if bare else " or '**'"
-        if bare and name.startswith("**"):
-            inside = f", or '**.{shorten(bare)}' for one at any depth"
-        right = f"'{shorten(one)}'{inside}"
-        raise _error(text, start, len(name), f"'**' is a whole segment of its own; write {right}")
+        raise Mistake("'**' must be a segment of its own", start, len(name))
     if not _BRACED.fullmatch(name):
-        raise _brace_error(text, start, name)
+        raise _brace_mistake(start, name)
     pieces = re.split(r"\{([^{}]*)\}", name)
     parts = [piece.split(",") if i % 2 else [piece] for i, piece in enumerate(pieces)]
     if "*" not in name and "?" not in name and len(parts) <= 3:
@@ -201,117 +204,122 @@ def _parse_name(text: str, start: int, name: str) -> Any:
     return _Glob([[_TOKEN.findall(option) for option in options] for options in parts])
 
 
-def _parse_subscript(text: str, start: int, found: re.Match[str]) -> _Subscript:
-    inside = found[1]
-    if re.search(r"-0+(?![0-9])", inside):
-        right = re.sub(r"-0+(?![0-9])", "0", inside)
-        message = f"-0 counts from the start, not from the end; write [{right}] if you mean that"
-        raise _error(text, start + found.start(), len(found[0]), message)
+def _parse_subscript(start: int, found: re.Match[str]) -> _Subscript:
+    inside, start = found[1], start + found.start()
+    if re.search(r"(?<![0-9])-0+(?![0-9])", inside):
+        reason, condition = "-0 counts from the start, not from the end", "if you mean that, "
+        raise Mistake(reason, start, len(found[0]), condition)
     if _INDEX.fullmatch(inside):
         return _Subscript(int(inside))
     bounds = _SLICE.fullmatch(inside)
     numbers = [None if n is None else int(n) for n in bounds.groups()] if bounds else [0, 0, 0]
     if numbers[2] != 0:
         return _Subscript(slice(*numbers))
-    raise _error(
-        text,
-        start + found.start(),
-        len(found[0]),
-        f"{shorten(found[0])} is no index or slice of a list; write {_mended_subscript(inside)}",
-    )
+    reason = f"{shorten(repr(found[0])[1:-1])} is not a valid index or slice"
+    valid = "[0], [-1], [2:6], [-4:] and [::2] are, as for a Python list"
+    raise Mistake(reason, start, len(found[0]), otherwise=valid)
 
 
-def _mended_subscript(inside: str) -> str:
-    span = re.fullmatch(r"([0-9]{1,18})-([0-9]{1,18})", inside)
-    if span:
-        return f"[{span[1]}:{int(span[2]) + 1}] for the entries {span[1]} to {span[2]}"
-    if re.fullmatch(r"[0-9]{1,18}(,[0-9]{1,18})+", inside) and len(inside) < 60:
-        return f".{{{inside}}} for some of the entries"
-    if re.fullmatch(r"\w{1,20}", inside) and not inside.isdecimal():
-        return "{" + ",".join(dict.fromkeys(inside)) + "} for one of several characters"
-    return "[0], [-1], [2:6], [-4:] or [::2], as for a Python list"
-
-
-def _bracket_error(text: str, start: int, segment: str) -> PatternError:
+def _bracket_mistake(start: int, segment: str) -> Mistake:
     """Why brackets whose insides are right are in the wrong place."""
     stray = re.search(r"[\[\]]", _BRACKETS.sub(lambda found: " " * len(found[0]), segment))
     if stray:
-        what = "is not closed" if stray[0] == "[" else "closes nothing"
-        return _error(text, start + stray.start(), 1, f"'{stray[0]}' {what}; write 'layers[0]'")
+        return Mistake(f"unmatched '{stray[0]}'", start + stray.start(), 1)
     if segment.startswith("["):
-        message = f"an index follows the name of a list; write 'layers{shorten(segment)}'"
-        return _error(text, start, len(segment), message)
-    first = _BRACKETS.search(segment)
-    assert first is not None
-    at = first.end()
-    message = f"an index ends its segment; write '{shorten(segment[:at])}.{shorten(segment[at:])}'"
-    return _error(text, start + at, len(segment) - at, message)
+        return Mistake("an index must follow the name of a list", start, len(segment))
+    at = segment.index("]") + 1
+    return Mistake("an index must end its segment", start + at, len(segment) - at)
 
 
-def _brace_error(text: str, start: int, name: str) -> PatternError:
+def _brace_mistake(start: int, name: str) -> Mistake:
     """What is wrong with the first brace that is not one of a good pair."""
     rest = re.sub(r"\{[^{}]+\}", lambda found: " " * len(found[0]), name)
     at = re.search(r"[{}]", rest)
     assert at is not None
+    start += at.start()
     if rest.startswith("{}", at.start()):
-        return _error(text, start + at.start(), 2, "no alternatives; write '{q,k,v}'")
-    if at[0] == "}":
-        return _error(text, start + at.start(), 1, "'}' closes nothing; write '{q,k,v}'")
-    if "}" in rest[at.start() :]:
-        return _error(text, start + at.start(), 1, "braces do not nest; write '{a,b,c}'")
-    message = "'{' is not closed in its segment; write '{q,k,v}', or several patterns for more"
-    return _error(text, start + at.start(), 1, message)
+        return Mistake("braces without alternatives", start, 2)
+    if at[0] == "{" and "}" in rest[at.start() :]:
+        return Mistake("braces cannot be nested", start, 1)
+    more = " in this segment" if at[0] == "{" else ""
+    return Mistake(f"unmatched '{at[0]}'{more}", start, 1)
 
 
-def _error(text: str, start: int, length: int, message: str) -> PatternError:
-    """The message, the pattern, and carets under the place that is wrong."""
-    window = slice(max(0, start - 50), start), slice(start, start + min(length, 20))
-    before, wrong = (repr(text[part])[1:-1] for part in window)
-    after = repr(text[window[1].stop : start + 50])[1:-1]
-    carets = " " * len(before) + "^" * max(1, len(wrong))
-    return PatternError(f"{message}\n    {before}{wrong}{after}\n    {carets}")
+def _message(text: str, mistake: Mistake, trial: Trial) -> str:
+    """What is wrong, what would be right, the pattern, and carets below the place."""
+    advice = mistake.otherwise
+    right = list(filter(_is_right, proposals(text)))
+    if right:
+        best = next(filter(trial, right), right[0])
+        is_regex = isinstance(best, re.Pattern)
+        condition = "for a regular expression " if is_regex else mistake.condition
+        advice = f"{condition}write {written(best)}"
+    return f"{mistake}{advice and '; '}{advice}\n{mistake.shown_in(text)}"
+
+
+def _is_right(proposal: Proposal) -> bool:
+    """Whether all of a proposal parses and can be shown."""
+    if not isinstance(proposal, re.Pattern):
+        try:
+            for text in [proposal] if isinstance(proposal, str) else proposal:
+                _parse_path(text)
+        except (Mistake, PatternError):
+            return False
+    return bool(written(proposal))
 
 
 # ---------------------------------------------------------------- items -> matcher
+#
+# A path is walked once for all patterns. They are a trie, in which an edge is an item. Several of
+# its nodes can be reached at once: after `layers`, those of `layers.0`, `layers.*` and `**.q_proj`.
+# This set of nodes is all that matters further down, so it is what a `State` is.
+#
+# The invariant: the same set of nodes is the same `State` object, whatever path reached it, since
+# the matcher keeps one for each set. So a state can remember what comes after each key: equal
+# blocks share their states, and nearly every step is one look-up in a dict. With two objects for
+# one set the results would be the same, but each block would be matched anew.
+#
+# Sets take the place of backtracking, too. `**.a.**.b` is in several nodes at once but never in
+# more than there are, so the time grows with the path, not with the ways to divide it among stars.
 
 
 class _Node:
-    """Where some patterns stand behind their first items: those that begin alike share it.
+    """A node of the pattern trie; patterns with a common prefix share it.
 
     Attributes:
-        edges (dict[Any, _Node]): The node behind each item that may follow.
-        names (dict[str, list[_Node]]): The same for those that are names, by name.
-        globs (list[tuple[_Glob, _Node]]): The same for those with wildcards.
-        loops (bool): Whether any segment leads back here: the last item is ``**``.
+        children (dict[Any, _Node]): The node after each item that may come next.
+        by_name (dict[str, list[_Node]]): The children after items that are names, by name.
+        globs (list[tuple[_Glob, _Node]]): The children after items with wildcards.
+        loops (bool): Whether any segment leads here again: the last item is ``**``.
         mask (int): Bit ``i`` is set if pattern ``i`` ends here.
     """
 
-    __slots__ = ("edges", "globs", "loops", "mask", "names")
+    __slots__ = ("by_name", "children", "globs", "loops", "mask")
 
     def __init__(self, loops: bool = False):
-        self.edges: dict[Any, _Node] = {}
-        self.names: dict[str, list[_Node]] = {}
+        self.children: dict[Any, _Node] = {}
+        self.by_name: dict[str, list[_Node]] = {}
         self.globs: list[tuple[_Glob, _Node]] = []
         self.loops = loops
         self.mask = 0
 
-    def behind(self, item: Any) -> _Node:
-        """The node behind an item, a new one if there is none."""
-        if item not in self.edges:
-            self.edges[item] = node = _Node(loops=item is _DEEP)
+    def child(self, item: Any) -> _Node:
+        """The node after an item, a new one if there is none."""
+        if item not in self.children:
+            self.children[item] = node = _Node(loops=item is _DEEP)
             if isinstance(item, _Names):
                 for name in item:
-                    self.names.setdefault(name, []).append(node)
+                    self.by_name.setdefault(name, []).append(node)
             elif isinstance(item, _Glob):
                 self.globs.append((item, node))
-        return self.edges[item]
+        return self.children[item]
 
 
 class State(dict[str, "State"]):
-    """Where a walk stands in all patterns of a matcher: a set of nodes.
+    """How far a walk has come in all patterns of a matcher: a set of nodes.
 
-    ``state[key]`` is the state behind ``key``, ``state.entries(n)`` are the
-    states behind the entries of a list of ``n``.
+    ``state[key]`` is the state after ``key``, ``state.entries(n)`` are the
+    states after the indices of a list of ``n``.
 
     Attributes:
         mask (int): Bit ``i`` is set if pattern ``i`` matches the path walked.
@@ -328,10 +336,10 @@ class State(dict[str, "State"]):
         self.goes_on = False
         for node in nodes:
             self.mask |= node.mask
-            self.goes_on |= bool(node.edges)
+            self.goes_on |= bool(node.children)
 
     def __missing__(self, key: Any) -> State:
-        """Step along ``key``, which may hold dots; remember the way if it is a plain str."""
+        """Step along ``key``, which may hold dots; remember the result if it is a plain str."""
         if type(key) is not str:
             return self[f"{key}"]
         state = self
@@ -345,14 +353,14 @@ class State(dict[str, "State"]):
         for node in self._nodes:
             if node.loops:
                 reached.append(node)
-            reached += node.names.get(segment, ())
-            for glob, behind in node.globs:
+            reached += node.by_name.get(segment, ())
+            for glob, child in node.globs:
                 if glob is _ANY or glob.accepts(segment):
-                    reached.append(behind)
+                    reached.append(child)
         return self._matcher.state(reached)
 
     def entries(self, length: int) -> list[State]:
-        """The states behind the entries of a list of ``length``."""
+        """The states after each index of a list of ``length``."""
         table = self._tables.get(length)
         if table is None:
             table = self._tables[length] = self._entries(length)
@@ -364,18 +372,18 @@ class State(dict[str, "State"]):
         for node in self._nodes:
             if node.loops:
                 everywhere.append(node)
-            for item, behind in node.edges.items():
+            for item, child in node.children.items():
                 if item is _ANY:
-                    everywhere.append(behind)
+                    everywhere.append(child)
                 elif item is not _DEEP:
                     for index in item.indices(length):
-                        somewhere[index] += (behind,)
+                        somewhere[index] += (child,)
         states = {some: self._matcher.state([*everywhere, *some]) for some in set(somewhere)}
         return list(map(states.__getitem__, somewhere))
 
 
 class Matcher:
-    """Several patterns side by side, as one lazily built automaton."""
+    """Several patterns that are matched together, as one automaton that is built as needed."""
 
     def __init__(self, patterns: Sequence[Parsed] = ()):
         self._root = _Node()
@@ -387,7 +395,7 @@ class Matcher:
         """Match what the items match, too."""
         node = self._root
         for item in items:
-            node = node.behind(item)
+            node = node.child(item)
         node.mask |= mask
 
     @property
@@ -396,9 +404,11 @@ class Matcher:
         return self.state([self._root])
 
     def state(self, nodes: list[_Node]) -> State:
-        """The state of a walk that has come to some nodes."""
-        # None of its segments is one way to take `**`, and no other `**` follows it.
-        key = frozenset(nodes + [node.edges[_DEEP] for node in nodes if _DEEP in node.edges])
+        """The state of a walk that has reached some nodes."""
+        # `**` may match no segment at all, so the node after it is reached at once. One step is
+        # enough: the parser never leaves two `**` in a row.
+        after = [node.children[_DEEP] for node in nodes if _DEEP in node.children]
+        key = frozenset(nodes + after)
         if key not in self._states:
             self._states[key] = State(self, key)
         return self._states[key]
@@ -410,3 +420,8 @@ def literally(paths: Iterable[str]) -> Matcher:
     for path in paths:
         matcher.add([_Names((segment,)) for segment in path.split(".")], 1)
     return matcher
+
+
+def inside(items: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The items of ``P.**`` for those of ``P``: all that is inside what they match."""
+    return (*items, _DEEP, _ANY)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import compress, groupby
@@ -11,16 +10,26 @@ from typing import Any, NamedTuple, TypeVar
 
 import mlx.nn as nn
 
-from ._containers import Location, has_parameters, unwrapped, wrapped_layers
-from ._errors import SelectionError, described, listed, note
-from ._pattern import Matcher, Parsed, Pattern, literally, parse
-from ._select import Patterns, Where, check_model, choose, first_pattern, parse_argument
-from ._sharing import Sharing, brought_in, sort_containers, survey
+from ._containers import (
+    Kinds,
+    Location,
+    child_containers,
+    has_parameters,
+    unwrapped,
+    wrapped_layers,
+)
+from ._errors import SelectionError, described, listed, note, note_misuse
+from ._fold import fold, is_plain, pattern_of
+from ._match import Patterns, Rule, Where, parse_argument
+from ._pattern import Matcher, Pattern, literally, parse
+from ._select import check_model, choose
+from ._sharing import Sharing, brought_in, ids_inside, sort_containers, survey
 from ._walk import Places, find
 
 # A factory may ask for an `nn.Linear`, so what it is given is not called an `nn.Module` here.
 Factory = Callable[[str, Any], nn.Module]
-AnyPattern = TypeVar("AnyPattern", str, re.Pattern[str], Pattern)  # a Mapping's keys are invariant
+# The keys of a Mapping are invariant, hence a variable.
+AnyPattern = TypeVar("AnyPattern", bound=Pattern | tuple[Pattern, ...])
 Rules = Mapping[AnyPattern, Factory | None]
 
 _MODE = attrgetter("_training")
@@ -53,48 +62,58 @@ def make_plan(
 ) -> Plan:
     """Select, call the factories, and check all that could go wrong."""
     check_model(model)
-    patterns, factories, as_rules = _rules(pattern, factory)
-    excludes = parse_argument("exclude", exclude)
-    places, visited = choose(model, patterns, where, excludes, strict, as_rules=as_rules)
+    rules, factories = _rules(model, pattern, factory)
+    excludes = parse_argument(model, "exclude", exclude)
+    places, deciding, left_alone, visited = choose(model, rules, where, excludes, strict)
+    # `visited` holds every container to the end: a factory may delete parts of the model, and
+    # a new module must not get the id of one of these.
     known, sharing = survey(model, visited)
-    rule_of = {mask: first_pattern(mask) if as_rules else 0 for mask in set(places.masks)}
-    rules = list(map(rule_of.__getitem__, places.masks))
     if sharing:
         units = _units(places, sharing)
-        news = _make_once(units, places, rules, factories)
-        _check_units(units, places, rules, news, sharing, patterns)
+        news = _make_once(units, places, deciding, factories)
+        _check_units(units, places, deciding, news, sharing, rules)
     else:
-        news = _make(places.paths, places.modules, map(factories.__getitem__, rules))
+        news = _make(places.paths, places.modules, map(factories.__getitem__, deciding))
     changes = list(map(is_not, news, places.modules))
     places.keep(changes)
-    news, rules = list(compress(news, changes)), list(compress(rules, changes))
-    check_nesting(places)
+    news, deciding = list(compress(news, changes)), list(compress(deciding, changes))
+    check_nesting(places, _NESTED)
+    _check_left_alone(places, news, left_alone)
     _check_names(places)
     training = _check_cycles(places, news, known)
-    check_unmoved(places, places.modules, "while the factories ran")
-    return Plan(places, news, rules, training)
+    check_unmoved(places, places.modules, _MOVED)
+    return Plan(places, news, deciding, training)
 
 
-def _rules(pattern: Any, factory: Any) -> tuple[list[Parsed], list[Factory | None], bool]:
-    """The patterns, the factories, and whether they are rules with a factory each."""
-    if isinstance(pattern, Mapping) and not isinstance(pattern, nn.Module):
-        if factory is not None:
-            raise TypeError("rules hold their own factories: leave the factory out")
-        rules = [parse(rule) for rule in pattern]
-        factories = list(pattern.values())
-        for rule, made_by in zip(rules, factories):
-            if made_by is not None:
-                _check_factory(made_by, rule)
-        return rules, factories, True
-    patterns = parse_argument("pattern", pattern)
-    _check_factory(factory)
-    return patterns, [factory], False
+_NESTED = "and both would change; exclude the inner one ({exclude}), or select only {outer!r}"
+_MOVED = "{path!r} was modified while the factories ran; the swap was not applied"
+_MENDED_FACTORY = "lambda path, layer: {}(layer)"
 
 
-def _check_factory(factory: Any, rule: Parsed | None = None) -> None:
-    # A module is callable, but what it returns for a path and a module is no module.
+def _rules(model: nn.Module, pattern: Any, factory: Any) -> tuple[list[Rule], list[Factory | None]]:
+    """The rules and their factories; patterns without a mapping are one rule."""
+    if not isinstance(pattern, Mapping) or isinstance(pattern, nn.Module):
+        rule = Rule(parse_argument(model, "pattern", pattern))
+        _check_factory(factory)
+        return [rule], [factory]
+    if factory is not None:
+        raise TypeError("rules hold their own factories: leave the factory out")
+    rules: list[Rule] = []
+    for key, made_by in pattern.items():
+        patterns = parse_argument(model, "pattern", key if isinstance(key, tuple) else (key,))
+        text = ", ".join(one.text for one in patterns)
+        if isinstance(key, tuple):
+            text = f"({text},)" if len(key) == 1 else f"({text})"
+        rules.append(Rule(patterns, text, keeps=made_by is None))
+        if made_by is not None:
+            _check_factory(made_by, text)
+    return rules, list(pattern.values())
+
+
+def _check_factory(factory: Any, rule: str = "") -> None:
+    # A module is callable, but it takes arrays and returns arrays.
     if not callable(factory) or isinstance(factory, nn.Module):
-        name = "factory" if rule is None else f"the factory of rule {rule.text}"
+        name = f"the factory of rule {rule}" if rule else "factory"
         what = described(factory)
         raise TypeError(f"{name} must be a function of path and module, not {what}")
 
@@ -114,12 +133,13 @@ def _make(
             new = factory(path, module)
         except Exception as error:
             note(error, f"while replacing {path!r} ({type(module).__name__})")
+            note_misuse(error, factory, path, "factory(path, module)", _MENDED_FACTORY)
             raise
         if not issubclass(type(new), nn.Module):
             raise TypeError(
                 f"the factory returned {described(new)} for {path!r} "
-                f"({type(module).__name__}); it must return an mlx.nn.Module, "
-                "the one it was given to change nothing"
+                f"({type(module).__name__}); it must return an mlx.nn.Module; return the module "
+                "it was given to leave it unchanged"
             )
         news.append(new)
     return news
@@ -137,10 +157,7 @@ def _units(places: Places, sharing: Sharing) -> list[Unit]:
     tied: dict[int, bool] = {}
     units: list[Unit] = []
     for module, location in zip(places.modules, places.locations()):
-        layers = [
-            module,
-            *wrapped_layers(module),
-        ]  # it may be in one place itself and wrapped in another
+        layers = [module, *wrapped_layers(module)]  # one place may hold it, another its wrapper
         if id(module) not in tied:
             is_shared = any(sharing.location_counts[id(layer)] > 1 for layer in layers)
             tied[id(module)] = is_shared and has_parameters(module)
@@ -167,10 +184,10 @@ def _make_once(
 def _check_units(
     units: list[Unit],
     places: Places,
-    rules: list[int],
+    deciding: list[int],
     news: list[nn.Module],
     sharing: Sharing,
-    patterns: list[Parsed],
+    rules: list[Rule],
 ) -> None:
     """Each unit changes as a whole and by one rule, or does not change."""
     members: defaultdict[Unit, list[int]] = defaultdict(list)
@@ -182,41 +199,55 @@ def _check_units(
         shared = unit if isinstance(unit, int) else unit[0]
         if len(inside) < sharing.path_counts[shared]:
             raise SelectionError(_partly(unit, places, inside, sharing))
-        deciding = dict.fromkeys(rules[at] for at in inside)
-        if len(deciding) > 1:
+        numbers = dict.fromkeys(deciding[at] for at in inside)
+        if len(numbers) > 1:
             paths = listed(repr(places.paths[at]) for at in inside)
-            texts = listed(patterns[number].text for number in deciding)
+            texts = listed(rules[number].text for number in numbers)
             name = type(places.modules[inside[0]]).__name__
             raise SelectionError(
-                f"{paths} are one and the same {name}, but different rules decide: {texts}; "
-                "give it to one rule"
+                f"{paths} are the same {name}, but different rules decide about them: {texts}; "
+                "let one rule match all of these paths first"
             )
 
 
 def _partly(unit: Unit, places: Places, inside: list[int], sharing: Sharing) -> str:
     """That only some paths of a unit were chosen, and which are missing."""
     everywhere = find(places.model, Matcher([parse("**")]))
-    chosen = {places.paths[at] for at in inside}
-    others = [
-        path
-        for path, other in zip(everywhere.paths, _units(everywhere, sharing))
-        if other == unit and path not in chosen
-    ]
-    path = places.paths[inside[0]]
-    name = type(places.modules[inside[0]]).__name__
-    missing = listed(map(repr, others))
+    found = zip(everywhere.paths, _units(everywhere, sharing))
+    paths = [path for path, other in found if other == unit]
+    chosen = [places.paths[at] for at in inside]
+    is_pair = len(paths) == 2
     if isinstance(unit, int):
-        what = f"{path!r} is tied: the same {name} is at {missing}"
-    else:
-        what = f"{path!r} is one place with {missing}: a module or list around it is shared"
-    return f"{what}, which would not change; select all of them, or leave out with exclude={path!r}"
+        others = [repr(path) for path in paths if path not in chosen]
+        name = type(places.modules[inside[0]]).__name__
+        are = "are" if len(others) > 1 else "is"
+        choice = "both, or neither" if is_pair else "all of them, or none"
+        return (
+            f"{chosen[0]!r} is tied to {listed(others)} (the same {name}), which {are} not "
+            f"selected; select {choice} ({_excluding(chosen)}); to untie them, use "
+            f"model.update_modules(partial_modules(model, {{{chosen[0]!r}: new}}))"
+        )
+    names = list(map(repr, paths))
+    these = " and ".join(names) if is_pair else listed(names)
+    choice = "both paths, or neither" if is_pair else "all of these paths, or none"
+    return (
+        f"{these} are the same place, because a module or list that contains it is shared; "
+        f"select {choice} ({_excluding(chosen)})"
+    )
+
+
+def _excluding(paths: Sequence[str]) -> str:
+    """The argument that excludes some paths."""
+    products = [product for product, _ in fold([path.split(".") for path in paths])]
+    patterns = [pattern_of(one) if not is_plain(one) else repr(pattern_of(one)) for one in products]
+    return f"exclude={patterns[0]}" if len(patterns) == 1 else f"exclude=[{', '.join(patterns)}]"
 
 
 # ---------------------------------------------------------------- checks
 
 
-def check_nesting(places: Places) -> None:
-    """No place may lie inside another."""
+def check_nesting(places: Places, advice: str) -> None:
+    """No place may lie inside another; ``advice`` says what to do about both."""
     rows = places.ancestors()
     around = map(id, map(places.containers.__getitem__, rows))
     if set(map(id, places.modules)).isdisjoint(around):
@@ -227,12 +258,41 @@ def check_nesting(places: Places) -> None:
     for path, row in zip(places.paths, places.rows):
         while row not in clear:
             if outer[row] is not None:
-                raise SelectionError(
-                    f"{path!r} lies inside {outer[row]!r}, and both would change; leave one "
-                    f"of them out, with exclude={outer[row]!r} for instance"
-                )
+                advice = advice.format(exclude=_excluding([path]), outer=outer[row])
+                raise SelectionError(f"{path!r} lies inside {outer[row]!r}, {advice}")
             clear.add(row)
             row = places.parents[row]
+
+
+def _check_left_alone(
+    places: Places, news: list[nn.Module], left_alone: list[tuple[str, nn.Module]]
+) -> None:
+    """What was to be left alone must not go away with a place around it."""
+    if not left_alone or not child_containers(places.modules, Kinds()):
+        return
+    number_of = {path: number for number, path in enumerate(places.paths)}
+    reached: dict[int, tuple[set[int], set[int]]] = {}  # what the old and the new module hold
+    for path, module in left_alone:
+        for outer in _prefixes(path):
+            if outer not in number_of:
+                continue
+            number = number_of[outer]
+            if number not in reached:
+                reached[number] = ids_inside(places.modules[number]), ids_inside(news[number])
+            before, after = reached[number]
+            # With dots in a key, a place need not lie inside the one that its path begins with.
+            if id(module) in before and id(module) not in after:
+                raise SelectionError(
+                    f"{path!r} was to be left alone, but the new module for {outer!r} does not "
+                    f"hold it; keep it in the new module, or leave {outer!r} alone too"
+                )
+
+
+def _prefixes(path: str) -> Iterator[str]:
+    """The paths that a path begins with, the longest first."""
+    while "." in path:
+        path = path.rpartition(".")[0]
+        yield path
 
 
 def check_aliases(places: Places, modules: list[nn.Module]) -> None:
@@ -242,8 +302,8 @@ def check_aliases(places: Places, modules: list[nn.Module]) -> None:
         first = firsts.setdefault(location, at)
         if modules[at] is not modules[first]:
             raise SelectionError(
-                f"{places.paths[first]!r} and {places.paths[at]!r} are one place: a module or "
-                "list around it is shared; give both paths the same module"
+                f"{places.paths[first]!r} and {places.paths[at]!r} are the same place, because a "
+                "module or list that contains it is shared; give both paths the same module"
             )
 
 
@@ -259,8 +319,8 @@ def check_different(paths: list[str]) -> None:
     for path, number in Counter(paths).items():
         if number > 1:
             raise SelectionError(
-                f"{number} places print the path {path!r}, for instance by the keys 0 and '0' "
-                "of one dict; rename one of the keys"
+                f"{number} places have the path {path!r}, as with the keys 0 and '0' in one dict; "
+                "rename one of the keys"
             )
 
 
@@ -305,10 +365,8 @@ def _runs(modes: list[bool], news: list[nn.Module]) -> Iterator[tuple[bool, list
         yield mode, [new for _, new in run]
 
 
-def check_unmoved(places: Places, modules: Sequence[nn.Module], when: str) -> None:
+def check_unmoved(places: Places, modules: Sequence[nn.Module], message: str) -> None:
     """The places must be where they were found, and hold ``modules``."""
     for at in (places.first_moved(), places.first_without(modules)):
         if at is not None:
-            raise SelectionError(
-                f"{places.paths[at]!r} was changed by someone else {when}; nothing was changed here"
-            )
+            raise SelectionError(message.format(path=places.paths[at]))

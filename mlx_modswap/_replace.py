@@ -11,6 +11,7 @@ import mlx.nn as nn
 from . import _hints
 from ._blocks import Block
 from ._errors import NoMatchError, SelectionError, described, note
+from ._match import Patterns, Where
 from ._pattern import literally
 from ._plan import (
     AnyPattern,
@@ -23,7 +24,7 @@ from ._plan import (
     make_plan,
 )
 from ._report import Replacement
-from ._select import Patterns, Where, check_model
+from ._select import check_model
 from ._walk import Places, find, nest
 
 
@@ -61,33 +62,36 @@ def replace_layers(
 ) -> Replacement:
     """Replace the modules whose paths match a pattern with what a factory makes of them.
 
-    Only the places that the arguments name change, or nothing does: every
-    factory runs and every check passes before the model is touched, with one
-    call of :meth:`mlx.nn.Module.update_modules`.
+    Only the targeted locations change, or nothing does: every factory runs and
+    every check passes before the model is touched, with one call of
+    :meth:`mlx.nn.Module.update_modules`.
 
     * Factories are called in definition order. A factory that returns the
-      module it was given leaves it alone.
-    * A module with parameters that sits in several places is *tied*: the factory
+      module it was given leaves it unchanged.
+    * A module with parameters that is in several places is *tied*: the factory
       is called once and the new module goes to all of them.
     * New modules get the training mode of the module that they replace. Frozen
       state is not carried over: an adapter in a frozen model is trainable.
+    * To leave a place alone (``exclude``, or a rule that is ``None``) is to leave
+      alone all that is inside it.
 
     Args:
         model (mlx.nn.Module): The model to change in place.
         pattern (str, re.Pattern, an iterable of them, or a mapping): The paths
-            to replace. A mapping holds rules, a factory for each pattern: the
-            first pattern that matches a path decides, and ``None`` leaves the
-            path alone.
+            to replace. A mapping holds rules: each key is a pattern, or a tuple
+            of patterns, and its value is the factory for them. The first rule
+            that matches a path decides; if its value is ``None``, the path is
+            left alone.
         factory (Callable): Called as ``factory(path, module)``, returns the new
             module. Not given with rules.
-        where (type, tuple of types or Callable, optional): The modules to take
-            of these. See :func:`select`. Default: ``None``.
-        exclude (str, re.Pattern or an iterable of them): The paths to leave
-            out. Default: ``()``.
-        strict (bool): If ``True``, whatever does nothing is an error: a pattern
-            or a rule that matches no module, a rule wholly shadowed by those
-            before it, an ``exclude`` that removes nothing, a ``where`` that
-            leaves nothing. Default: ``True``.
+        where (type, tuple of types or Callable, optional): Which of these modules
+            to replace. See :func:`select`. Default: ``None``.
+        exclude (str, re.Pattern or an iterable of them): The paths to leave out,
+            with all that is inside them. Default: ``()``.
+        strict (bool): If ``True``, an argument that does nothing is an error.
+            Among the modules that ``where`` lets through each pattern must match
+            one, each rule must be the first that matches one, and each
+            ``exclude`` must remove one that a pattern matches. Default: ``True``.
 
     Returns:
         Replacement: A mapping of path to new module, only of the places that
@@ -95,11 +99,12 @@ def replace_layers(
 
     Raises:
         PatternError: If the text of a pattern is wrong.
-        NoMatchError: If a pattern, a rule, ``exclude`` or ``where`` does nothing.
-        SelectionError: If a place to change lies inside another, is one of
-            several places of a tied module of which others would not change,
-            or cannot be reached by ``update_modules``; or if the model holds a
-            cycle.
+        NoMatchError: If a pattern, a rule, an ``exclude`` or ``where`` does nothing.
+        SelectionError: If a place to change lies inside another; if it is one of
+            the places of a tied module and not all of them would change; if a
+            place that was to be left alone would go away with the module around
+            it; if ``update_modules`` cannot reach a place; or if the model holds
+            a cycle.
         TypeError: If an argument, or what a factory returns, is of the wrong type.
 
     Example:
@@ -240,7 +245,7 @@ def partial_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[
         if path not in found:
             raise NoMatchError(_hints.no_place(model, path))
     check_different(places.paths)
-    check_nesting(places)
+    check_nesting(places, "and both are given; leave one of them out")
     news = [modules[path] for path in places.paths]
     check_aliases(places, news)
     return nest(places, news)

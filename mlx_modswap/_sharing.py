@@ -174,3 +174,14 @@ def brought_in(
         fresh += level if level is modules else (v for v in level if kinds[type(v)] == MODULE)
         level = child_containers(level, kinds)
     return fresh, met
+
+
+def ids_inside(module: nn.Module) -> set[int]:
+    """The ids of a module and of all containers inside it."""
+    kinds = Kinds()
+    ids: set[int] = set()
+    level: list[Any] = [module]
+    while level := [one for one in level if id(one) not in ids]:
+        ids.update(map(id, level))
+        level = child_containers(level, kinds)
+    return ids

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain, compress, count
+from itertools import chain, compress, count, repeat
 from operator import is_not
 from typing import Any
 
@@ -57,6 +57,7 @@ class Places:
         self.parents: list[int] = [0]
         self.parent_keys: list[Any] = [None]
         self._ancestors: list[int] | None = None
+        self._dict_keys: set[Any] | None = None
 
     @property
     def model(self) -> nn.Module:
@@ -66,7 +67,7 @@ class Places:
     def keep(self, selectors: Sequence[Any]) -> None:
         """Forget the places whose selector is false."""
         if not all(selectors):
-            self._ancestors = None
+            self._ancestors = self._dict_keys = None
             for name in ("paths", "modules", "rows", "keys", "masks"):
                 setattr(self, name, list(compress(getattr(self, name), selectors)))
 
@@ -83,9 +84,11 @@ class Places:
 
     def dict_keys(self) -> set[Any]:
         """The keys of the modules and dicts around the places."""
-        holders = map(self.holders.__getitem__, self.ancestors())
-        dicts = (holder for holder in holders if isinstance(holder, dict))
-        return set(chain.from_iterable(map(dict.keys, dicts)))
+        if self._dict_keys is None:
+            holders = self._holders_of(self.ancestors())
+            dicts: Any = compress(holders, map(isinstance, holders, repeat(dict)))
+            self._dict_keys = set(chain.from_iterable(map(dict.keys, dicts)))
+        return self._dict_keys
 
     def locations(self) -> list[Location]:
         """Where each place is: the ``id`` of its holder, and its key there."""

@@ -65,7 +65,7 @@ FAULTS = [
     Fault(
         "two stars match at least one segment",
         "_pattern.py",
-        "for node in nodes if _DEEP in node.edges",
+        "for node in nodes if _DEEP in node.children",
         "for node in nodes if False",
     ),
     Fault(

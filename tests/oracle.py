@@ -6,9 +6,10 @@ Everything here is slow on purpose: walk the whole model, try every pattern on e
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import Any
 
 import mlx.core as mx
@@ -17,6 +18,8 @@ from mlx.utils import tree_flatten
 
 Location = tuple[int, Any]
 Pattern = str | re.Pattern[str]
+Key = Pattern | tuple[Pattern, ...]
+Rules = Mapping[Any, Any]  # by Key; the value is None, or whatever changes a place
 
 
 @dataclass(frozen=True)
@@ -184,6 +187,22 @@ def admits(where: Any, place: Place) -> bool:
     return where(place.path, place.module)
 
 
+def covers(pattern: Pattern, place: Place) -> bool:
+    """Whether the pattern matches the place or something around it: what to leave alone covers."""
+    lengths = range(1, len(place.segments) + 1)
+    return any(matches(pattern, leading_part(place, length)) for length in lengths)
+
+
+def leading_part(place: Place, length: int) -> Place:
+    """The first segments of a place, whether or not a module is there."""
+    segments = place.segments[:length]
+    return replace(place, path=".".join(one.text for one in segments), segments=segments)
+
+
+def is_excluded(exclude: Iterable[Pattern], place: Place) -> bool:
+    return any(covers(pattern, place) for pattern in exclude)
+
+
 def chosen(
     model: nn.Module,
     patterns: Sequence[Pattern],
@@ -191,18 +210,56 @@ def chosen(
     exclude: Sequence[Pattern] = (),
 ) -> list[Place]:
     """The places that the arguments name, in definition order."""
+    return chosen_by_rules(model, dict.fromkeys(patterns, "new"), where, exclude)
+
+
+def chosen_by_rules(
+    model: nn.Module, rules: Rules, where: Any = None, exclude: Sequence[Pattern] = ()
+) -> list[Place]:
+    """The places that rules decide about, in definition order; rules of None included."""
     return [
         place
         for place in places(model)
-        if any(matches(pattern, place) for pattern in patterns)
-        and not any(matches(pattern, place) for pattern in exclude)
+        if deciding(rules, place) is not None
+        and not is_excluded(exclude, place)
         and admits(where, place)
     ]
 
 
-def deciding(rules: Iterable[Pattern], place: Place) -> Pattern:
-    """The first rule that matches the place."""
-    return next(rule for rule in rules if matches(rule, place))
+def several(key: Key) -> tuple[Pattern, ...]:
+    return key if isinstance(key, tuple) else (key,)
+
+
+def deciding(rules: Rules, place: Place) -> Key | None:
+    """The first rule that is about the place, if there is one."""
+    for key, factory in rules.items():
+        is_about = covers if factory is None else matches
+        if any(is_about(pattern, place) for pattern in several(key)):
+            return key
+    return None
+
+
+def left_alone(model: nn.Module, rules: Rules, exclude: Iterable[Pattern] = ()) -> list[Place]:
+    """The places that are to be left alone by an exclude or by a rule of None."""
+    return [
+        place
+        for place in places(model)
+        if is_excluded(exclude, place) or rules.get(deciding(rules, place), "") is None
+    ]
+
+
+def losses(kept: Iterable[Place], news: Mapping[Location, nn.Module]) -> list[str]:
+    """What was to be left alone, and is gone when these modules are where they are to be."""
+    return [
+        place.path
+        for place in kept
+        for location in place.around
+        if location in news and not holds(news[location], place.module)
+    ]
+
+
+def holds(module: nn.Module, other: nn.Module) -> bool:
+    return module is other or any(place.module is other for place in places(module))
 
 
 def idle(
@@ -210,41 +267,35 @@ def idle(
     patterns: Sequence[Pattern],
     where: Any = None,
     exclude: Sequence[Pattern] = (),
-) -> bool | None:
-    """Whether one of the arguments does nothing; `None` where that is a matter of taste."""
-    matched = chosen(model, patterns)
-    left = chosen(model, patterns, None, exclude)
-    if any(not chosen(model, [pattern]) for pattern in patterns):
-        return True
-    if any(not any(matches(pattern, place) for place in matched) for pattern in exclude):
-        return True
-    if where is None or any(admits(where, place) for place in left):
-        return False
-    return True if left else None
+) -> bool:
+    """Whether one of the arguments does nothing."""
+    return idle_rules(model, {tuple(patterns): "new"}, where, exclude)
 
 
 def idle_rules(
-    model: nn.Module,
-    rules: Mapping[Pattern, Any],
-    where: Any = None,
-    exclude: Sequence[Pattern] = (),
-) -> bool | None:
-    """Whether a rule or another of the arguments does nothing; `None` for a matter of taste."""
+    model: nn.Module, rules: Rules, where: Any = None, exclude: Sequence[Pattern] = ()
+) -> bool:
+    """Whether a rule, one of its patterns, or another of the arguments does nothing."""
+    about = [place for place in places(model) if deciding(rules, place) is not None]
+    seen = [place for place in about if admits(where, place)]
+    if all(is_excluded(exclude, place) for place in seen):
+        return True
 
-    def shadowed(rule: Pattern, exclude: Sequence[Pattern]) -> bool:
-        return all(
-            deciding(rules, place) is not rule for place in chosen(model, [rule], None, exclude)
+    def does_something(some: Callable[[Place], bool]) -> bool:
+        """Whether there are such places, `where` lets one through, or all are excluded."""
+        return any(map(some, seen)) or (
+            any(map(some, about))
+            and all(is_excluded(exclude, place) for place in filter(some, about))
         )
 
-    unused = idle(model, list(rules), where, exclude)
-    early = any(shadowed(rule, ()) for rule in rules)
-    late = any(shadowed(rule, exclude) for rule in rules)
-    decided = [
-        rules[deciding(rules, place)] for place in chosen(model, list(rules), where, exclude)
-    ]
-    if unused is None or early != late or (where is not None and not any(decided)):
-        return True if unused or early else None
-    return unused or early
+    for key, factory in rules.items():
+        is_about = covers if factory is None else matches
+        tests: list[Callable[[Place], bool]]
+        tests = [partial(is_about, pattern) for pattern in several(key)]
+        tests.append(lambda place, key=key: deciding(rules, place) == key)
+        if not all(map(does_something, tests)):
+            return True
+    return not all(any(covers(pattern, place) for place in seen) for pattern in exclude)
 
 
 def tied(module: nn.Module) -> bool:
@@ -339,3 +390,16 @@ def unpacked(owner: nn.Module, key: Any, size: int) -> int:
     if "scales" not in dict.keys(owner) or "bits" not in vars(owner):
         return size
     return {"weight": size * 32 // vars(owner)["bits"], "bias": size}.get(key, 0)
+
+
+def proposed_by(error: Exception) -> list[tuple[Any, int | None]]:
+    """What an error proposes, with the number of modules that it says are matched."""
+    line = str(error).split("\n")[0]
+    proposed: list[tuple[Any, int | None]] = []
+    for at in re.finditer("; ", line):
+        said = re.fullmatch(r"(?:.*write )?(.*?)(?: matches (\d+))?", line[at.end() :])
+        with suppress(SyntaxError, NameError, TypeError):  # it is in the middle of something else
+            assert said is not None
+            proposed.append((eval(said[1], {"re": re}), int(said[2]) if said[2] else None))
+    assert proposed or not re.search("write | matches [0-9]+$", line), line
+    return proposed

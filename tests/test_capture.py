@@ -405,10 +405,10 @@ def test_a_layer_that_returns_none_may_go_on_to(model):
         (
             "embed",
             SelectionError,
-            "'embed' is tied: the same Embedding is at 'unembed', which would not change; "
-            "select all of them, or leave out with exclude='embed'",
+            "'embed' is tied to 'unembed' (the same Embedding), which is not selected; select both, "
+            "or neither (exclude='embed')",
         ),
-        (["layers.*", "layers.*.mlp", "unembed"], SelectionError, "'unembed' is tied"),
+        (["layers.*", "layers.*.mlp", "unembed"], SelectionError, "'unembed' is tied to"),
     ],
     ids=str,
 )

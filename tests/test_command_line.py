@@ -286,7 +286,7 @@ def test_it_runs_as_a_module(folder):
     ("pattern", "message"),
     [
         ("q_proj", "'q_proj' matches nothing; '**.q_proj' matches 3"),
-        ("a**", "'**' is a whole segment of its own; write 'a*', or 'a.**' for what is inside"),
+        ("a**", "'**' must be a segment of its own; write 'a.**'"),
     ],
 )
 def test_a_wrong_pattern(folder, capsys, pattern, message):

@@ -213,34 +213,52 @@ NO_MATCH = [
     # Regular expressions.
     (
         re.compile("q_proj"),
-        "re.compile('q_proj') matches no whole path; re.compile('(.*\\\\.)?(q_proj)') matches 4",
+        "re.compile('q_proj') does not match any complete path (fullmatch); "
+        're.compile(r"(.*\\.)?(q_proj)") matches 4',
     ),
     (
         re.compile("attn"),
-        "re.compile('attn') matches no whole path; re.compile('.*(attn).*') matches 12",
+        "re.compile('attn') does not match any complete path (fullmatch); "
+        're.compile(r".*(attn).*") matches 12',
     ),
-    (re.compile("zzz"), "re.compile('zzz') matches no whole path"),
+    (
+        re.compile('q_proj"?'),
+        "re.compile('q_proj\"?') does not match any complete path (fullmatch); "
+        "re.compile('(.*\\\\.)?(q_proj\"?)') matches 4",
+    ),
+    (
+        re.compile("q_proj\n?"),
+        "re.compile('q_proj\\n?') does not match any complete path (fullmatch); "
+        "re.compile('(.*\\\\.)?(q_proj\\n?)') matches 4",
+    ),
+    (re.compile("zzz"), "re.compile('zzz') does not match any complete path (fullmatch)"),
     (
         re.compile("(?i)Q_PROJ"),
-        "re.compile('(?i)Q_PROJ', re.IGNORECASE) matches no whole path; "
-        "re.compile('(.*\\\\.)?(Q_PROJ)', re.IGNORECASE) matches 4",
+        "re.compile('(?i)Q_PROJ', re.IGNORECASE) does not match any complete path (fullmatch); "
+        're.compile(r"(.*\\.)?(Q_PROJ)", re.IGNORECASE) matches 4',
     ),
     (
         re.compile("Q_PROJ", re.IGNORECASE | re.DOTALL),
-        "re.compile('Q_PROJ', re.IGNORECASE|re.DOTALL) matches no whole path; "
-        "re.compile('(.*\\\\.)?(Q_PROJ)', re.IGNORECASE|re.DOTALL) matches 4",
+        "re.compile('Q_PROJ', re.IGNORECASE|re.DOTALL) "
+        "does not match any complete path (fullmatch); "
+        're.compile(r"(.*\\.)?(Q_PROJ)", re.IGNORECASE|re.DOTALL) matches 4',
     ),
     (
         re.compile("Q_PROJ", re.ASCII | re.IGNORECASE),
-        "re.compile('Q_PROJ', re.IGNORECASE|re.ASCII) matches no whole path; "
-        "re.compile('(.*\\\\.)?(Q_PROJ)', re.IGNORECASE|re.ASCII) matches 4",
+        "re.compile('Q_PROJ', re.IGNORECASE|re.ASCII) "
+        "does not match any complete path (fullmatch); "
+        're.compile(r"(.*\\.)?(Q_PROJ)", re.IGNORECASE|re.ASCII) matches 4',
     ),
     (
         re.compile("Q_PROJ", re.IGNORECASE | re.MULTILINE | re.VERBOSE),
-        "re.compile('Q_PROJ', re.IGNORECASE|re.MULTILINE|re.VERBOSE) matches no whole path; "
-        "re.compile('(.*\\\\.)?(Q_PROJ)', re.IGNORECASE|re.MULTILINE|re.VERBOSE) matches 4",
+        "re.compile('Q_PROJ', re.IGNORECASE|re.MULTILINE|re.VERBOSE) "
+        "does not match any complete path (fullmatch); "
+        're.compile(r"(.*\\.)?(Q_PROJ)", re.IGNORECASE|re.MULTILINE|re.VERBOSE) matches 4',
     ),
-    (re.compile("(?x)zzz #"), "re.compile('(?x)zzz #', re.VERBOSE) matches no whole path"),
+    (
+        re.compile("(?x)zzz #"),
+        "re.compile('(?x)zzz #', re.VERBOSE) does not match any complete path (fullmatch)",
+    ),
     # No pattern at all.
     ([], "no pattern was given; '**' matches every module of the model"),
 ]
@@ -285,12 +303,12 @@ def test_of_many_modules_eight_are_named(names, more):
 OTHERS = [
     (
         {"pattern": "**.self_attn.*", "where": nn.Conv1d},
-        "where=Conv1d leaves nothing of the 8 that '**.self_attn.*' matches: they are 8 Linear",
+        "where=Conv1d rejects all 8 modules that '**.self_attn.*' matches: 8 Linear",
     ),
     (
         {"pattern": ["layers.*", "embed"], "where": (nn.Conv1d, nn.RMSNorm)},
-        "where=(Conv1d, RMSNorm) leaves nothing of the 5 that 'layers.*', 'embed' matches: "
-        "they are 4 Block, 1 Embedding",
+        "where=(Conv1d, RMSNorm) rejects all 5 modules that 'layers.*', 'embed' matches: "
+        "4 Block, 1 Embedding",
     ),
     (
         {"pattern": "**", "where": keep, "exclude": "lm_hed"},
@@ -300,8 +318,8 @@ OTHERS = [
     ),
     (
         {"pattern": "layers.*", "exclude": ["layers[0]", "lm_head"]},
-        "exclude 'lm_head' removes nothing: it matches 1, "
-        "but none of the 4 that 'layers.*' matches",
+        "exclude 'lm_head' has no effect: it matches 1 module, "
+        "but none of the 4 matched by 'layers.*'",
     ),
 ]
 
@@ -320,13 +338,13 @@ RULES = [
     ({}, "no pattern was given; '**' matches every module of the model"),
     (
         {"**.self_attn.*": keep, "**.q_proj": None},
-        "rule '**.q_proj' decides nothing: rules before it take all of the 4 that it matches "
-        "('**.self_attn.*' takes 4); drop it, or put it before them",
+        "rule '**.q_proj' never applies: earlier rules already match all 4 of its modules; "
+        "remove it, or move it up",
     ),
     (
-        {"layers[0].**": None, "layers[1:].**": keep, "**.self_attn": identity},
-        "rule '**.self_attn' decides nothing: rules before it take all of the 4 that it matches "
-        "('layers[1:].**' takes 3, 'layers[0].**' takes 1); drop it, or put it before them",
+        {"layers[0].**": None, "layers[1:].**": keep, "layers.3.mlp": identity},
+        "rule 'layers.3.mlp' never applies: earlier rules already match its only module; "
+        "remove it, or move it up",
     ),
 ]
 
@@ -351,23 +369,24 @@ def shared() -> Net:
 SELECTIONS = [
     (
         "embed",
-        "'embed' is tied: the same Embedding is at 'tied', which would not change; "
-        "select all of them, or leave out with exclude='embed'",
+        "'embed' is tied to 'tied' (the same Embedding), which is not selected; "
+        "select both, or neither (exclude='embed'); "
+        "to untie them, use model.update_modules(partial_modules(model, {'embed': new}))",
     ),
     (
         "layers[0].mlp",
-        "'layers.0.mlp' is one place with 'blocks.0.mlp': a module or list around it is shared, "
-        "which would not change; select all of them, or leave out with exclude='layers.0.mlp'",
+        "'layers.0.mlp' and 'blocks.0.mlp' are the same place, because a module or list that "
+        "contains it is shared; select both paths, or neither (exclude='layers.0.mlp')",
     ),
     (
         {"embed": identity, "tied": identity},
-        "'embed', 'tied' are one and the same Embedding, but different rules decide: "
-        "'embed', 'tied'; give it to one rule",
+        "'embed', 'tied' are the same Embedding, but different rules decide about them: "
+        "'embed', 'tied'; let one rule match all of these paths first",
     ),
     (
         ["lm_head", "{layers,blocks}.0", "{layers,blocks}.0.mlp"],
         "'layers.0.mlp' lies inside 'layers.0', and both would change; "
-        "leave one of them out, with exclude='layers.0' for instance",
+        "exclude the inner one (exclude='layers.0.mlp'), or select only 'layers.0'",
     ),
 ]
 
@@ -385,7 +404,7 @@ def test_two_entries_that_print_the_same_path():
     model = Net()
     model.keyed[0] = nn.Tanh()
     message = (
-        "2 places print the path 'keyed.0', for instance by the keys 0 and '0' of one dict; "
+        "2 places have the path 'keyed.0', as with the keys 0 and '0' in one dict; "
         "rename one of the keys"
     )
     with pytest.raises(SelectionError) as error:
@@ -403,7 +422,7 @@ def test_a_key_with_a_dot_that_prints_the_path_of_another_place():
     with pytest.raises(SelectionError) as error:
         replace_layers(model, "keyed.a.b", identity)
     assert str(error.value) == (
-        "2 places print the path 'keyed.a.b', for instance by the keys 0 and '0' of one dict; "
+        "2 places have the path 'keyed.a.b', as with the keys 0 and '0' in one dict; "
         "rename one of the keys"
     )
 
@@ -510,17 +529,17 @@ def test_a_name_is_looked_for_among_thousands():
 
 
 @pytest.mark.parametrize("typo", ["y" + 99 * "x", "y" + 100 * "x"], ids=["100", "101"])
-def test_a_long_name_is_suggested_too(typo):
+def test_a_name_of_100_characters_is_suggested_in_full(typo):
     model = nn.Module()
     setattr(model, 100 * "x", nn.ReLU())
     with pytest.raises(NoMatchError) as error:
         select(model, typo)
     assert str(error.value) == (
-        f"'y{75 * 'x'}... matches nothing: the model holds '{100 * 'x'}'; '{76 * 'x'}... matches 1"
+        f"'y{75 * 'x'}... matches nothing: the model holds '{100 * 'x'}'; '{100 * 'x'}' matches 1"
     )
 
 
-def test_what_stands_behind_a_tied_module_is_suggested_too():
+def test_a_name_that_comes_after_a_tied_module_is_suggested():
     model = nn.Module()
     model.first = model.again = nn.Linear(4, 4)
     model.block = Block()
@@ -572,8 +591,7 @@ PARTIALS = [
      "'layers[0:4]' (4 Block), 'keyed.{0,1}' (2 ReLU), 'lm_head'"),
     ({40 * "a." + "a": nn.ReLU()}, NoMatchError, "there is no module at '" + 38 * "a." + "..."),
     ({"layers.0.mlp": nn.ReLU(), "layers.0": nn.ReLU()}, SelectionError,
-     "'layers.0.mlp' lies inside 'layers.0', and both would change; "
-     "leave one of them out, with exclude='layers.0' for instance"),
+     "'layers.0.mlp' lies inside 'layers.0', and both are given; leave one of them out"),
     ({"embed": nn.ReLU}, TypeError, "'embed' needs an mlx.nn.Module, not the class ReLU"),
     ({3: nn.ReLU()}, TypeError, "a path is a str, not an int"),
     (["embed"], TypeError, "modules must map paths to modules, not a list of 1"),
@@ -615,13 +633,13 @@ BAD_ARGUMENTS = [
     ((Net(), nn.ReLU(), identity), "pattern must be a path pattern, not a module (ReLU)"),
     (
         (Net(), "embed", lambda path, layer: None),
-        "the factory returned None for 'embed' (Embedding); it must return an mlx.nn.Module, "
-        "the one it was given to change nothing",
+        "the factory returned None for 'embed' (Embedding); it must return an mlx.nn.Module; "
+        "return the module it was given to leave it unchanged",
     ),
     (
         (Net(), "embed", lambda path, layer: nn.Linear),
         "the factory returned the class Linear for 'embed' (Embedding); "
-        "it must return an mlx.nn.Module, the one it was given to change nothing",
+        "it must return an mlx.nn.Module; return the module it was given to leave it unchanged",
     ),
 ]
 

@@ -334,7 +334,7 @@ class TestAllOrNothing:
             replace_layers(model, "layers.*.attn", lambda p, m: returned if p == last else Holder())
         assert str(caught.value) == (
             f"the factory returned {what} for 'layers.2.attn' (Linear); it must return an "
-            "mlx.nn.Module, the one it was given to change nothing"
+            "mlx.nn.Module; return the module it was given to leave it unchanged"
         )
         assert before.differences() == []
 
@@ -415,8 +415,7 @@ class TestAllOrNothing:
         with pytest.raises(SelectionError) as caught:
             replace_layers(model, "layers.*.attn", meddling)
         assert str(caught.value) == (
-            "'layers.0.attn' was changed by someone else while the factories ran; "
-            "nothing was changed here"
+            "'layers.0.attn' was modified while the factories ran; the swap was not applied"
         )
         assert model.layers[0].attn is intruder
         assert type(model.layers[1].attn) is nn.Linear
@@ -432,8 +431,7 @@ class TestAllOrNothing:
         with pytest.raises(SelectionError) as caught:
             replace_layers(model, "layers.*.attn", meddling)
         assert str(caught.value) == (
-            "'layers.0.attn' was changed by someone else while the factories ran; "
-            "nothing was changed here"
+            "'layers.0.attn' was modified while the factories ran; the swap was not applied"
         )
         assert model.layers is others
         assert [type(layer.attn) for layer in others] == [nn.Linear] * 3
@@ -464,8 +462,7 @@ class TestAllOrNothing:
         with pytest.raises(SelectionError) as caught:
             replace_layers(model, ["embed", "layers.*.attn"], meddling)
         assert str(caught.value) == (
-            "'layers.1.attn' was changed by someone else while the factories ran; "
-            "nothing was changed here"
+            "'layers.1.attn' was modified while the factories ran; the swap was not applied"
         )
         assert type(model.embed) is nn.Embedding
 
@@ -531,8 +528,9 @@ class TestTies:
         shared = nn.Embedding(8, 4)
         model = build(first=shared, last=shared)
         assert refuses(model, before + place, fresh) == (
-            f"'{place}' is tied: the same Embedding is at '{other}', which would not change; "
-            f"select all of them, or leave out with exclude='{place}'"
+            f"'{place}' is tied to '{other}' (the same Embedding), which is not selected; "
+            f"select both, or neither (exclude='{place}'); to untie them, use "
+            f"model.update_modules(partial_modules(model, {{'{place}': new}}))"
         )
 
     def test_a_tie_is_seen_however_deep_its_arrays_are(self):
@@ -542,43 +540,44 @@ class TestTies:
         model = build(first=shared, last=shared)
         with pytest.raises(SelectionError) as caught:
             replace_layers(model, "first", fresh)
-        assert str(caught.value).startswith("'first' is tied: the same Module is at 'last'")
+        assert str(caught.value).startswith("'first' is tied to 'last' (the same Module), which")
         assert model.first is shared
 
     def test_a_part_of_a_tie_is_refused_with_the_rest_of_it(self):
         shared = nn.Embedding(8, 4)
         model = build(shared=shared, encoder=build(embed=shared), decoder=build(embed=shared))
         assert refuses(model, "encoder.*", fresh) == (
-            "'encoder.embed' is tied: the same Embedding is at 'shared', 'decoder.embed', which "
-            "would not change; select all of them, or leave out with exclude='encoder.embed'"
+            "'encoder.embed' is tied to 'shared', 'decoder.embed' (the same Embedding), which "
+            "are not selected; select all of them, or none (exclude='encoder.embed'); to untie "
+            "them, use model.update_modules(partial_modules(model, {'encoder.embed': new}))"
         )
 
     def test_where_cannot_cut_a_tie_either(self):
         shared = nn.Linear(1, 1)
         model = build(a=shared, b=shared)
         message = refuses(model, "**", fresh, where=lambda path, module: path == "a")
-        assert message.startswith("'a' is tied: the same Linear is at 'b', which would not change")
+        assert message.startswith("'a' is tied to 'b' (the same Linear), which is not selected;")
 
     def test_one_tie_under_two_rules_is_refused(self):
         shared = nn.Linear(1, 1)
         model = build(a=shared, b=shared)
         assert refuses(model, {"a": fresh, "b": around}) == (
-            "'a', 'b' are one and the same Linear, but different rules decide: 'a', 'b'; "
-            "give it to one rule"
+            "'a', 'b' are the same Linear, but different rules decide about them: 'a', 'b'; "
+            "let one rule match all of these paths first"
         )
 
     def test_one_tie_under_a_rule_and_none_is_refused(self):
         shared = nn.Linear(1, 1)
         message = refuses(build(a=shared, b=shared), {"a": fresh, "b": None})
-        assert "different rules decide: 'a', 'b'" in message
+        assert "different rules decide about them: 'a', 'b'" in message
         message = refuses(build(a=shared, b=shared), {"a": None, "b": fresh})
-        assert "different rules decide: 'a', 'b'" in message
+        assert "different rules decide about them: 'a', 'b'" in message
 
     def test_a_tie_that_does_not_change_hides_no_other(self):
         kept, changed = nn.LayerNorm(1), nn.Linear(1, 1)
         model = build(a=kept, b=kept, c=changed, d=changed)
         make = Recorder(lambda path, module: module if module is kept else Holder())
-        assert "is tied" in refuses(model, ["a", "c"], make)
+        assert "is tied to" in refuses(model, ["a", "c"], make)
 
     def test_a_tie_that_does_not_change_may_be_under_two_rules_or_half_selected(self):
         shared = nn.Linear(1, 1)
@@ -612,7 +611,7 @@ class TestTies:
         shared._cache = [nn.Linear(1, 1)]
         assert list(replace_layers(build(a=shared, b=shared), "a", fresh)) == ["a"]
         shared.weight = mx.zeros(1)
-        assert "is tied" in refuses(build(a=shared, b=shared), "a", fresh)
+        assert "is tied to" in refuses(build(a=shared, b=shared), "a", fresh)
 
     def test_what_parameters_says_decides_whether_a_module_is_tied(self):
         class Discreet(nn.Linear):
@@ -629,12 +628,12 @@ class TestTies:
     def test_an_array_deep_inside_makes_a_tie(self):
         shared = build(inner=[{"x": nn.Linear(1, 1)}])
         message = refuses(build(a=shared, b=shared), "a", fresh)
-        assert message.startswith("'a' is tied: the same Module is at 'b'")
+        assert message.startswith("'a' is tied to 'b' (the same Module), which is not selected;")
 
     def test_a_frozen_tie_is_a_tie(self):
         shared = nn.Linear(1, 1)
         shared.freeze()
-        assert "is tied" in refuses(build(a=shared, b=shared), "a", fresh)
+        assert "is tied to" in refuses(build(a=shared, b=shared), "a", fresh)
 
     def test_the_paths_of_an_aliased_place_go_together(self):
         block = build(act=nn.ReLU())
@@ -648,14 +647,14 @@ class TestTies:
     def test_a_part_of_the_paths_of_an_aliased_place_is_refused(self):
         block = build(act=nn.ReLU())
         assert refuses(build(a=block, b=block), "a.act", fresh) == (
-            "'a.act' is one place with 'b.act': a module or list around it is shared, which would "
-            "not change; select all of them, or leave out with exclude='a.act'"
+            "'a.act' and 'b.act' are the same place, because a module or list that contains it is "
+            "shared; select both paths, or neither (exclude='a.act')"
         )
 
     def test_a_shared_list_is_an_alias_as_well(self):
         layers = [nn.ReLU()]
         message = refuses(build(a=layers, b=layers), "a.0", fresh)
-        assert message.startswith("'a.0' is one place with 'b.0'")
+        assert message.startswith("'a.0' and 'b.0' are the same place, because a module or list")
 
     def test_the_paths_of_an_aliased_place_go_together_in_a_partial_dict_too(self):
         block = build(act=nn.ReLU())
@@ -666,8 +665,8 @@ class TestTies:
         with pytest.raises(SelectionError) as error:
             partial_modules(model, {"b.act": tanh, "a.act": nn.Tanh()})
         assert str(error.value) == (
-            "'a.act' and 'b.act' are one place: a module or list around it is shared; "
-            "give both paths the same module"
+            "'a.act' and 'b.act' are the same place, because a module or list that contains it is "
+            "shared; give both paths the same module"
         )
 
     def test_select_does_not_judge(self):
@@ -677,11 +676,11 @@ class TestTies:
     def test_a_layer_that_is_also_in_a_wrapper_elsewhere_is_tied(self):
         layer = nn.Linear(2, 2)
         model = build(a=Wrapper(layer), b=layer)
-        assert "the same Linear is at 'a'" in refuses(model, "b", fresh)
-        assert "the same Wrapper is at 'b'" in refuses(model, "a", fresh)
+        assert "'b' is tied to 'a' (the same Linear)" in refuses(model, "b", fresh)
+        assert "'a' is tied to 'b' (the same Wrapper)" in refuses(model, "a", fresh)
         assert refuses(model, {"a": fresh, "b": around}) == (
-            "'a', 'b' are one and the same Wrapper, but different rules decide: 'a', 'b'; "
-            "give it to one rule"
+            "'a', 'b' are the same Wrapper, but different rules decide about them: 'a', 'b'; "
+            "let one rule match all of these paths first"
         )
         factory = Recorder()  # the layer and the wrapper are two modules, and it may want both
         assert list(replace_layers(model, "*", factory)) == factory.paths == ["a", "b"]
@@ -692,8 +691,8 @@ class TestNesting:
 
     def test_both_are_named(self):
         assert refuses(Model(), ["layers.1", "layers.1.attn"], fresh) == (
-            "'layers.1.attn' lies inside 'layers.1', and both would change; leave one of them out, "
-            "with exclude='layers.1' for instance"
+            "'layers.1.attn' lies inside 'layers.1', and both would change; exclude the inner one "
+            "(exclude='layers.1.attn'), or select only 'layers.1'"
         )
 
     def test_also_when_the_inner_one_is_many_levels_down(self):
@@ -754,22 +753,26 @@ class TestNothingSilent:
 
     def test_an_exclude_that_removes_nothing(self):
         assert misses(Model(), "layers.*.attn", fresh, exclude="embed") == (
-            "exclude 'embed' removes nothing: it matches 1, but none of the 3 that "
-            "'layers.*.attn' matches"
+            "exclude 'embed' has no effect: it matches 1 module, but none of the 3 matched by "
+            "'layers.*.attn'"
         )
 
     def test_an_exclude_that_matches_nothing(self):
         message = misses(Model(), "layers.*.attn", fresh, exclude=["layers.0.attn", "attn"])
         assert message.startswith("exclude 'attn' matches nothing")
 
-    def test_an_exclude_is_judged_before_where(self):
-        assert list(
-            select(Model(), "layers.0.*", exclude="layers.0.norm", where=nn.Linear, strict=True)
-        ) == ["layers.0.attn"]
+    def test_an_exclude_is_judged_after_where(self):
+        arguments = {"exclude": "layers.0.norm", "where": nn.Linear}
+        assert misses(Model(), "layers.0.*", fresh, **arguments) == (
+            "exclude 'layers.0.norm' has no effect: where=Linear rejects the only module that it "
+            "would exclude: LayerNorm"
+        )
+        assert list(select(Model(), "layers.0.*", **arguments, strict=False)) == ["layers.0.attn"]
 
     def test_a_where_that_leaves_nothing(self):
         assert misses(Model(), "layers.*", fresh, where=nn.Linear) == (
-            "where=Linear leaves nothing of the 3 that 'layers.*' matches: they are 3 Block"
+            "where=Linear rejects all 3 modules that 'layers.*' matches: 3 Block; "
+            "'layers.*.**' matches 3"
         )
 
     def test_a_where_without_a_name_is_shown_as_it_is(self):
@@ -781,8 +784,9 @@ class TestNothingSilent:
             def __repr__(self):
                 return "Never()"
 
-        message = misses(Model(), "embed", fresh, where=Never())
-        assert message.startswith("where=Never() leaves nothing of the 1 that 'embed' matches")
+        assert misses(Model(), "embed", fresh, where=Never()) == (
+            "where=Never() rejects the only module that 'embed' matches: Embedding"
+        )
 
     def test_an_index_behind_the_end_of_a_list_matches_nothing(self):
         assert list(select(Model(), "layers.{0,3}")) == ["layers.0"]
@@ -828,8 +832,8 @@ class TestNothingSilent:
 
     def test_two_places_that_print_the_same_path_are_refused_when_they_would_change(self):
         model = build(d={0: nn.ReLU(), "0": nn.ReLU()}, other=nn.ReLU())
-        assert "2 places print the path 'd.0'" in refuses(model, "d.*", fresh)
-        with pytest.raises(SelectionError, match=r"2 places print the path 'd\.0'"):
+        assert "2 places have the path 'd.0'" in refuses(model, "d.*", fresh)
+        with pytest.raises(SelectionError, match=r"2 places have the path 'd\.0'"):
             partial_modules(model, {"d.0": nn.ReLU()})
         assert list(replace_layers(model, "other", fresh)) == ["other"]
 
@@ -968,16 +972,21 @@ class TestRules:
 
     def test_a_rule_that_is_wholly_shadowed_is_an_error(self):
         assert misses(Model(), {"layers.*.attn": fresh, "layers[0].attn": None}) == (
-            "rule 'layers[0].attn' decides nothing: rules before it take all of the 1 that it "
-            "matches ('layers.*.attn' takes 1); drop it, or put it before them"
+            "rule 'layers[0].attn' never applies: earlier rules already match its only module; "
+            "remove it, or move it up"
         )
 
-    def test_shadowing_is_judged_before_where(self):
-        model = Model()
+    def test_shadowing_is_judged_after_where(self):
+        def is_the_first(path, module):
+            return path == "layers.0.attn"
+
         rules = {"layers.0.*": fresh, "layers[0:2].*": fresh}
-        assert list(replace_layers(model, rules, where=lambda p, m: p == "layers.0.attn")) == [
-            "layers.0.attn"
-        ]
+        assert misses(Model(), rules, where=is_the_first) == (
+            "rule 'layers[0:2].*' never applies: earlier rules already match the only one of its "
+            "modules that where=is_the_first lets through; remove it, or move it up"
+        )
+        report = replace_layers(Model(), rules, where=is_the_first, strict=False)
+        assert list(report) == ["layers.0.attn"]
 
     def test_not_strict_allows_both(self):
         rules = {"layers.*.attn": fresh, "layers[0].attn": fresh, "nothing": fresh}
@@ -1055,7 +1064,7 @@ class TestNoPinning:
 
     def test_a_container_changed_by_someone_else_counts_as_well(self):
         model = Model()
-        said = "modified inside the block; nothing was put back"
+        said = "was modified inside the block; nothing was put back"
         with pytest.raises(SelectionError, match=said), swapped(model, "layers.*.attn", fresh):
             model.layers = list(model.layers)
         with pytest.raises(SelectionError, match=said), swapped(model, "layers[-1].attn", around):

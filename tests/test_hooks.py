@@ -253,6 +253,38 @@ def test_an_error_of_a_change_goes_through_the_model_with_the_path(model):
     assert notes(caught.value, said) == said
 
 
+def of_one(output: mx.array) -> mx.array:
+    return output
+
+
+def of_a_module(layer: Any, output: mx.array, *args: Any, **kwargs: Any) -> mx.array:
+    return layer.weight @ output
+
+
+@pytest.mark.parametrize(
+    ("function", "said"),
+    [
+        (of_one, "of_one() takes 1 positional argument but"),
+        (lambda output: output, "<lambda>() takes 1 positional argument but"),
+        (of_a_module, "'str' object has no attribute 'weight'"),
+    ],
+    ids=["a function", "a lambda", "a function that wants the layer"],
+)
+def test_a_function_that_wants_another_call_is_told_how_it_is_called(model, function, said):
+    for use, call, doing in (
+        (observe, "hook(path, output, *args, **kwargs)", "observing"),
+        (patch, "change(path, output)", "patching"),
+    ):
+        with pytest.raises((TypeError, AttributeError)) as caught, use(model, "unused", function):
+            model.unused(mx.ones((1, 4)))
+        expected = [f"while {doing} 'unused'", f"it was called as {call}"]
+
+        assert said in str(caught.value)
+        assert notes(caught.value, expected) == expected
+        if not hasattr(caught.value, "add_note"):
+            assert str(caught.value).endswith(f"; {expected[1]}")
+
+
 @pytest.mark.parametrize(
     ("hook", "what"),
     [(None, "None"), (0, "an int"), (nn.ReLU(), "a module (ReLU)"), ("x", "a str")],

@@ -8,7 +8,7 @@ import sys
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -20,7 +20,6 @@ from oracle import Place, Snapshot
 from strategies import (
     Leaf,
     Net,
-    Selection,
     exactly,
     family,
     is_speakable,
@@ -63,20 +62,24 @@ class New(nn.Module):
             self.inner = [inner]
 
 
+def fresh(path: str, module: nn.Module) -> nn.Module:
+    return New(path)
+
+
+def wrap(path: str, module: nn.Module) -> nn.Module:
+    return New(path, module)
+
+
 class Recorder:
     """A factory that remembers how it was called."""
 
-    def __init__(self, make: Callable[[str, nn.Module], Any] = lambda path, _: New(path)):
+    def __init__(self, make: Callable[[str, nn.Module], Any] = fresh):
         self.make = make
         self.calls: list[tuple[str, nn.Module]] = []
 
     def __call__(self, path: str, module: nn.Module) -> Any:
         self.calls.append((path, module))
         return self.make(path, module)
-
-
-def wrap(path: str, module: nn.Module) -> nn.Module:
-    return New(path, module)
 
 
 class Boom(Exception):
@@ -97,6 +100,12 @@ def called(recorder: Recorder, expected: list[Place]) -> bool:
 
 def locations(places: list[Place]) -> set[oracle.Location]:
     return {place.location for place in places}
+
+
+def lost(kept: list[Place], changed: list[Place], make: Callable[..., nn.Module]) -> list[str]:
+    """What was to be left alone and is not in what the factory makes of the places around it."""
+    news = {place.location: make(place.path, place.module) for place in changed}
+    return oracle.losses(kept, news)
 
 
 def printed(path: str) -> str:
@@ -294,7 +303,6 @@ def test_no_pattern_takes_long(pattern):
 def test_strict_mode_complains_exactly_when_an_argument_did_nothing(selection):
     model, patterns, *_ = selection
     did_nothing = oracle.idle(*selection)
-    assume(did_nothing is not None)
     event(f"complains: {did_nothing}")
     before = Snapshot(model)
     recorder = Recorder()
@@ -372,13 +380,18 @@ def test_a_replacement_maps_the_changed_paths_to_the_new_modules(swap, data):
     assert before.differences(but=locations(changed)) == []
 
 
-@given(selections(), st.sampled_from([(), (), Net, (Leaf, nn.ReLU)]))
-def test_any_selection_is_swapped_as_asked_or_refused_with_nothing_changed(selection, kept):
+@given(
+    selections(),
+    st.sampled_from([(), (), Net, (Leaf, nn.ReLU)]),
+    st.sampled_from([fresh, wrap]),
+)
+def test_any_selection_is_swapped_as_asked_or_refused_with_nothing_changed(selection, kind, make):
     model, patterns, *_ = selection
-    recorder = Recorder(lambda path, module: module if isinstance(module, kept) else New(path))
+    recorder = Recorder(lambda path, old: old if isinstance(old, kind) else make(path, old))
     targets = selection.places()
-    changed = [place for place in targets if not isinstance(place.module, kept)]
+    changed = [place for place in targets if not isinstance(place.module, kind)]
     objections = oracle.objections(model, {place.path: recorder for place in changed})
+    objections += lost(oracle.left_alone(model, {}, selection.exclude), changed, make)
     event("refused" if objections else "swapped" if changed else "nothing to change")
     before = Snapshot(model)
     if objections:
@@ -540,6 +553,7 @@ def test_a_part_of_a_tie_or_of_an_alias_is_refused_and_the_rest_is_named(swap, d
     assume(for_all)
     left_out = data.draw(st.sampled_from(for_all))
     rest = [place for place in swap.targets if place is not left_out]
+    assume(not any(oracle.covers(exactly(left_out.path), place) for place in rest))
     before = Snapshot(swap.model)
     with pytest.raises(SelectionError, match=re.escape(printed(left_out.path))):
         replace_layers(swap.model, [exactly(place.path) for place in rest], Recorder())
@@ -553,6 +567,7 @@ def test_two_rules_cannot_share_a_tie_or_an_alias(swap, data):
     for_all = [p for p in swap.targets if len(oracle.brothers(swap.model, p)) > 1]
     assume(for_all)
     other = data.draw(st.sampled_from(for_all))
+    assume(sum(oracle.covers(exactly(other.path), place) for place in swap.targets) == 1)
     rules: dict[Any, Any] = {exactly(other.path): data.draw(st.sampled_from([Recorder(), None]))}
     rules |= {pattern: Recorder() for pattern in swap.patterns if pattern not in rules}
     before = Snapshot(swap.model)
@@ -620,32 +635,55 @@ def test_two_entries_with_one_path_are_refused_when_one_would_change(swap, patte
 # Rules
 
 
+class Ruled(NamedTuple):
+    """A model, rules for it, and what narrows them."""
+
+    model: nn.Module
+    rules: dict[Any, Recorder | None]
+    narrowing: dict[str, Any]
+    make: Any
+
+    def decided(self) -> list[tuple[Place, Recorder | None]]:
+        return [
+            (place, self.rules[oracle.deciding(self.rules, place)])
+            for place in oracle.chosen_by_rules(self.model, self.rules, **self.narrowing)
+        ]
+
+    def changed(self) -> list[Place]:
+        return [place for place, recorder in self.decided() if recorder is not None]
+
+    def objections(self) -> list[str]:
+        changing = {place.path: recorder for place, recorder in self.decided() if recorder}
+        kept = oracle.left_alone(self.model, self.rules, self.narrowing["exclude"])
+        return oracle.objections(self.model, changing) + lost(kept, self.changed(), self.make)
+
+
 @st.composite
-def mappings(draw: st.DrawFn) -> tuple[Selection, dict[Any, Recorder | None]]:
+def mappings(draw: st.DrawFn) -> Ruled:
     selection = draw(selections())
-    return selection, {
-        pattern: Recorder() if draw(st.sampled_from([True, True, False])) else None
-        for pattern in selection.patterns
-    }
+    make = draw(st.sampled_from([fresh, wrap]))
+    rules: dict[Any, Recorder | None] = {}
+    waiting = list(selection.patterns)
+    while waiting:
+        key = waiting.pop(0)
+        if draw(st.sampled_from([False, False, True])):
+            key = (key, waiting.pop(0)) if waiting else (key,)
+        rules[key] = Recorder(make) if draw(st.sampled_from([True, True, False])) else None
+    return Ruled(selection.model, rules, selection.narrowing, make)
 
 
 @given(mappings())
-def test_the_first_rule_that_matches_decides(selection_and_rules):
-    selection, rules = selection_and_rules
-    model = selection.model
-    decided = [(place, rules[oracle.deciding(rules, place)]) for place in selection.places()]
-    changed = [place for place, recorder in decided if recorder is not None]
-    objections = oracle.objections(
-        model, {place.path: recorder for place, recorder in decided if recorder is not None}
-    )
+def test_the_first_rule_that_matches_decides(ruled):
+    model, rules, narrowing, _ = ruled
+    decided, changed, objections = ruled.decided(), ruled.changed(), ruled.objections()
     event("refused" if objections else "swapped" if changed else "nothing to change")
     before = Snapshot(model)
     if objections:
         with pytest.raises(SelectionError):
-            replace_layers(model, rules, **selection.narrowing, strict=False)
+            replace_layers(model, rules, **narrowing, strict=False)
         assert before.differences() == []
         return
-    replacement = replace_layers(model, rules, **selection.narrowing, strict=False)
+    replacement = replace_layers(model, rules, **narrowing, strict=False)
     assert holds(replacement, changed)
     assert before.differences(but=locations(changed)) == []
     for recorder in filter(None, rules.values()):
@@ -654,19 +692,50 @@ def test_the_first_rule_that_matches_decides(selection_and_rules):
 
 
 @given(mappings())
-def test_strict_mode_complains_exactly_when_a_rule_did_nothing(selection_and_rules):
-    selection, rules = selection_and_rules
-    unused = oracle.idle_rules(selection.model, rules, *selection[2:])
-    assume(unused is not None)
-    event("complains" if unused else "does not")
-    before = Snapshot(selection.model)
-    if unused:
+def test_strict_mode_complains_exactly_when_a_rule_did_nothing(ruled):
+    model, rules, narrowing, _ = ruled
+    did_nothing = oracle.idle_rules(model, rules, **narrowing)
+    event(f"complains: {did_nothing}")
+    before = Snapshot(model)
+    if did_nothing:
         with pytest.raises(NoMatchError):
-            replace_layers(selection.model, rules, **selection.narrowing)
+            replace_layers(model, rules, **narrowing)
         assert before.differences() == []
     else:
         with contextlib.suppress(SelectionError):
-            replace_layers(selection.model, rules, **selection.narrowing)
+            replace_layers(model, rules, **narrowing)
+
+
+@given(mappings())
+def test_what_was_to_be_left_alone_is_still_in_the_model(ruled):
+    kept = oracle.left_alone(ruled.model, ruled.rules, ruled.narrowing["exclude"])
+    with contextlib.suppress(SelectionError):
+        replace_layers(ruled.model, ruled.rules, **ruled.narrowing, strict=False)
+    event("something" if kept else "nothing")
+    now = {id(place.module) for place in oracle.places(ruled.model)}
+    assert [place.path for place in kept if id(place.module) not in now] == []
+
+
+@given(mappings())
+def test_a_function_that_asks_for_a_class_is_the_same_as_the_class(ruled):
+    classes = ruled.narrowing["where"]
+    assume(isinstance(classes, (type, tuple)))
+
+    def is_one(path: str, module: nn.Module) -> bool:
+        return isinstance(module, classes)
+
+    assert says(ruled, classes) == says(ruled, is_one)
+
+
+def says(ruled: Ruled, where: Any) -> str:
+    """The error that strict rules end with, without the name of what narrows them."""
+    rules = dict.fromkeys(ruled.rules, lambda path, module: module)
+    rules |= {key: None for key, recorder in ruled.rules.items() if recorder is None}
+    try:
+        replace_layers(ruled.model, rules, where=where, exclude=ruled.narrowing["exclude"])
+    except (NoMatchError, SelectionError) as error:
+        return re.sub(r"where=(\(.*?\)|\w+)", "where", str(error))
+    return ""
 
 
 @given(swaps(), st.data())
@@ -731,18 +800,17 @@ def test_swapped_puts_everything_back(swap):
 
 
 @given(mappings())
-def test_swapped_takes_what_replace_layers_takes(selection_and_rules):
-    selection, rules = selection_and_rules
-    decided = [(place, rules[oracle.deciding(rules, place)]) for place in selection.places()]
-    changing = {place.path: recorder for place, recorder in decided if recorder is not None}
-    changed = [place for place, _ in decided if place.path in changing]
-    before = Snapshot(selection.model)
+def test_swapped_takes_what_replace_layers_takes(ruled):
+    changed, objections = ruled.changed(), ruled.objections()
+    before = Snapshot(ruled.model)
     try:
-        with swapped(selection.model, rules, **selection.narrowing, strict=False) as replacement:
+        with swapped(ruled.model, ruled.rules, **ruled.narrowing, strict=False) as replacement:
             assert holds(replacement, changed)
             assert before.differences(but=locations(changed)) == []
     except SelectionError:
-        assert oracle.objections(selection.model, changing)
+        assert objections
+    else:
+        assert not objections
     assert before.differences() == []
 
 

@@ -7,7 +7,7 @@ How a block ends among others is foretold from a log of all that blocks have put
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
@@ -148,8 +148,9 @@ class Streams(RuleBasedStateMachine):
     def enter_a_block_by_rules(self, data: st.DataObject, make: Any, other: Any) -> None:
         chosen, rules = self.some_rules(data, make, other)
         manager = swapped(self.model, rules, strict=False)
-        deciding = partial(oracle.deciding, list(rules))
-        self.entered(manager, self.swap(chosen, rules, manager.__enter__, deciding), chosen)
+        deciding = partial(oracle.deciding, rules)
+        kept = oracle.left_alone(self.model, rules)
+        self.entered(manager, self.swap(chosen, rules, manager.__enter__, deciding, kept), chosen)
 
     @precondition(lambda self: self.blocks)
     @rule(fail=st.sampled_from([None, None, *ERRORS]), at=st.integers(-MOST_BLOCKS, -1))
@@ -211,7 +212,7 @@ class Streams(RuleBasedStateMachine):
         names = data.draw(st.lists(patterns(self.model), min_size=2, max_size=3, unique_by=str))
         factories = [Factory(make), None, Factory(other)]
         rules = dict(zip(names, data.draw(st.permutations(factories))))
-        return oracle.chosen(self.model, names), rules
+        return oracle.chosen_by_rules(self.model, rules), rules
 
     def enter(self, place: Place, make: Any) -> None:
         chosen = self.family(place)
@@ -246,6 +247,7 @@ class Streams(RuleBasedStateMachine):
         factories: Mapping[Any, Factory | None],
         call: Callable[[], Replacement],
         deciding: Callable[[Place], Any] = lambda place: ONE,
+        kept: Iterable[Place] = (),
     ) -> Replacement | None:
         """Make a swap that may be refused, and compare with what was foretold of it."""
         before = parameters(self.model, [place.path for place in chosen])
@@ -255,6 +257,12 @@ class Streams(RuleBasedStateMachine):
             place for place in chosen if will_change(factories[rules[place.path]], calls, place)
         ]
         objections = oracle.objections(self.model, {p.path: rules[p.path] for p in changing})
+        tried = {
+            place.location: factory.make(calls[place.path].path, place.module)
+            for place in changing
+            if (factory := factories[rules[place.path]])
+        }
+        objections += oracle.losses(kept, tried)
         if objections:
             with pytest.raises(SelectionError):
                 call()
@@ -295,7 +303,8 @@ class History(Streams):
         chosen, names, options = self.a_selection(data)
         factory = Factory(make)
         call = partial(replace_layers, self.model, names, factory, **options)
-        self.swap(chosen, {ONE: factory}, call)
+        kept = oracle.left_alone(self.model, {}, options["exclude"])
+        self.swap(chosen, {ONE: factory}, call, kept=kept)
         assert list(factory.made) == [place.path for place in oracle.calls(chosen)]
 
     @rule(data=st.data(), make=makers())
@@ -308,7 +317,8 @@ class History(Streams):
     def replace_by_rules(self, data: st.DataObject, make: Any, other: Any) -> None:
         chosen, rules = self.some_rules(data, make, other)
         call = partial(replace_layers, self.model, rules, strict=False)
-        self.swap(chosen, rules, call, partial(oracle.deciding, list(rules)))
+        kept = oracle.left_alone(self.model, rules)
+        self.swap(chosen, rules, call, partial(oracle.deciding, rules), kept)
 
     @rule(
         data=st.data(),

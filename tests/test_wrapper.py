@@ -661,8 +661,9 @@ def test_a_tie_is_seen_on_both_sides_of_a_wrapper():
     with pytest.raises(SelectionError) as error:
         replace_layers(model, "**.last", wrap)
     assert str(error.value) == (
-        "'last' is tied: the same Linear is at 'first', which would not change; "
-        "select all of them, or leave out with exclude='last'"
+        "'last' is tied to 'first' (the same Linear), which is not selected; select both, or "
+        "neither (exclude='last'); to untie them, use "
+        "model.update_modules(partial_modules(model, {'last': new}))"
     )
 
 
@@ -815,7 +816,7 @@ def test_a_wrapped_tied_layer_is_still_tied():
     model = Net()
     replace_layers(model, WHOLE, wrap)
 
-    with pytest.raises(SelectionError, match="'embed' is tied: the same Wrapper is at 'again'"):
+    with pytest.raises(SelectionError, match=r"'embed' is tied to 'again' \(the same Wrapper\)"):
         replace_layers(model, "embed", wrap)
 
 
@@ -872,7 +873,7 @@ def test_a_wrapper_that_gets_another_layer_meanwhile_is_seen_and_nothing_is_chan
         wrapper["(wrapped)"] = second
         return nn.Identity()
 
-    with pytest.raises(SelectionError, match=rf"'{path}' was changed by someone else"):
+    with pytest.raises(SelectionError, match=f"'{path}' was modified while the factories ran"):
         replace_layers(model, path, exchange)
     assert first.attn is first_attn
     assert second.attn is second_attn

@@ -10,8 +10,9 @@ import mlx.nn as nn
 from .._containers import Container, Location, is_private, unwrapped, value_at
 from .._errors import listed
 from .._fold import fold
+from .._match import Patterns, Rule, Where, parse_argument
 from .._measure import total
-from .._select import Patterns, Where, check_model, choose, parse_argument
+from .._select import check_model, choose
 from .forms import Form, form_of
 from .picture import Row, Tree
 
@@ -62,12 +63,13 @@ def tree(
         'layers[-1]' selects 1 of 3 modules
     """
     check_model(model)
-    patterns, excludes = parse_argument("pattern", pattern), parse_argument("exclude", exclude)
+    patterns = parse_argument(model, "pattern", pattern)
+    excludes = parse_argument(model, "exclude", exclude)
     narrowed = ["where"] * (where is not None) + ["exclude"] * bool(excludes)
     marked: set[Location] = set()
     chosen_by, selected = "", None
     if narrowed or not isinstance(pattern, str) or pattern != "**":
-        places, _ = choose(model, patterns, where, excludes, strict=True)
+        places = choose(model, [Rule(patterns)], where, excludes, strict=True).places
         selected = len(places.paths)
         marked.update(places.locations())
         chosen_by = listed(one.text for one in patterns)

@@ -1,0 +1,191 @@
+"""What a call asks for; the places that its patterns match; what ``where`` says of them."""
+
+from __future__ import annotations
+
+import re
+import types
+from collections.abc import Callable, Iterable
+from functools import partial
+from itertools import repeat
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ._errors import described, note_misuse
+from ._hints import count
+from ._pattern import Matcher, Parsed, Pattern, inside, parse_all
+from ._sharing import Visited
+from ._walk import Places, find_and_note
+
+Patterns = Pattern | Iterable[Pattern]
+Where = type | types.UnionType | tuple[type, ...] | Callable[[str, nn.Module], bool]
+
+
+def parse_argument(model: nn.Module, name: str, patterns: Any) -> list[Parsed]:
+    """Parse an argument that is one pattern or several."""
+    if isinstance(patterns, (nn.Module, mx.array)):  # which could be iterated
+        raise TypeError(f"{name} must be a path pattern, not {described(patterns)}")
+    return parse_all(patterns, partial(count, model))
+
+
+class Rule(NamedTuple):
+    """Patterns that decide together, before the rules after it.
+
+    Attributes:
+        patterns (list[Parsed]): A path is the rule's if one of them matches it.
+        text (str): What to call the rule in a message; empty if the patterns were not
+            given as rules.
+        keeps (bool): Whether it leaves alone what it decides, and so all that is inside.
+    """
+
+    patterns: list[Parsed]
+    text: str = ""
+    keeps: bool = False
+
+
+class Request(NamedTuple):
+    """What a call asks for, parsed.
+
+    In a mask, bit ``i`` is pattern ``i``, counted through all rules; the bits of the
+    excludes follow.
+    """
+
+    rules: list[Rule]
+    where: Where | None
+    excludes: list[Parsed]
+
+    @property
+    def patterns(self) -> list[Parsed]:
+        """The patterns of all rules, in order."""
+        return [pattern for rule in self.rules for pattern in rule.patterns]
+
+    @property
+    def included(self) -> int:
+        """The bits of all patterns; a mask that is larger has the bit of an exclude."""
+        return (1 << sum(len(rule.patterns) for rule in self.rules)) - 1
+
+    @property
+    def owners(self) -> list[int]:
+        """The number of the rule that each pattern belongs to."""
+        return [number for number, rule in enumerate(self.rules) for _ in rule.patterns]
+
+
+def match(model: nn.Module, request: Request) -> tuple[Places, Visited]:
+    """Walk to all places that a pattern or an exclude matches, and set their masks.
+
+    To leave a place alone is to leave alone all that is inside it, so an exclude, or a
+    pattern of a rule that keeps, stands for itself and for all paths below.
+    """
+    patterns = request.patterns + request.excludes
+    matcher = Matcher(patterns)
+    regexes: list[tuple[int, Callable[[str], bool]]] = []
+    for number, (pattern, below) in enumerate(zip(patterns, _reaches_below(request))):
+        if isinstance(pattern.source, re.Pattern):
+            regexes.append((1 << number, _regex_test(pattern.source, below)))
+        elif below:
+            matcher.add(inside(pattern.items), 1 << number)
+    places, visited = find_and_note(model, matcher)
+    for bit, accepts in regexes:
+        pairs = zip(places.masks, places.paths)
+        places.masks = [mask if accepts(path) else mask & ~bit for mask, path in pairs]
+        places.keep(places.masks)
+    return places, visited
+
+
+def _reaches_below(request: Request) -> list[bool]:
+    keeps = [rule.keeps for rule in request.rules for _ in rule.patterns]
+    return keeps + [True] * len(request.excludes)
+
+
+def _regex_test(regex: re.Pattern[str], below: bool) -> Callable[[str], bool]:
+    """A test for a path; with ``below``, one for it or a leading part of it, cut at a dot."""
+    if not below:
+        return lambda path: regex.fullmatch(path) is not None
+    known: dict[str, bool] = {}
+
+    def accepts(path: str) -> bool:
+        climbed: list[str] = []
+        while path not in known:
+            climbed.append(path)
+            if regex.fullmatch(path) or "." not in path:
+                known[path] = regex.fullmatch(path) is not None
+            else:
+                path = path.rpartition(".")[0]
+        known.update(dict.fromkeys(climbed, known[path]))
+        return known[path]
+
+    return accepts
+
+
+def first_pattern(mask: int) -> int:
+    """The number of the first pattern of a mask."""
+    return (mask & -mask).bit_length() - 1
+
+
+# ---------------------------------------------------------------- where
+
+
+def is_class(where: Any) -> bool:
+    """Whether ``where`` is a class or several."""
+    if isinstance(where, tuple):
+        return all(map(is_class, where))
+    return isinstance(where, (type, types.UnionType))
+
+
+def check_where(where: Any) -> None:
+    """Raise a ``TypeError`` for what cannot be asked about a module."""
+    if where is None or is_class(where):
+        return
+    if not callable(where) or isinstance(where, nn.Module):
+        raise TypeError(
+            "where must be a class, a tuple of classes or a function of path and module, "
+            f"not {described(where)}"
+        )
+
+
+Passed = list[bool | None]  # what `where` says of each place; `None` if it was not asked
+
+
+def ask_where(places: Places, request: Request, strict: bool) -> Passed | None:
+    """Whether ``where`` lets each place through; ``None`` if there is no ``where``.
+
+    A function is asked about an excluded place only as long as its exclude has not
+    done something yet.
+    """
+    where: Any = request.where
+    if where is None:
+        return None
+    if is_class(where):
+        return list(map(isinstance, places.modules, repeat(where)))
+    included = request.included
+    effective = 0  # the excludes that have done something
+    passed: Passed = []
+    for path, module, mask in zip(places.paths, places.modules, places.masks):
+        if mask <= included:
+            passed.append(_ask(where, path, module))
+        elif strict and mask & included and mask & ~included & ~effective:
+            passed.append(passes_or_fails(where, path, module))
+            effective |= mask if passed[-1] else 0
+        else:
+            passed.append(None)
+    return passed
+
+
+def _ask(where: Any, path: str, module: nn.Module) -> bool:
+    try:
+        return bool(where(path, module))
+    except Exception as error:
+        note_misuse(error, where, path, "where(path, module)", "lambda path, module: {}(module)")
+        raise
+
+
+def passes_or_fails(where: Any, path: str, module: nn.Module) -> bool:
+    """Whether a function lets an excluded module through, or raises an error about it.
+
+    To exclude a module that ``where`` cannot bear is the cure for that error.
+    """
+    try:
+        return bool(where(path, module))
+    except Exception:
+        return True

@@ -1,0 +1,313 @@
+"""Nothing silent: an error for each argument that does nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from contextlib import suppress
+from functools import reduce
+from itertools import compress
+from operator import or_
+from types import UnionType
+from typing import Any
+
+import mlx.nn as nn
+
+from . import _hints
+from ._errors import NoMatchError, class_names, classes, counted, listed, shorten
+from ._match import (
+    Passed,
+    Request,
+    Rule,
+    ask_where,
+    first_pattern,
+    match,
+    passes_or_fails,
+)
+from ._pattern import Parsed, parse
+from ._walk import Places
+
+
+def check_matches(model: nn.Module, request: Request, places: Places) -> None:
+    """Each pattern must match a module, and each exclude one that a pattern matches.
+
+    Raises:
+        NoMatchError: Which of them does not.
+    """
+    patterns, included = request.patterns, request.included
+    for rule in request.rules:
+        if rule.text and not rule.patterns:
+            raise NoMatchError(f"rule {rule.text} holds no pattern; remove it")
+    if not patterns:
+        raise NoMatchError("no pattern was given; '**' matches every module of the model")
+    masks = set(places.masks)
+    found = reduce(or_, masks, 0)
+    for number, pattern in enumerate(patterns):
+        if not found >> number & 1:
+            raise NoMatchError(_hints.no_match(model, pattern))
+    removed = reduce(or_, (mask for mask in masks if mask & included), 0)
+    for number, pattern in enumerate(request.excludes, start=len(patterns)):
+        if not found >> number & 1:
+            raise NoMatchError(f"exclude {_hints.no_match(model, pattern)}")
+        if not removed >> number & 1:
+            alone = sum(mask >> number & 1 for mask in places.masks)
+            others = sum(mask & included > 0 for mask in places.masks)
+            raise NoMatchError(
+                f"exclude {pattern.text} has no effect: it matches {counted(alone)}, but none of "
+                f"the {others} matched by {_union(patterns)}"
+            )
+
+
+def check_effects(
+    model: nn.Module, request: Request, places: Places, passed: Passed | None
+) -> None:
+    """Judged after ``where``: each pattern, rule and exclude must do something.
+
+    Args:
+        model (nn.Module): The model.
+        request (Request): What was asked for, which has passed :func:`check_matches`.
+        places (Places): All places that a pattern or an exclude matches.
+        passed (list, optional): What ``where`` says of each of them.
+
+    Raises:
+        NoMatchError: Which of them does nothing.
+    """
+    if passed is None and len(request.rules) == 1 and not request.excludes:
+        return  # `check_matches` has checked all that there is
+    matched = _Matched(model, request, places, passed)
+    _check_rest(matched)
+    _check_patterns(matched)
+    _check_rules(matched)
+    _check_excludes(matched)
+
+
+class _Matched:
+    """The places of a request, judged by their masks: equal masks are judged once.
+
+    Attributes:
+        masks (set[int]): The masks of all places.
+        free (set[int]): Those of the places that no exclude removes.
+        live (set[int]): Those of which a place is let through by ``where``, as far as
+            it was asked.
+    """
+
+    def __init__(
+        self, model: nn.Module, request: Request, places: Places, passed: Passed | None
+    ) -> None:
+        self.model = model
+        self.request = request
+        self.places = places
+        self.passed = passed
+        self.masks = set(places.masks)
+        self.free = {mask for mask in self.masks if mask <= request.included}
+        self.live = self.masks if passed is None else set(compress(places.masks, passed))
+
+    def do_something(self, masks: Collection[int]) -> bool:
+        """Whether a pattern with these masks, or a rule that decides them, does something.
+
+        It does if ``where`` lets one of its modules through, excluded or not. It may also
+        be excluded as a whole: a list of patterns can serve models with and without a part.
+        """
+        if any(mask in self.live for mask in masks):
+            return True
+        if masks and all(mask not in self.free for mask in masks):
+            return True
+        return self._asked_late(masks)
+
+    def _asked_late(self, masks: Collection[int]) -> bool:
+        # A function is not asked about most of the excluded modules, and its answer for
+        # one of them may be what stands between a pattern and an error.
+        where: Any = self.request.where
+        places = self.places
+        return any(
+            passes_or_fails(where, path, module)
+            for path, module, mask, answer in zip(
+                places.paths, places.modules, places.masks, self.passed or ()
+            )
+            if answer is None and mask in masks
+        )
+
+    def modules(self, bits: int, others: int = -1) -> list[nn.Module]:
+        """The modules matched by one of some patterns, and by one of some others."""
+        pairs = zip(self.places.modules, self.places.masks)
+        return [module for module, mask in pairs if mask & bits and mask & others]
+
+
+def _check_rest(matched: _Matched) -> None:
+    """Something must be left to select."""
+    if not matched.free:
+        raise NoMatchError(_all_excluded(matched))
+    if not matched.live & matched.free:
+        raise NoMatchError(_all_rejected(matched))
+
+
+def _check_patterns(matched: _Matched) -> None:
+    idle = matched.request.included & ~reduce(or_, matched.live, 0)
+    while idle:
+        number = first_pattern(idle)
+        if not matched.do_something([mask for mask in matched.masks if mask >> number & 1]):
+            raise NoMatchError(_rejected(matched, number))
+        idle &= idle - 1
+
+
+def _check_rules(matched: _Matched) -> None:
+    included, owners = matched.request.included, matched.request.owners
+    decided: dict[int, set[int]] = {}
+    for mask in matched.masks:
+        if mask & included:
+            decided.setdefault(owners[first_pattern(mask)], set()).add(mask)
+    for number in range(len(matched.request.rules)):
+        if not matched.do_something(decided.get(number, set())):
+            raise NoMatchError(_never_applies(matched, number))
+
+
+def _check_excludes(matched: _Matched) -> None:
+    request = matched.request
+    removed = reduce(or_, (mask for mask in matched.live if mask & request.included), 0)
+    for number, pattern in enumerate(request.excludes, start=len(request.patterns)):
+        if not removed >> number & 1:
+            rejected = matched.modules(1 << number, request.included)
+            raise NoMatchError(
+                f"exclude {pattern.text} has no effect: {_where(request, rejected)} rejects "
+                f"{_all_of(rejected)} it would exclude: {_classes(request, rejected)}"
+            )
+
+
+# ---------------------------------------------------------------- what the errors say
+
+
+def _all_excluded(matched: _Matched) -> str:
+    request = matched.request
+    leave = (
+        "leave nothing: they remove" if len(request.excludes) > 1 else "leaves nothing: it removes"
+    )
+    message = (
+        f"exclude {_union(request.excludes)} {leave} {_all_of(matched.modules(request.included))} "
+        f"{_union(request.patterns)} matches"
+    )
+    if any(_reaches_inside(matched.model, exclude) for exclude in request.excludes):
+        message += ", because what is inside an excluded place is excluded too"
+    for exclude in request.excludes:
+        for pattern in request.patterns:
+            if pattern.source == f"{exclude.source}.**":
+                message += f"; {pattern.text} without exclude does not select {exclude.text} itself"
+    return message
+
+
+def _reaches_inside(model: nn.Module, exclude: Parsed) -> bool:
+    """Whether an exclude removes more than the places that it matches."""
+    alone, with_inside = (
+        match(model, Request([Rule([exclude], keeps=keeps)], None, []))[0].paths
+        for keeps in (False, True)
+    )
+    return len(alone) < len(with_inside)
+
+
+def _all_rejected(matched: _Matched) -> str:
+    request = matched.request
+    pairs = zip(matched.places.modules, matched.places.masks)
+    rejected = [module for module, mask in pairs if mask in matched.free]
+    rest = " and exclude leaves" if request.excludes else ""
+    message = (
+        f"{_where(request, rejected)} rejects {_all_of(rejected)} {_union(request.patterns)} "
+        f"matches{rest}: {_classes(request, rejected)}"
+    )
+    tried = (_works_inside(matched, number) for number in range(len(request.patterns)))
+    return message + next(filter(None, tried), "")
+
+
+def _rejected(matched: _Matched, number: int) -> str:
+    """That ``where`` rejects all that one of several patterns matches."""
+    request = matched.request
+    pattern, rule = request.patterns[number], request.rules[request.owners[number]]
+    rejected = matched.modules(1 << number)
+    where, all_of_them = _where(request, rejected), _all_of(rejected)
+    there = _classes(request, rejected)
+    if not rule.text:
+        message = f"{where} rejects {all_of_them} {pattern.text} matches: {there}"
+        return message + _works_inside(matched, number)
+    name = f"rule {rule.text}"
+    if len(rule.patterns) > 1:
+        name = f"{pattern.text} in {name}"
+    if rule.keeps:
+        return (
+            f"{name} has no effect: {where} already leaves alone {all_of_them} it matches: "
+            f"{there}; remove it"
+        )
+    message = f"{name} never applies: {where} rejects {all_of_them} it matches: {there}"
+    return message + _works_inside(matched, number)
+
+
+def _never_applies(matched: _Matched, number: int) -> str:
+    """That earlier rules decide all that a rule matches."""
+    request, masks = matched.request, matched.places.masks
+    bits = sum(1 << at for at, owner in enumerate(request.owners) if owner == number)
+    its = matched.modules(bits)
+    let_through = len(its)
+    if matched.passed is not None:
+        pairs = zip(masks, matched.passed)
+        let_through -= sum(mask & bits > 0 and answer is False for mask, answer in pairs)
+    which = f"all {let_through} of its modules" if let_through > 1 else "its only module"
+    if let_through < len(its):
+        which = f"all {let_through}" if let_through > 1 else "the only one"
+        which += f" of its modules that {_where(request, its)} lets through"
+    return (
+        f"rule {request.rules[number].text} never applies: earlier rules already match {which}; "
+        "remove it, or move it up"
+    )
+
+
+def _works_inside(matched: _Matched, number: int) -> str:
+    """How many modules inside those that a pattern matches would be selected, if there are any."""
+    request = matched.request
+    source, rule_number = request.patterns[number].source, request.owners[number]
+    if not isinstance(source, str):
+        return ""
+    wider = parse(f"{source}.**")
+    tried = request._replace(rules=[*request.rules[:rule_number], Rule([wider])])
+    included, owners = tried.included, tried.owners
+    with suppress(Exception):  # `where` is the user's, and may not bear other modules
+        places, _ = match(matched.model, tried)
+        passed = ask_where(places, tried, strict=False) or ()
+        count = sum(
+            mask <= included and owners[first_pattern(mask)] == rule_number
+            for mask in compress(places.masks, passed)
+        )
+        if count:
+            return f"; {wider.text} matches {count}"
+    return ""
+
+
+def _all_of(modules: Sequence[nn.Module]) -> str:
+    return f"all {len(modules)} modules that" if len(modules) > 1 else "the only module that"
+
+
+def _classes(request: Request, modules: Sequence[nn.Module]) -> str:
+    there = classes(modules, beside=_where_classes(request.where))
+    return there if len(modules) > 1 else there.removeprefix("1 ")
+
+
+def _where(request: Request, modules: Sequence[nn.Module]) -> str:
+    names = class_names([*_where_classes(request.where), *map(type, modules)])
+    return f"where={_name_of(request.where, names)}"
+
+
+def _where_classes(where: Any) -> list[type]:
+    if isinstance(where, UnionType):
+        return _where_classes(where.__args__)
+    if isinstance(where, tuple):
+        return [cls for one in where for cls in _where_classes(one)]
+    return [where] if isinstance(where, type) else []
+
+
+def _name_of(where: Any, names: dict[type, str]) -> str:
+    if isinstance(where, UnionType):
+        return " | ".join(_name_of(one, names) for one in where.__args__)
+    if isinstance(where, tuple):
+        return f"({', '.join(_name_of(one, names) for one in where)})"
+    if isinstance(where, type):
+        return names[where]
+    return getattr(where, "__name__", None) or shorten(repr(where))
+
+
+def _union(patterns: Iterable[Parsed]) -> str:
+    return listed(pattern.text for pattern in patterns)
