@@ -405,8 +405,8 @@ def test_a_layer_that_returns_none_may_go_on_to(model):
         (
             "embed",
             SelectionError,
-            "'embed' is tied to 'unembed' (the same Embedding), which is not selected; select both, "
-            "or neither (exclude='embed')",
+            "'embed' is tied to 'unembed' (the same Embedding), which is not selected; select "
+            "both, or neither (exclude='embed')",
         ),
         (["layers.*", "layers.*.mlp", "unembed"], SelectionError, "'unembed' is tied to"),
     ],
