@@ -58,9 +58,8 @@ def note_misuse(
         return
     name = getattr(function, "__qualname__", "<lambda>")
     text = f"it was called as {call}"
-    if (
-        mended and path_was_taken_for_a_module and "<" not in name
-    ):  # no lambda or function inside another
+    is_public = "<" not in name  # no lambda or function inside another
+    if mended and path_was_taken_for_a_module and is_public:
         text += f"; write {mended.format(name)}"
     if hasattr(error, "add_note"):
         note(error, text)
