@@ -1,7 +1,7 @@
 """Run all benchmarks, each case in a process of its own, and print tables in Markdown.
 
 python -m benchmarks                     # everything
-python -m benchmarks --only time         # one part: time, memory, after or gpu
+python -m benchmarks --only time         # one part: time, memory, after, gpu or growth
 python -m benchmarks --only time llama   # the cases whose names hold a word
 """
 
@@ -27,7 +27,10 @@ PARTS: dict[str, dict[str, Cases]] = {
     "memory": {"Memory": memory.LAZY_CASES, "Memory, Python": memory.PYTHON_CASES},
     "after": {"After the swap": after.CASES},
     "gpu": {"GPU, memory": gpu.MEMORY_CASES, "GPU, LoRA": gpu.LORA_CASES},
+    # Models that nobody has, last.
+    "growth": {"Growth": times.GROWTH_CASES, "Growth, other": times.OTHER_GROWTH_CASES},
 }
+IN_SHORT = {"Time of a swap", "Growth"}  # what is summed up in a table of its own, too
 
 
 def main() -> None:
@@ -56,7 +59,7 @@ def _print_part(part: str, words: list[str]) -> int:
         rows = [row for name in chosen for row in _run(name, cases[name])]
         if rows:
             print(f"\n## {title}\n\n{markdown(rows)}", flush=True)
-        if cases is times.SWAP_CASES and not words:
+        if title in IN_SHORT and not words:
             print(f"\n## {title}, in short\n\n{markdown(times.in_short(rows))}", flush=True)
         count += missed(rows)
     return count

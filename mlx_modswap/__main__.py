@@ -1,117 +1,191 @@
-"""Draw a model of mlx-lm from the config.json in its folder.
-
---json prints one object:
-  modules   how many modules there are in the model
-  selected  how many of them PATTERN selects, or null if it was not given
-  places    the lines of the picture, all of them, from the top down. Each has
-    path       the pattern of its places ('' is the model itself)
-    class      the class of the modules, or null for what is no module to MLX
-    text       the same with the numbers that matter
-    count      how many places there are
-    params, trainable, bytes, dtypes
-               what they hold together; a module in several places counts in the first
-    selected   whether PATTERN selects them
-    note       such as 'tied to model.embed_tokens'
-
-No weights are read: dtype and quantization are what the config says. PATTERN marks the
-modules it selects.
-
-Exit status: 0, 1 if there is no model to draw, 2 if the arguments are wrong.
-"""
+"""Draw a language model, or quantize it by rules into a folder that mlx-lm loads."""
 
 from __future__ import annotations
 
 import argparse
-import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
-from ._errors import NoMatchError, PatternError
-from ._show.tree import tree
+from . import NoMatchError, PatternError, SelectionError, tree
+from ._report import size
+from ._rules_text import RulesError, read_rules
+
+_DETAILS = """\
+MODEL is a folder, or the id of a model on the Hugging Face hub, as for mlx_lm.load.
+A PATTERN is matched with the whole path of a module; put it in quotes.
+
+Exit status: 0, 1 if what was asked for cannot be done, 2 if the arguments are wrong.
+"""
+_MODES = ("affine", "mxfp4", "nvfp4", "mxfp8")  # of mlx_lm.convert, and so are the dtypes
+_DTYPES = ("float16", "bfloat16", "float32")
+
+# What errors of the library call them.
+_OPTIONS = {
+    "trust_remote_code=True": "--trust-remote-code",
+    "a group_size": "a --q-group-size",
+    "alone with None": "alone with 'keep'",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    given = _parser().parse_args(arguments)
+    given = _parse(arguments)
     try:
-        picture = tree(_build(Path(given.MODEL_DIR)), given.PATTERN, exclude=given.exclude)
-    except (PatternError, NoMatchError) as error:
-        print(f"mlx_modswap: {str(error).splitlines()[0]}", file=sys.stderr)
-        return 2
-    print(json.dumps(picture.data(), indent=1) if given.json else picture)
+        _print(given.run(given))
+    except (RulesError, PatternError, NoMatchError, SelectionError, TypeError) as error:
+        return _refuse(error, 2)
+    except (ImportError, OSError, ValueError) as error:
+        return _refuse(error, 1)
+    except KeyboardInterrupt:
+        return _refuse("interrupted", 1)
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    description, _, details = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        "python -m mlx_modswap",
-        description=description,
-        epilog=details,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("MODEL_DIR", help="a folder with a config.json")
-    parser.add_argument("PATTERN", nargs="?", default="**", help="such as '**.q_proj', in quotes")
+def _refuse(why: object, status: int) -> int:
+    line = str(why).partition("\n")[0]
+    for argument, option in _OPTIONS.items():
+        line = line.replace(argument, option)
+    print(f"mlx_modswap: {line}", file=sys.stderr)
+    return status
+
+
+def _print(text: str) -> None:
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        # Python flushes once more when it ends, and would complain again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):  # `| head` has read what it wants
+            raise OSError(f"cannot print: {error.strerror}") from None
+
+
+# ---------------------------------------------------------------- arguments
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("mlx_modswap", description=__doc__, allow_abbrev=False)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    _add_tree(commands)
+    _add_convert(commands)
+    given, left = parser.parse_known_args(arguments)
+    # argparse takes no rules after an option: `convert MODEL FOLDER --dtype float16 '**=4'`.
+    if left and ("rules" not in given or any(text.startswith("-") for text in left)):
+        parser.error(f"unrecognized arguments: {' '.join(left)}")
+    if left:
+        given.rules = [*given.rules, *left]
+    return given
+
+
+def _add_tree(commands: Any) -> None:
+    parser = _added(commands, "tree", _tree, "draw the model that mlx_lm.load would build")
+    parser.add_argument("pattern", metavar="PATTERN", nargs="?", default="**", help="what to mark")
     parser.add_argument(
-        "--exclude", metavar="PATTERN", action="append", default=[], help="what not to select"
+        "--exclude", metavar="PATTERN", action="append", default=[], help="what not to mark"
     )
-    parser.add_argument("--json", action="store_true", help="print data, not a picture; see below")
+
+
+def _add_convert(commands: Any) -> None:
+    parser = _added(commands, "convert", _convert, "quantize a model by rules into a new folder")
+    parser.add_argument("folder", metavar="FOLDER", type=Path, help="must not exist yet")
+    parser.add_argument(
+        "rules",
+        metavar="PATTERN=BITS",
+        nargs="*",
+        default=[],
+        help="the first pattern that matches a layer decides; PATTERN=keep leaves layers alone",
+    )
+    parser.add_argument(
+        "--rules",
+        dest="file",
+        metavar="FILE.json",
+        type=Path,
+        help="more rules, after those above: {PATTERN: VALUE}, or [[PATTERN or PATTERNS, VALUE], "
+        '...]; a VALUE is a number of bits, {"bits": 4, "group_size": 32}, or null to leave alone',
+    )
+    parser.add_argument(
+        "--q-group-size", metavar="N", type=_positive, help="weights that share a scale"
+    )
+    parser.add_argument("--q-mode", choices=_MODES, default="affine", help="default: affine")
+    parser.add_argument("--dtype", choices=_DTYPES, help="of what is not packed; default: config's")
+    parser.add_argument(
+        "--max-shard-mb",
+        metavar="N",
+        type=_positive,
+        default=1000,
+        help="size of a file; default: 1000",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and write nothing")
+
+
+def _positive(text: str) -> int:
+    if not (text.isascii() and text.isdigit()) or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def _added(commands: Any, name: str, run: Any, summary: str) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        name,
+        help=summary,
+        description=f"{summary[0].upper()}{summary[1:]}.",
+        epilog=_DETAILS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.set_defaults(run=run)
+    parser.add_argument("model", metavar="MODEL", help="a folder, or the id of a model on the hub")
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run the Python file with which a model may come",
+    )
     return parser
 
 
-def _build(folder: Path) -> nn.Module:
-    """The model that a config describes; nothing of it is computed.
-
-    Raises:
-        SystemExit: With one line, if there is no such model.
-    """
-    try:
-        from mlx_lm import utils
-    except ImportError:
-        sys.exit("mlx_modswap: this needs mlx-lm: pip install mlx-lm")
-    try:
-        config = utils.load_config(folder)
-        model_class, args_class = utils._get_classes(config)
-        model = model_class(args_class.from_dict(config))
-        _set_dtype(model, config)
-        _quantize(model, config)
-        return model
-    except Exception as error:  # code of mlx-lm, at work on any config
-        what = " ".join(f"{type(error).__name__}: {error}".split())
-        sys.exit(f"mlx_modswap: mlx-lm builds no model from {folder}: {what}")
+# ---------------------------------------------------------------- the commands
 
 
-def _set_dtype(model: nn.Module, config: dict[str, Any]) -> None:
-    for one in (config, config.get("text_config") or {}):
-        name = one.get("dtype") or one.get("torch_dtype")
-        dtype = getattr(mx, str(name).removeprefix("torch."), None)
-        if isinstance(dtype, mx.Dtype):
-            model.set_dtype(dtype)
-            return
+def _tree(given: argparse.Namespace) -> str:
+    from .lm._preview import preview
+
+    model, note = preview(given.model, trust_remote_code=given.trust_remote_code)
+    picture = tree(model, given.pattern, exclude=given.exclude)
+    return f"{picture}\n{note}" if note else str(picture)
 
 
-def _quantize(model: nn.Module, config: dict[str, Any]) -> None:
-    """Quantize the layers that mlx-lm quantizes, some of them with settings of their own."""
-    quantization = config.get("quantization")
-    if not quantization:
-        return
-    group_size = quantization["group_size"]
-    chosen_by_model = getattr(model, "quant_predicate", None) or (lambda path, module: True)
+def _convert(given: argparse.Namespace) -> str:
+    rules = read_rules(given.rules, given.file)
+    from .lm import _convert, _folders
 
-    def settings(path: str, module: Any) -> bool | dict[str, Any]:
-        if path in quantization:
-            return quantization[path]
-        if not hasattr(module, "to_quantized") or module.weight.shape[-1] % group_size:
-            return False
-        return chosen_by_model(path, module)
+    settings = {
+        "group_size": given.q_group_size,
+        "mode": given.q_mode,
+        "dtype": given.dtype,
+        "trust_remote_code": given.trust_remote_code,
+    }
+    if given.dry_run:
+        _folders.check_free(given.folder)
+        planned = _convert.plan(given.model, rules, **settings)
+        return f"{planned.report}\n{_size(given, planned.model)}; nothing was written"
+    report = _convert.convert(
+        given.model, given.folder, rules, max_shard_mb=given.max_shard_mb, **settings
+    )
+    model, _ = _folders.load(given.folder, trust_remote_code=given.trust_remote_code)
+    return f"{report}\n{_size(given, model)}"
 
-    others = {key: quantization[key] for key in ("bits", "mode") if key in quantization}
-    nn.quantize(model, group_size, class_predicate=settings, **others)
+
+def _size(given: argparse.Namespace, model: nn.Module) -> str:
+    from mlx_lm.utils import compute_bits_per_weight
+
+    arrays: Any = tree_flatten(model.parameters())
+    nbytes = size(sum(array.nbytes for _, array in arrays))
+    return f"{given.folder}: {nbytes}, {compute_bits_per_weight(model):.2f} bits per weight"
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Iterable
-from itertools import accumulate
 from typing import Any
 
 import mlx.nn as nn
@@ -109,23 +108,27 @@ def classes(modules: Iterable[nn.Module], beside: Iterable[type] = ()) -> str:
     return listed(f"{count} {names[cls]}" for cls, count in counts.most_common())
 
 
-def class_names(classes: Iterable[type]) -> dict[type, str]:
-    """A name for each class: with the module in front if two classes have the same name."""
-    names = {cls: cls.__name__ for cls in classes}
-    common = Counter(names.values())
-    return {
-        cls: f"{_public_module(cls)}.{name}" if common[name] > 1 else name
-        for cls, name in names.items()
-    }
+def class_names(of: Iterable[type]) -> dict[type, str]:
+    """What to call some classes, so that no two of them read the same."""
+    classes = list(dict.fromkeys(of))
+    same_name = Counter(cls.__name__ for cls in classes)
+    names: dict[type, str] = {}
+    same_module: Counter[str] = Counter()  # as in a notebook whose cell was run again
+    for cls in classes:
+        name = cls.__name__ if same_name[cls.__name__] == 1 else _full_name(cls)
+        same_module[name] += 1
+        names[cls] = f"{name} ({same_module[name]})" if same_module[name] > 1 else name
+    return names
 
 
-def _public_module(cls: type) -> str:
-    """The shortest module that has a class: ``mlx.nn`` and not ``mlx.nn.layers.linear``."""
-    parts = cls.__module__.split(".")
-    for module in accumulate(parts, "{}.{}".format):
-        if getattr(sys.modules.get(module), cls.__name__, None) is cls:
-            return module
-    return cls.__module__
+def _full_name(cls: type) -> str:
+    """The name of a class after that of the outermost module with it: ``mlx.nn.RMSNorm``."""
+    packages = cls.__module__.split(".")
+    for depth in range(1, len(packages) + 1):
+        name = ".".join(packages[:depth])
+        if name in sys.modules and vars(sys.modules[name]).get(cls.__name__) is cls:
+            return f"{name}.{cls.__name__}"
+    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def described(value: Any) -> str:

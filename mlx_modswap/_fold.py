@@ -5,14 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from itertools import chain, groupby, takewhile
-from itertools import product as each_of
+from itertools import product as combinations
 from typing import Any
 
-Segment = str | int  # an int is an index of a list, and a str is no index
-Product = tuple[tuple[Segment, ...], ...]  # the choices for each segment of a path
+from ._pattern import Pattern
+
+Segment = str | int  # an int is an index of a list, a str is not
+Choice = tuple[Segment, ...]  # of segments at one level
+Product = tuple[Choice, ...]  # represents every path that takes one segment of each choice
 
 _INDEX = re.compile(r"0|[1-9][0-9]{0,17}")
-_WIDEST = 48  # of what stands for one segment
+_WIDEST = 48  # characters for one choice
 _WORD = re.compile(r"[^\W\d_]+|[0-9]+|.", re.DOTALL)
 
 
@@ -28,65 +31,77 @@ _WORD = re.compile(r"[^\W\d_]+|[0-9]+|.", re.DOTALL)
 
 
 def fold(paths: Sequence[Sequence[Segment]]) -> Iterator[tuple[Product, list[int]]]:
-    """Fold paths into few products.
+    """Fold paths into few products that represent these paths and no others.
 
     Yields:
-        A product, and the numbers of the paths that it stands for, in their order.
+        A product, and the positions of its paths in ``paths``, in ascending order.
     """
     by_length: dict[int, dict[Product, list[int]]] = {}
-    for number, path in enumerate(paths):
+    for position, path in enumerate(paths):
         product = tuple((segment,) for segment in path)
-        by_length.setdefault(len(path), {}).setdefault(product, []).append(number)
+        by_length.setdefault(len(path), {}).setdefault(product, []).append(position)
     merged = chain.from_iterable(_merged(some).items() for some in by_length.values())
-    for product, numbers in sorted(merged, key=lambda item: min(item[1])):
-        choices = list(map(_narrowed, product))
-        choice_of = [{name: choice for choice in some for name in choice} for some in choices]
-        parts: dict[Product, list[int]] = {part: [] for part in each_of(*choices)}
-        for number in sorted(numbers):
-            parts[tuple(map(dict.__getitem__, choice_of, paths[number]))].append(number)
-        yield from parts.items()
+    for product, positions in sorted(merged, key=lambda item: min(item[1])):
+        choices = list(map(_split, product))
+        part_of = [{segment: part for part in parts for segment in part} for parts in choices]
+        narrow: dict[Product, list[int]] = {parts: [] for parts in combinations(*choices)}
+        for position in sorted(positions):
+            narrow[tuple(map(dict.__getitem__, part_of, paths[position]))].append(position)
+        yield from narrow.items()
 
 
 def _merged(products: dict[Product, list[int]]) -> dict[Product, list[int]]:
-    """Few products for many of one length."""
-    for at in range(len(next(iter(products)))):
+    """Merge products of one length, given with the positions of their paths.
+
+    Each path is in exactly one product, and every combination of the choices of a
+    product is a path that was given: this holds for single paths, and each merge
+    keeps it. Products that are equal at all levels but one can be merged, since the
+    union of their choices at that level adds no other combination. Products that
+    differ at two levels cannot: ``a.0.q`` and ``a.1.k`` would become
+    ``a[0:2].{q,k}``, which matches ``a.0.k`` as well. So this goes over the levels
+    from left to right, and at each level groups the products by all the others. That
+    takes linear time, where a search for pairs to merge would take quadratic time.
+    An index and a name never share a choice, and neither do names that no pattern
+    without a regular expression can match.
+    """
+    for level in range(len(next(iter(products)))):
         if len(products) == 1:
             break
-        alike: dict[Any, list[Product]] = {}
+        groups: dict[Any, list[Product]] = {}
         for product in products:
             key = product
-            if _is_plain(product[at]):
-                key = product[:at], product[at + 1 :], type(product[at][0])
-            alike.setdefault(key, []).append(product)
+            if _is_plain(product[level]):
+                key = product[:level], product[level + 1 :], type(product[level][0])
+            groups.setdefault(key, []).append(product)
         folded: dict[Product, list[int]] = {}
-        for group in alike.values():
+        for group in groups.values():
             first = group[0]
-            choice = tuple(name for product in group for name in product[at])
-            numbers = [number for product in group for number in products[product]]
-            folded[(*first[:at], choice, *first[at + 1 :])] = numbers
+            choice = tuple(segment for product in group for segment in product[level])
+            positions = [position for product in group for position in products[product]]
+            folded[(*first[:level], choice, *first[level + 1 :])] = positions
         products = folded
     return products
 
 
-def _narrowed(choice: tuple[Segment, ...]) -> list[tuple[Segment, ...]]:
-    """The choices to make of one, so that each of them is written in few characters."""
-    if len(_written(choice)) <= _WIDEST:
+def _split(choice: Choice) -> list[Choice]:
+    """Split a choice whose text is too wide. Long runs of indices stay whole: they are slices."""
+    if len(_text_of(choice)) <= _WIDEST:
         return [choice]
-    long_runs: list[tuple[Segment, ...]] = []
-    others: list[tuple[Segment, ...]] = [()]
+    long_runs: list[Choice] = []
+    others: list[Choice] = [()]
     for run in _runs(choice):
         if len(run) > 2:
             long_runs.append(run)
             continue
         for segment in run:
-            if len(_written((*others[-1], segment))) > _WIDEST:
+            if len(_text_of((*others[-1], segment))) > _WIDEST:
                 others.append(())
             others[-1] += (segment,)
     return [*long_runs, *filter(None, others)]
 
 
-def _runs(choice: tuple[Any, ...]) -> Iterator[tuple[Segment, ...]]:
-    """Indices in a row, as long as they go; a name is a run of its own."""
+def _runs(choice: tuple[Any, ...]) -> Iterator[Choice]:
+    """Consecutive indices, as far as they go; each name is a run of its own."""
     if isinstance(choice[0], str):
         yield from ((name,) for name in choice)
     else:
@@ -95,22 +110,29 @@ def _runs(choice: tuple[Any, ...]) -> Iterator[tuple[Segment, ...]]:
 
 
 def segments(path: str, *, slices: bool) -> list[Segment]:
-    """The segments of a path, in which with ``slices`` every number is an index of a list."""
+    """Split a path into segments; with ``slices`` every number in it is an index of a list."""
     parts = path.split(".")
     return [int(part) if slices and _INDEX.fullmatch(part) else part for part in parts]
 
 
+# ---------------------------------------------------------------- products as patterns
+
+
 def pattern_of(product: Product) -> str:
     """The pattern that matches the paths of a product, as one writes it in Python."""
-    if not is_plain(product):
-        return f"re.compile({_regex_of(product)!r})"
-    return "".join(map(_written, product)).removeprefix(".")
+    return written(selector_of(product))
 
 
-def _written(choice: tuple[Segment, ...]) -> str:
-    if isinstance(choice[0], int):
-        return _subscript(sorted(map(int, choice)))
-    return f".{_braces([str(name) for name in choice])}"
+def selector_of(product: Product) -> Pattern:
+    """The pattern that matches the paths of a product, as ``select`` takes it."""
+    if is_plain(product):
+        return "".join(map(_text_of, product)).removeprefix(".")
+    return re.compile(_regex_of(product))
+
+
+def written(pattern: Pattern) -> str:
+    """A pattern as one writes it in Python; the ``repr`` of a long one would be cut."""
+    return pattern if isinstance(pattern, str) else f"re.compile({pattern.pattern!r})"
 
 
 def is_plain(product: Product) -> bool:
@@ -118,7 +140,7 @@ def is_plain(product: Product) -> bool:
     return all(map(_is_plain, product))
 
 
-def _is_plain(choice: tuple[Segment, ...]) -> bool:
+def _is_plain(choice: Choice) -> bool:
     return isinstance(choice[0], int) or not any(
         not name or re.search(r"[*?\[\]{},]", name) or not name.isprintable()
         for name in map(str, choice)
@@ -130,8 +152,14 @@ def _regex_of(product: Product) -> str:
     return r"\.".join(f"({text})" if "|" in text else text for text in choices)
 
 
+def _text_of(choice: Choice) -> str:
+    if isinstance(choice[0], int):
+        return _subscript(sorted(map(int, choice)))
+    return f".{_braces([str(name) for name in choice])}"
+
+
 def _subscript(indices: list[int]) -> str:
-    """``[0, 1, 2]`` -> ``'[0:3]'``; what is no slice stays a choice of names."""
+    """``[0, 1, 2]`` -> ``'[0:3]'``; what is not a slice stays a choice of names."""
     if len(indices) == 1:
         return f".{indices[0]}"
     first, last, step = indices[0], indices[-1], indices[1] - indices[0]
@@ -146,7 +174,7 @@ def _braces(names: list[str]) -> str:
         return names[0]
     words = [_WORD.findall(name) for name in names]
     head = _common(words)
-    tail = _common([own[:head:-1] for own in words])  # leaves each of them a word
+    tail = _common([name[:head:-1] for name in words])  # leaves each of them a word
     if head and head == min(map(len, words)):
         head -= 1
     start = "".join(words[0][:head])

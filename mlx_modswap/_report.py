@@ -5,26 +5,94 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from html import escape
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from ._fold import fold, pattern_of, segments
+from ._errors import class_names
+from ._fold import fold, segments, selector_of, written
 from ._measure import Measure, measure, record, total
+from ._pattern import Pattern
 
 _MOST_LINES = 100
+
+
+class Change(NamedTuple):
+    """A line of a :class:`Replacement`: places that changed in the same way.
+
+    Attributes:
+        pattern (Pattern): What ``select`` takes to find them.
+        old (str): The class of the old modules, as it is printed.
+        new (str): That of the new ones.
+        count (int): How many places there are.
+        old_params (int): The parameters of all old modules together, before quantization.
+        new_params (int): Those of the new ones.
+        old_nbytes (int): The size of their arrays in bytes.
+        new_nbytes (int): That of the new ones.
+        old_dtypes (frozenset[mx.Dtype]): The dtypes of their arrays.
+        new_dtypes (frozenset[mx.Dtype]): Those of the new ones.
+    """
+
+    pattern: Pattern
+    old: str
+    new: str
+    count: int  # pyright: ignore[reportIncompatibleMethodOverride]  # nobody counts in a line
+    old_params: int
+    new_params: int
+    old_nbytes: int
+    new_nbytes: int
+    old_dtypes: frozenset[mx.Dtype]
+    new_dtypes: frozenset[mx.Dtype]
+
+
+class _Line(NamedTuple):
+    """A line before it is printed: it also knows what is trainable."""
+
+    pattern: Pattern
+    old_name: str
+    new_name: str
+    places: int
+    old: Measure
+    new: Measure
 
 
 class Replacement(Mapping[str, nn.Module]):
     """What a swap has changed: a mapping of path to *new* module, in definition order.
 
-    Only the places that changed are in it, and no replaced module is kept alive
-    by it. ``str()`` of it is a folded picture, whose places are themselves
-    patterns that select exactly these places::
+    Only the places that changed are in it, and it keeps no replaced module alive.
+    ``str()`` of it shows them in few lines, and each line starts with a pattern that
+    selects exactly the places of the line::
 
         model.layers[0:32].self_attn.{q,v}_proj   Linear -> LoRALinear   x64   ...
 
-    A notebook shows it as a table.
+    Places that different rules decided never share a line. If there are several
+    lines, the last one is the total. A notebook shows them as a table.
+
+    ``changes`` is the same as data: a list with a named tuple for each line but the
+    total, whose fields are
+
+    * ``pattern``: What :func:`select` takes to find the places, a compiled regular
+      expression where no text can say it.
+    * ``old`` and ``new``: The names of the classes as they are printed: with the bits
+      of a quantized layer, and with the module if two classes have one name.
+    * ``count``: The number of places.
+    * ``old_params`` and ``new_params``: The number of parameters, before quantization.
+    * ``old_nbytes`` and ``new_nbytes``: The size of the arrays in bytes.
+    * ``old_dtypes`` and ``new_dtypes``: A ``frozenset`` of :class:`mlx.core.Dtype`.
+
+    ``old_nbytes`` and ``new_nbytes`` of the replacement itself are the sums over all
+    lines. A module in several places is counted in the first of them only. All figures
+    are read when one of them is asked for the first time, and stay as they were then.
+
+    Example:
+        >>> import mlx.nn as nn
+        >>> from mlx_modswap import replace_layers
+        >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+        >>> report = replace_layers(model, "layers[::2]", lambda path, layer: layer.to_quantized())
+        >>> for change in report.changes:
+        ...     print(change.pattern, change.new, change.old_nbytes, change.new_nbytes)
+        layers.{0,2} QuantizedLinear(bits=4) 33280 5632
     """
 
     def __init__(
@@ -38,7 +106,7 @@ class Replacement(Mapping[str, nn.Module]):
         self._paths = paths
         self._news = news
         self._olds = record(olds)
-        self._rules = rules
+        self._rules = rules  # the number of the rule that decided each place
         self._slices = slices  # whether every number in a path is an index of a list
 
     @cached_property
@@ -54,54 +122,103 @@ class Replacement(Mapping[str, nn.Module]):
     def __len__(self) -> int:
         return len(self._modules)
 
+    @property
+    def changes(self) -> list[Change]:
+        """What changed, line by line."""
+        return [
+            Change(
+                *(line.pattern, line.old_name, line.new_name, line.places),
+                *(line.old.params, line.new.params),
+                *(line.old.nbytes, line.new.nbytes),
+                *(line.old.dtypes, line.new.dtypes),
+            )
+            for line in self._lines
+        ]
+
+    @property
+    def old_nbytes(self) -> int:
+        """The size of the arrays of all replaced modules in bytes."""
+        return sum(line.old.nbytes for line in self._lines)
+
+    @property
+    def new_nbytes(self) -> int:
+        """The size of the arrays of all new modules in bytes."""
+        return sum(line.new.nbytes for line in self._lines)
+
     def __repr__(self) -> str:
         return f"<Replacement of {len(self)} modules>"
 
     def __str__(self) -> str:
-        if not self:
-            return "nothing changed"
-        rows = self._rows()
-        return "\n".join(aligned(rows[:_MOST_LINES])) + _rest(rows, "\n{}")
+        return "\n".join(aligned(self._rows())) if self else "nothing changed"
 
     def _repr_html_(self) -> str:
         if not self:
             return "<p>nothing changed</p>"
-        rows = self._rows()
-        columns = [column for column in zip(*rows[:_MOST_LINES]) if any(column)]
+        columns = [column for column in zip(*self._rows()) if any(column)]
         cells = ("".join(f"<td>{escape(cell)}</td>" for cell in row) for row in zip(*columns))
-        table = "".join(f"<tr>{row}</tr>" for row in cells)
-        return f"<table>{table}</table>" + _rest(rows, "<p>{}</p>")
+        return f"<table>{''.join(f'<tr>{row}</tr>' for row in cells)}</table>"
+
+    @cached_property
+    def _lines(self) -> list[_Line]:
+        olds, news = self._olds(), measure(self._news)
+        paths = [segments(path, slices=self._slices) for path in self._paths]
+        names = class_names(one.cls for one in (*olds, *news))
+        groups: dict[tuple[Any, ...], list[int]] = {}
+        for at, (rule, old, new) in enumerate(zip(self._rules, olds, news)):
+            key = rule, _name(old, names), _name(new, names), old.dtypes, new.dtypes
+            groups.setdefault(key, []).append(at)
+        lines: list[_Line] = []
+        for (_, old_name, new_name, *_), group in groups.items():
+            for product, positions in fold([paths[at] for at in group]):
+                places = [group[position] for position in positions]
+                old, new = (total(of[at] for at in places) for of in (olds, news))
+                pattern = selector_of(product)
+                lines.append(_Line(pattern, old_name, new_name, len(places), old, new))
+        return lines
 
     def _rows(self) -> list[list[str]]:
-        olds, news = self._olds(), measure(list(self.values()))
-        paths = [segments(path, slices=self._slices) for path in self]
-        alike: dict[tuple[object, ...], list[int]] = {}
-        for at, (old, new) in enumerate(zip(olds, news)):
-            alike.setdefault((old.name, new.name, old.dtypes, new.dtypes), []).append(at)
-        rows: list[list[str]] = []
-        for places in alike.values():
-            for product, numbers in fold([paths[at] for at in places]):
-                inside = [places[number] for number in numbers]
-                old, new = (total(m[at] for at in inside) for m in (olds, news))
-                rows.append([pattern_of(product), *_changes(old, new, len(inside))])
+        """The cells of each printed line."""
+        rows = [_cells(line, _tells_trainable(line)) for line in self._lines[:_MOST_LINES]]
+        if (more := len(self._lines) - _MOST_LINES) > 0:
+            rows.append([f"... {more} more"] + [""] * (len(rows[0]) - 1))
+        if len(self._lines) > 1:
+            rows.append(_cells(_total_of(self._lines), any(map(_tells_trainable, self._lines))))
         return rows
 
 
-def _rest(rows: list[list[str]], text: str) -> str:
-    more = len(rows) - _MOST_LINES
-    return text.format(f"... {more} more") if more > 0 else ""
+def _name(of: Measure, names: dict[type, str]) -> str:
+    return names[of.cls] + (f"(bits={of.bits})" if of.bits else "")
 
 
-def _changes(old: Measure, new: Measure, count: int) -> list[str]:
-    params = _change(old.params, new.params, number)
-    trainable = _change(old.trainable, new.trainable, number)
-    # All parameters are trainable by default, and those of a quantized layer never are.
-    is_usual = old.trainable == old.params and (trainable == params or "(bits=" in new.name)
+def _total_of(lines: list[_Line]) -> _Line:
+    """The last line of several; it does not say classes and dtypes again."""
+    places = sum(line.places for line in lines)
+    old, new = (
+        total(measures)._replace(dtypes=frozenset())
+        for measures in ([line.old for line in lines], [line.new for line in lines])
+    )
+    return _Line("total", "", "", places, old, new)
+
+
+def _tells_trainable(line: _Line) -> bool:
+    """Whether the trainable parameters are not what one expects.
+
+    One expects all parameters to be trainable, and those of a quantized layer not to be.
+    """
+    old, new = line.old, line.new
+    if old.trainable == new.trainable:
+        return False
+    return old.trainable < old.params or (new.trainable < new.params and not new.bits)
+
+
+def _cells(line: _Line, tells_trainable: bool) -> list[str]:
+    old, new = line.old, line.new
     return [
-        _arrow(old.name, new.name),
-        f"x{count}",
-        f"{params} params" if old.params or new.params else "",
-        f"{trainable} trainable" if old.trainable != new.trainable and not is_usual else "",
+        written(line.pattern),
+        _arrow(line.old_name, line.new_name),
+        f"x{line.places}",
+        f"{_change(old.params, new.params, number)} params" if old.params or new.params else "",
+        f"{_change(old.trainable, new.trainable, number)} trainable" if tells_trainable else "",
         _change(old.nbytes, new.nbytes, size) if old.nbytes or new.nbytes else "",
         _arrow(dtypes(old.dtypes), dtypes(new.dtypes)) if old.dtypes or new.dtypes else "",
     ]

@@ -24,6 +24,7 @@ import mlx.nn as nn
 import pytest
 from hypothesis import event, given
 from hypothesis import strategies as st
+from models import fresh, unchanged
 from oracle import Snapshot
 from strategies import Leaf, Net, weighted
 
@@ -84,14 +85,6 @@ def build() -> nn.Module:
     return model
 
 
-def keep(path: str, module: nn.Module) -> nn.Module:
-    return module
-
-
-def fresh(path: str, module: nn.Module) -> nn.Module:
-    return Leaf()
-
-
 # Things that somebody may give by mistake, or on purpose. Each is made anew.
 THINGS: dict[str, Callable[[], Any]] = {
     "None": lambda: None,
@@ -134,11 +127,11 @@ THINGS: dict[str, Callable[[], Any]] = {
     "an exhausted iterator": lambda: itertools.islice("ab", 0),
     "a deque": lambda: collections.deque(["layers.0"]),
     "an empty dict": dict,
-    "rules": lambda: {"layers.*": keep},
+    "rules": lambda: {"layers.*": unchanged},
     "rules of None": lambda: {"layers.*": None},
-    "rules of another kind": lambda: Rules({"layers.0": keep, "tied": None}),
+    "rules of another kind": lambda: Rules({"layers.0": unchanged, "tied": None}),
     "rules of modules": lambda: {"layers.0": nn.ReLU()},
-    "rules for no paths": lambda: {3: keep},
+    "rules for no paths": lambda: {3: unchanged},
     "a mapping proxy": lambda: types.MappingProxyType({"layers.0": fresh}),
     "modules by path": lambda: {"layers.1": nn.Tanh()},
     "modules by int": lambda: {0: nn.Tanh()},
@@ -152,7 +145,7 @@ THINGS: dict[str, Callable[[], Any]] = {
     "a generic class": lambda: list[int],
     "a class and a str": lambda: (nn.Linear, "ReLU"),
     "a metaclass": lambda: type,
-    "a function": lambda: keep,
+    "a function": lambda: unchanged,
     "a function of nothing": lambda: lambda: None,
     "a function of anything": lambda: lambda *given, **named: None,
     "a builtin": lambda: len,
@@ -166,7 +159,7 @@ THINGS: dict[str, Callable[[], Any]] = {
     "an exception": lambda: KeyError("layers"),
     "an object": object,
     "an object without a dict": Silent,
-    "a signature": lambda: inspect.signature(keep),
+    "a signature": lambda: inspect.signature(unchanged),
     "a namespace": lambda: types.SimpleNamespace(layers=1),
 }
 
@@ -192,7 +185,7 @@ def patterns() -> st.SearchStrategy[Any]:
 
 
 def functions() -> st.SearchStrategy[Any]:
-    return weighted({st.sampled_from([keep, fresh]): 2, things(): 1})
+    return weighted({st.sampled_from([unchanged, fresh]): 2, things(): 1})
 
 
 def narrowing() -> st.SearchStrategy[dict[str, Any]]:
@@ -258,7 +251,7 @@ def test_whatever_is_given_is_taken_or_refused(call, pattern, function, options)
 @pytest.mark.parametrize("thing", THINGS)
 def test_whatever_is_given_for_a_model_is_taken_or_refused(call, thing):
     with contextlib.suppress(*REFUSALS):
-        CALLS[call](THINGS[thing](), "**", keep, {})
+        CALLS[call](THINGS[thing](), "**", unchanged, {})
     with contextlib.suppress(*REFUSALS):
         CALLS[call](THINGS[thing](), THINGS[thing](), THINGS[thing](), {})
 

@@ -1,165 +1,149 @@
-# ruff: noqa: E501
-"""``python -m mlx_modswap`` draws a model from its config, or says in one line why it does not."""
+"""``mlx_modswap tree`` and ``mlx_modswap convert``, run as a user types them.
+
+``data/command_line.txt`` is a table of argument lines with all that they print. They are run in
+this process, one after the other, in a folder with the models that ``folders.py`` makes. After a
+change of words ``python tests/test_command_line.py`` writes the table again, for you to read.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 from typing import Any
 
+import folders
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
+import zoo
 
+from mlx_modswap import tree
 from mlx_modswap.__main__ import main
 
 needs_mlx_lm = pytest.mark.skipif(
     importlib.util.find_spec("mlx_lm") is None, reason="the models are those of mlx-lm"
 )
-LLAMA = {
-    "model_type": "llama",
-    "hidden_size": 64,
-    "num_hidden_layers": 3,
-    "intermediate_size": 128,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "rms_norm_eps": 1e-5,
-    "vocab_size": 1000,
-    "tie_word_embeddings": True,
-    "torch_dtype": "bfloat16",
-}
-QUANTIZED = {
-    **LLAMA,
-    "quantization": {
-        "group_size": 64,
-        "bits": 4,
-        "model.embed_tokens": {"group_size": 32, "bits": 8},
-        "model.layers.2.mlp.down_proj": False,
-    },
-}
+TABLE = Path(__file__).parent / "data" / "command_line.txt"
 
 
-@pytest.fixture
-def folder(tmp_path):
-    """Makes a model folder of a config."""
-
-    def make(config: Any) -> str:
-        text = config if isinstance(config, str) else json.dumps(config)
-        (tmp_path / "config.json").write_text(text)
-        return str(tmp_path)
-
-    return make
+# ---------------------------------------------------------------- the models
 
 
-# ---------------------------------------------------------------- the picture
+@pytest.fixture(scope="session")
+def models(tmp_path_factory) -> Path:
+    """A folder of models."""
+    pytest.importorskip("mlx_lm", reason="the models are those of mlx-lm")
+    folder = tmp_path_factory.mktemp("models")
+    folders.make_models(folder)
+    return folder
+
+
+# ---------------------------------------------------------------- the table
+
+
+def rows() -> list[tuple[str, str]]:
+    """Each command of the table, and what is below it."""
+    text = re.sub(r"(?m)^# .*\n", "", TABLE.read_text("utf-8"))
+    blocks = [block.partition("\n") for block in re.split(r"(?m)^\$ ", text)[1:]]
+    return [(command, f"{printed.rstrip()}\n") for command, _, printed in blocks]
 
 
 @needs_mlx_lm
-def test_it_draws_the_model_of_a_config(folder, capsys):
-    assert main([folder(LLAMA), "**.{q,v}_proj", "--exclude", "model.layers[0].**"]) == 0
-    assert (
-        capsys.readouterr().out
-        == """\
-  Model                                                                          175.0K params   350.1 KB   bfloat16
-    model                                  LlamaModel                            175.0K          350.1 KB   bfloat16
-      embed_tokens                         Embedding(1000, 64)                   64.0K           128.0 KB   bfloat16
-      layers.0                             TransformerBlock(4 heads)             37.0K           74.0 KB    bfloat16
-        self_attn                          Attention(4 heads, 2 kv heads)        12.3K           24.6 KB    bfloat16
-          {q,o}_proj                       Linear(64 -> 64)                 x2   8.2K            16.4 KB    bfloat16
-          {k,v}_proj                       Linear(64 -> 32)                 x2   4.1K            8.2 KB     bfloat16
-          rope                             RoPE(16)
-        mlp                                MLP                                   24.6K           49.2 KB    bfloat16
-          {gate,up}_proj                   Linear(64 -> 128)                x2   16.4K           32.8 KB    bfloat16
-          down_proj                        Linear(128 -> 64)                     8.2K            16.4 KB    bfloat16
-        {input,post_attention}_layernorm   RMSNorm(64, eps=1e-05)           x2   128             256 B      bfloat16
-      layers[1:3]                          TransformerBlock(4 heads)        x2   74.0K           148.0 KB   bfloat16
-        self_attn                          Attention(4 heads, 2 kv heads)   x2   24.6K           49.2 KB    bfloat16
-*         q_proj                           Linear(64 -> 64)                 x2   8.2K            16.4 KB    bfloat16
-          k_proj                           Linear(64 -> 32)                 x2   4.1K            8.2 KB     bfloat16
-*         v_proj                           Linear(64 -> 32)                 x2   4.1K            8.2 KB     bfloat16
-          o_proj                           Linear(64 -> 64)                 x2   8.2K            16.4 KB    bfloat16
-          rope                             RoPE(16)                         x2
-        mlp                                MLP                              x2   49.2K           98.3 KB    bfloat16
-          {gate,up}_proj                   Linear(64 -> 128)                x4   32.8K           65.5 KB    bfloat16
-          down_proj                        Linear(128 -> 64)                x2   16.4K           32.8 KB    bfloat16
-        {input,post_attention}_layernorm   RMSNorm(64, eps=1e-05)           x4   256             512 B      bfloat16
-      norm                                 RMSNorm(64, eps=1e-05)                64              128 B      bfloat16
-'**.{q,v}_proj' with exclude selects 4 of 42 modules
-"""
-    )
+@pytest.mark.parametrize(("command", "expected"), rows())
+def test_what_is_printed(command, expected, models, monkeypatch):
+    monkeypatch.chdir(models)
+    before = set(models.iterdir())
+    printed = run_here(command)
+    assert printed == expected or fits(printed, expected)
+    _, action, _, folder, *_ = *shlex.split(command), ""
+    made = action == "convert" and "[exit" not in printed and "--dry-run" not in command
+    assert {path.name for path in set(models.iterdir()) - before} == ({folder} if made else set())
+
+
+def run_here(command: str) -> str:
+    """All that a command prints, and its exit status if that is not 0."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+        status = main(shlex.split(command)[1:])
+    return printed.getvalue() + (f"[exit status {status}]\n" if status else "")
+
+
+def fits(printed: str, expected: str) -> bool:
+    """Whether a text is as expected, where ``...`` is what Python, MLX or mlx-lm says."""
+    return re.fullmatch(re.escape(expected).replace(r"\.\.\.", ".+"), printed) is not None
+
+
+def write_table() -> None:
+    """Run the commands of the table again, and write what they print now."""
+    text, expected = TABLE.read_text("utf-8"), dict(rows())
+    blocks = []
+    with tempfile.TemporaryDirectory() as folder:
+        folders.make_models(Path(folder))
+        os.chdir(folder)
+        for line in text.splitlines():
+            if line.startswith("$ "):
+                printed, old = run_here(line[2:]), expected[line[2:]]
+                blocks.append(f"{line}\n{old if fits(printed, old) else printed}")
+            elif line.startswith("# "):
+                blocks.append(f"{line}\n")
+        os.chdir(TABLE.parent)
+    TABLE.write_text("\n".join(blocks), "utf-8")
+
+
+# ---------------------------------------------------------------- the model that is drawn
 
 
 @needs_mlx_lm
-def test_it_excludes_several_patterns(folder, capsys):
-    excludes = [f"--exclude=model.layers.{number}.**" for number in (0, 2)]
-    assert main([folder(LLAMA), "**.q_proj", *excludes]) == 0
-    summary = capsys.readouterr().out.splitlines()[-1]
-    assert summary == "'**.q_proj' with exclude selects 1 of 42 modules"
+@pytest.mark.parametrize("name", ["llama", "by_mlx_lm", "quantized", "mxfp4", "own_code"])
+def test_what_is_drawn_is_what_mlx_lm_loads(name, models):
+    from mlx_lm.utils import load_model
+
+    loaded, _ = load_model(models / name, trust_remote_code=True)
+    command = f"mlx_modswap tree {models / name} --trust-remote-code"
+    assert run_here(command) == f"{tree(loaded)}\n"
 
 
 @needs_mlx_lm
-def test_it_quantizes_as_the_config_says(folder, capsys):
-    assert main([folder(QUANTIZED)]) == 0
-    assert (
-        capsys.readouterr().out
-        == """\
-Model                                                                                               175.0K params   146.9 KB   bfloat16, uint32
-  model                                  LlamaModel                                                 175.0K          146.9 KB   bfloat16, uint32
-    embed_tokens                         QuantizedEmbedding(1000, 64, group_size=32, bits=8)        64.0K           72.0 KB    bfloat16, uint32
-    layers[0:2]                          TransformerBlock(4 heads)                             x2   74.0K           42.0 KB    bfloat16, uint32
-      self_attn                          Attention(4 heads, 2 kv heads)                        x2   24.6K           13.8 KB    bfloat16, uint32
-        {q,o}_proj                       QuantizedLinear(64 -> 64, group_size=64, bits=4)      x4   16.4K           9.2 KB     bfloat16, uint32
-        {k,v}_proj                       QuantizedLinear(64 -> 32, group_size=64, bits=4)      x4   8.2K            4.6 KB     bfloat16, uint32
-        rope                             RoPE(16)                                              x2
-      mlp                                MLP                                                   x2   49.2K           27.6 KB    bfloat16, uint32
-        {gate,up}_proj                   QuantizedLinear(64 -> 128, group_size=64, bits=4)     x4   32.8K           18.4 KB    bfloat16, uint32
-        down_proj                        QuantizedLinear(128 -> 64, group_size=64, bits=4)     x2   16.4K           9.2 KB     bfloat16, uint32
-      {input,post_attention}_layernorm   RMSNorm(64, eps=1e-05)                                x4   256             512 B      bfloat16
-    layers.2                             TransformerBlock(4 heads)                                  37.0K           32.8 KB    bfloat16, uint32
-      self_attn                          Attention(4 heads, 2 kv heads)                             12.3K           6.9 KB     bfloat16, uint32
-        {q,o}_proj                       QuantizedLinear(64 -> 64, group_size=64, bits=4)      x2   8.2K            4.6 KB     bfloat16, uint32
-        {k,v}_proj                       QuantizedLinear(64 -> 32, group_size=64, bits=4)      x2   4.1K            2.3 KB     bfloat16, uint32
-        rope                             RoPE(16)
-      mlp                                MLP                                                        24.6K           25.6 KB    bfloat16, uint32
-        {gate,up}_proj                   QuantizedLinear(64 -> 128, group_size=64, bits=4)     x2   16.4K           9.2 KB     bfloat16, uint32
-        down_proj                        Linear(128 -> 64)                                          8.2K            16.4 KB    bfloat16
-      {input,post_attention}_layernorm   RMSNorm(64, eps=1e-05)                                x2   128             256 B      bfloat16
-    norm                                 RMSNorm(64, eps=1e-05)                                     64              128 B      bfloat16
-"""
-    )
+def test_what_was_converted_is_drawn_as_the_rules_say(models, tmp_path):
+    from mlx_lm import load
+
+    folder = tmp_path / "mixed"
+    assert run_here(f"mlx_modswap convert {models / 'llama'} {folder} **.q_proj=keep **=6")
+    model, *_ = load(str(folder))
+    bits = {path.rpartition(".")[2]: getattr(layer, "bits", 16) for path, layer in leaves(model)}
+    sixes = ("embed_tokens", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    assert bits == {"q_proj": 16, **dict.fromkeys(sixes, 6)}
+    assert run_here(f"mlx_modswap tree {folder}") == f"{tree(model)}\n"
 
 
-@needs_mlx_lm
-def test_it_prints_data(folder, capsys):
-    assert main([folder(LLAMA), "**.self_attn", "--json"]) == 0
-    data = json.loads(capsys.readouterr().out)
-    assert (data["modules"], data["selected"]) == (42, 3)
-    assert [place["path"] for place in data["places"] if place["selected"]] == [
-        "model.layers[0:3].self_attn"
+def leaves(model: nn.Module) -> list[tuple[str, Any]]:
+    return [
+        (path, layer)
+        for path, layer in model.named_modules()
+        if hasattr(layer, "to_quantized") or hasattr(layer, "bits")
     ]
-    assert data["places"][2] == {
-        "path": "model.embed_tokens",
-        "class": "Embedding",
-        "text": "Embedding(1000, 64)",
-        "count": 1,
-        "params": 64000,
-        "trainable": 64000,
-        "bytes": 128000,
-        "dtypes": ["bfloat16"],
-        "selected": False,
-        "note": "",
-    }
-    assert main([folder(LLAMA), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["selected"] is None
 
 
 @needs_mlx_lm
-def test_data_comes_in_short_lines(folder, capsys):
-    assert main([folder(LLAMA), "--json"]) == 0
-    assert capsys.readouterr().out.startswith('{\n "modules": 42,\n "selected": null,\n "places"')
+@pytest.mark.parametrize("name", zoo.ARCHITECTURES)
+def test_every_architecture_is_drawn_without_weights(name, tmp_path):
+    if "stub" in zoo.ZOO[name]:
+        pytest.skip("it needs a package that is not installed")
+    config = {key: value for key, value in zoo.ZOO[name]["config"].items() if "dtype" not in key}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert run_here(f"mlx_modswap tree {tmp_path}") == (
+        f"{tree(zoo.build(name))}\n"
+        "drawn from config.json alone, without weights: bits are not known\n"
+    )
 
 
 @needs_mlx_lm
@@ -172,208 +156,275 @@ def test_data_comes_in_short_lines(folder, capsys):
         ({"dtype": None, "torch_dtype": "torch.float16"}, "float16"),
         ({"text_config": {"dtype": "float16"}}, "float16"),
         ({"text_config": {"torch_dtype": "float16"}}, "float16"),
-        ({"text_config": None}, "float32"),
+        ({"text_config": {}}, "float32"),
         ({"dtype": "auto", "text_config": {"dtype": "bfloat16"}}, "bfloat16"),
         ({"dtype": "bfloat16", "text_config": {"dtype": "float16"}}, "bfloat16"),
         ({"dtype": "array"}, "float32"),
     ],
 )
-def test_the_dtype_is_that_of_the_config(folder, capsys, config, dtype):
-    bare = {key: value for key, value in LLAMA.items() if key != "torch_dtype"}
-    assert main([folder({**bare, **config}), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["places"][0]["dtypes"] == [dtype]
+def test_without_weights_the_dtype_is_that_of_the_config(tmp_path, config, dtype):
+    bare = {key: value for key, value in folders.LLAMA.items() if key != "torch_dtype"}
+    (tmp_path / "config.json").write_text(json.dumps({**bare, **config}))
+    first_line = run_here(f"mlx_modswap tree {tmp_path}").splitlines()[0]
+    assert first_line.endswith(f" {dtype}")
+
+
+@needs_mlx_lm
+def test_weights_are_not_read(tmp_path):
+    from mlx_lm.models import llama
+
+    config = {
+        **folders.LLAMA,
+        "hidden_size": 4096,
+        "intermediate_size": 16384,
+        "num_hidden_layers": 20,
+    }
+    model = llama.Model(llama.ModelArgs.from_dict(config))
+    model.set_dtype(mx.bfloat16)
+    nbytes = folders.write_hole(tmp_path / "model.safetensors", model)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    assert nbytes > 10e9
+    assert "10.1 GB" in run_here(f"mlx_modswap tree {tmp_path}")
+    planned = run_here(f"mlx_modswap convert {tmp_path} {tmp_path / 'new'} **=4 --dry-run")
+    assert planned.endswith("new: 2.8 GB, 4.50 bits per weight; nothing was written\n")
+    assert mx.get_peak_memory() - before < 2**20
+
+
+@needs_mlx_lm
+def test_without_weights_nothing_is_computed(tmp_path):
+    config = {**folders.LLAMA, "hidden_size": 2**13, "intermediate_size": 2**15}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    assert "2.0B params" in run_here(f"mlx_modswap tree {tmp_path}").splitlines()[0]
+    assert mx.get_peak_memory() - before < 2**20
+
+
+@needs_mlx_lm
+def test_files_of_weights_are_as_large_as_asked_for(tmp_path):
+    folders.write(tmp_path / "large", {"vocab_size": 20_000})  # 2.6 MB in the embedding
+    rules = "**.embed_tokens=keep **=4"
+    run_here(f"mlx_modswap convert {tmp_path}/large {tmp_path}/new --max-shard-mb 1 {rules}")
+    assert len(list((tmp_path / "new").glob("model*.safetensors"))) == 2
+
+
+# ---------------------------------------------------------------- arguments
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "the following arguments are required: COMMAND"),
+        (["draw", "llama"], "invalid choice: 'draw'"),
+        (["tree"], "the following arguments are required: MODEL"),
+        (["tree", "llama", "**", "more"], "unrecognized arguments: more"),
+        (["tree", "llama", "--json"], "unrecognized arguments: --json"),
+        (["convert", "llama"], "the following arguments are required: FOLDER"),
+        (["convert", "llama", "new", "**=4", "--quick"], "unrecognized arguments: --quick"),
+        (["convert", "llama", "new", "**=4", "--dry"], "unrecognized arguments: --dry"),
+        (["convert", "llama", "new", "--q-mode", "int4"], "invalid choice: 'int4'"),
+        (["convert", "llama", "new", "--dtype", "int8"], "invalid choice: 'int8'"),
+        (["convert", "llama", "new", "--q-group-size", "0"], "'0' is not a whole number above 0"),
+        (["convert", "llama", "new", "--max-shard-mb", "-1"], "'-1' is not a whole number above 0"),
+        (["convert", "llama", "new", "--max-shard-mb", "all"], "'all' is not a whole number"),
+    ],
+)
+def test_wrong_arguments(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    out, err = capsys.readouterr()
+    assert (stop.value.code, out) == (2, "")
+    assert message in err.splitlines()[-1]
+
+
+def test_rules_and_options_come_in_any_order(models, monkeypatch):
+    monkeypatch.chdir(models)
+    printed = {
+        run_here(f"mlx_modswap convert {line} --dry-run")
+        for line in (
+            "llama new **.q_proj=keep **=4 --dtype float32 --q-group-size 32",
+            "llama new --dtype float32 --q-group-size 32 **.q_proj=keep **=4",
+            "--dtype float32 llama new **.q_proj=keep --q-group-size 32 **=4",
+            "llama --q-group-size 32 new --dtype float32 **.q_proj=keep **=4",
+        )
+    }
+    assert len(printed) == 1
+    assert "new: " in printed.pop()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--help"], ["COMMAND", "tree", "draw the model", "convert", "quantize a model by rules"]),
+        (["tree", "--help"], ["MODEL", "[PATTERN]", "--exclude PATTERN", "--trust-remote-code"]),
+        (
+            ["convert", "--help"],
+            [
+                *("MODEL", "FOLDER", "PATTERN=BITS", "--rules FILE.json", "--q-group-size N"),
+                *("--q-mode", "--dtype", "--max-shard-mb N", "--trust-remote-code", "--dry-run"),
+                "Exit status: 0, 1 if what was asked for cannot be done, 2 if the arguments",
+            ],
+        ),
+    ],
+)
+def test_the_help_says_what_can_be_given(arguments, parts, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit, match="0"):
+        main(arguments)
+    words = " ".join(capsys.readouterr().out.split())
+    assert [part for part in parts if part not in words] == []
+
+
+def test_without_mlx_lm_one_line_says_what_to_install(monkeypatch, capsys):
+    for name in [name for name in sys.modules if name.startswith("mlx_modswap.lm")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "mlx_lm", None)
+    for arguments in (["tree", "anywhere"], ["convert", "anywhere", "new", "**=4"]):
+        assert main(arguments) == 1
+        assert capsys.readouterr() == (
+            "",
+            "mlx_modswap: mlx_modswap.lm needs mlx-lm: pip install 'mlx-modswap[lm]'\n",
+        )
 
 
 @needs_mlx_lm
 @pytest.mark.parametrize(
-    ("quantization", "embedding", "down", "up"),
+    ("code", "message"),
     [
-        (None, "", "", ""),
-        ({}, "", "", ""),
-        ({"group_size": 32}, *["group_size=32, bits=4"] * 3),
-        ({"group_size": 64, "bits": 8}, *["group_size=64, bits=8"] * 3),
+        ("raise RuntimeError('no\\nluck')", "mlx-lm cannot load '{folder}': no luck"),
         (
-            {"group_size": 32, "bits": 4, "mode": "mxfp4"},
-            *["group_size=32, bits=4, mode=mxfp4"] * 3,
+            "import no_such",
+            "mlx-lm cannot load '{folder}': ModuleNotFoundError: No module named 'no_such'",
         ),
-        ({"group_size": 128, "bits": 8}, "", "group_size=128, bits=8", ""),
-        (
-            {"group_size": 64, "model.embed_tokens": False, "model.layers.0.mlp.up_proj": True},
-            "", "group_size=64, bits=4", "group_size=64, bits=4",
-        ),
+        ("raise KeyboardInterrupt", "interrupted"),
     ],
-)  # fmt: skip
-def test_what_fits_is_quantized_as_the_config_says(
-    folder, capsys, quantization, embedding, down, up
-):
-    config = {**LLAMA, "num_hidden_layers": 1, "quantization": quantization}
-    assert main([folder(config), "**.{embed_tokens,up_proj,down_proj}", "--json"]) == 0
-    places = json.loads(capsys.readouterr().out)["places"]
-    assert [place["text"] for place in places if place["selected"]] == [
-        f"Quantized{text}, {settings})" if settings else f"{text})"
-        for text, settings in [
-            ("Embedding(1000, 64", embedding),
-            ("Linear(128 -> 64", down),
-            ("Linear(64 -> 128", up),
-        ]
-    ]
+)
+def test_what_the_code_of_a_model_raises_is_one_line(code, message, tmp_path):
+    folder = tmp_path / "model"
+    folders.write(folder, {"model_file": "own.py"})
+    (folder / "own.py").write_text(code)
+    for command in (f"tree {folder}", f"convert {folder} {tmp_path / 'new'} **=4"):
+        assert run_here(f"mlx_modswap {command} --trust-remote-code") == (
+            f"mlx_modswap: {message.replace('{folder}', str(folder))}\n[exit status 1]\n"
+        )
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-MIXTURE = {
-    "model_type": "qwen3_moe", "hidden_size": 64, "num_hidden_layers": 1, "intermediate_size": 96,
-    "num_attention_heads": 4, "num_experts": 4, "num_experts_per_tok": 2, "decoder_sparse_step": 1,
-    "mlp_only_layers": [], "moe_intermediate_size": 32, "rms_norm_eps": 1e-05, "vocab_size": 96,
-    "num_key_value_heads": 2, "head_dim": 16, "rope_theta": 10000.0, "tie_word_embeddings": False,
-    "max_position_embeddings": 512, "norm_topk_prob": True,
-    "quantization": {"group_size": 32, "bits": 4},
-}  # fmt: skip
+# ---------------------------------------------------------------- processes of their own
 
 
-@needs_mlx_lm
-def test_a_model_may_say_itself_how_it_is_quantized(folder, capsys):
-    assert main([folder(MIXTURE), "**.mlp.**"]) == 0
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("*")]
-    assert [re.split("   +", line[1:].strip())[:2] for line in lines] == [
-        ["gate", "QuantizedLinear(64 -> 4, group_size=64, bits=8)"],
-        ["switch_mlp", "SwitchGLU"],
-        ["{gate,up}_proj", "QuantizedSwitchLinear(4 experts, 64 -> 32, group_size=32, bits=4)"],
-        ["down_proj", "QuantizedSwitchLinear(4 experts, 32 -> 64, group_size=32, bits=4)"],
-        ["activation", "SwiGLU"],
-    ]
+ENVIRONMENT = {
+    **os.environ,
+    # Not the source folder, if Python is new enough to be told so (3.11).
+    "PYTHONPATH": os.pathsep.join(sys.path),
+    "PYTHONSAFEPATH": "1",
+}
 
 
-@needs_mlx_lm
-def test_the_inputs_of_an_expert_have_to_fit_and_not_its_outputs(folder, capsys):
-    config = {**MIXTURE, "quantization": {"group_size": 64, "bits": 4}}
-    assert main([folder(config), "**.switch_mlp.*_proj"]) == 0
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("*")]
-    assert [re.split("   +", line[1:].strip())[:2] for line in lines] == [
-        ["{gate,up}_proj", "QuantizedSwitchLinear(4 experts, 64 -> 32, group_size=64, bits=4)"],
-        ["down_proj", "SwitchLinear(4 experts, 32 -> 64)"],
-    ]
-
-
-@needs_mlx_lm
-def test_nothing_is_computed(folder):
-    big = {"hidden_size": 2**15, "intermediate_size": 2**17, "num_hidden_layers": 200}
-    before = mx.get_active_memory()
-    assert main([folder({**QUANTIZED, **big}), "--json"]) == 0
-    assert mx.get_active_memory() - before < 2**20
-
-
-def as_a_module(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
+def run(*arguments: str | Path, **environment: str) -> tuple[int, str, str]:
+    done = subprocess.run(
         [sys.executable, "-m", "mlx_modswap", *arguments],
         capture_output=True,
         text=True,
-        # Not the source folder, if Python is new enough to be told so (3.11).
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONSAFEPATH": "1"},
+        env={**ENVIRONMENT, **environment},
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+@needs_mlx_lm
+def test_it_runs_as_a_module(models):
+    status, out, err = run("tree", models / "llama", "**.norm")
+    assert (status, err) == (0, "")
+    assert out.splitlines()[-1] == "'**.norm' selects 1 of 29 modules"
+    folder = models / "empty"
+    assert run("tree", folder) == (1, "", f"mlx_modswap: there is no config.json in '{folder}'\n")
+    message = "'norm' matches nothing; '**.norm' matches 1"
+    assert run("tree", models / "llama", "norm") == (2, "", f"mlx_modswap: {message}\n")
+
+
+@needs_mlx_lm
+def test_it_runs_as_a_script(models):
+    script = Path(sys.executable).parent / "mlx_modswap"
+    if not script.exists():
+        pytest.skip("the package is not installed with its script")
+    command = [script, "tree", models / "llama"]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == run_here(f"mlx_modswap tree {models / 'llama'}")
+
+
+@needs_mlx_lm
+def test_a_reader_that_has_seen_enough_is_no_error(models):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mlx_modswap", "tree", models / "llama"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=ENVIRONMENT,
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()  # before there is anything to read
+    assert (process.stderr.read(), process.wait()) == (b"", 0)
+    process.stderr.close()
+
+
+@needs_mlx_lm
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no full device to write to")
+def test_a_full_disk_is_one_line(models):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "mlx_modswap", "tree", models / "llama"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=ENVIRONMENT,
+        )
+    message = "mlx_modswap: cannot print: No space left on device\n"
+    assert (done.returncode, done.stderr) == (1, message)
+
+
+@pytest.fixture(scope="module")
+def hub(models, tmp_path_factory) -> dict[str, str]:
+    """The environment in which two models are in the cache of the hub, which is not reached."""
+    cache = tmp_path_factory.mktemp("hub")
+    for name, files in {
+        "whole": ["config.json", "model.safetensors"],
+        "config": ["config.json"],
+    }.items():
+        commit = 40 * "a"
+        snapshot = cache / f"models--some--{name}" / "snapshots" / commit
+        snapshot.mkdir(parents=True)
+        (snapshot.parent.parent / "refs").mkdir()
+        (snapshot.parent.parent / "refs" / "main").write_text(commit)
+        for file in files:
+            (snapshot / file).symlink_to(models / "llama" / file)
+    return {"HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
+
+
+@needs_mlx_lm
+def test_a_model_in_the_cache_of_the_hub_is_drawn_like_a_folder(models, hub):
+    expected = run_here(f"mlx_modswap tree {models / 'llama'}")
+    assert run("tree", "some/whole", **hub) == (0, expected, "")
+
+
+@needs_mlx_lm
+def test_a_model_of_the_hub_without_weights_here_is_drawn_from_its_config(models, hub):
+    expected = run_here(f"mlx_modswap tree {models / 'config'}")
+    assert expected.endswith("bits are not known\n")
+    assert run("tree", "some/config", **hub) == (0, expected, "")
+
+
+@needs_mlx_lm
+def test_a_model_of_the_hub_that_cannot_be_had_is_one_line(hub):
+    status, out, err = run("tree", "some/other", **hub)
+    assert (status, out, err.count("\n")) == (1, "", 1)
+    assert err.startswith(
+        "mlx_modswap: there is no folder 'some/other', and the hub does not give the config.json "
+        "of a model of that name: "
     )
 
 
-@needs_mlx_lm
-def test_it_runs_as_a_module(folder):
-    run = as_a_module(folder(LLAMA), "**.norm")
-    assert (run.returncode, run.stderr) == (0, "")
-    assert run.stdout.splitlines()[-1] == "'**.norm' selects 1 of 42 modules"
-
-
-# ---------------------------------------------------------------- one line for what is wrong
-
-
-@needs_mlx_lm
-@pytest.mark.parametrize(
-    ("pattern", "message"),
-    [
-        ("q_proj", "'q_proj' matches nothing; '**.q_proj' matches 3"),
-        ("a**", "'**' must be a segment of its own; write 'a.**'"),
-    ],
-)
-def test_a_wrong_pattern(folder, capsys, pattern, message):
-    assert main([folder(LLAMA), pattern]) == 2
-    assert capsys.readouterr() == ("", f"mlx_modswap: {message}\n")
-
-
-@needs_mlx_lm
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        (
-            "{",
-            "mlx-lm builds no model from {folder}: JSONDecodeError: Expecting property name",
-        ),
-        (
-            {**LLAMA, "quantization": {"bits": 4}},
-            "mlx-lm builds no model from {folder}: KeyError: 'group_size'",
-        ),
-        ("[]", "mlx-lm builds no model from {folder}: TypeError: "),
-        ("{}", "mlx-lm builds no model from {folder}: KeyError: 'model_type'"),
-        (
-            {"model_type": "no_such_model"},
-            "mlx-lm builds no model from {folder}: ValueError: Model type no_such_model not supported.",
-        ),
-        (
-            {"model_type": "llama"},
-            "mlx-lm builds no model from {folder}: TypeError: ModelArgs.__init__() missing",
-        ),
-    ],
-)
-def test_a_wrong_config(folder, capsys, config, message):
-    path = folder(config)
-    with pytest.raises(SystemExit) as error:
-        main([path])
-    assert str(error.value).startswith(f"mlx_modswap: {message.replace('{folder}', path)}")
-    assert "\n" not in str(error.value)
-    assert capsys.readouterr() == ("", "")
-
-
-@needs_mlx_lm
-def test_a_folder_without_a_model(tmp_path):
-    with pytest.raises(SystemExit) as error:
-        main([str(tmp_path)])
-    assert str(error.value) == (
-        f"mlx_modswap: mlx-lm builds no model from {tmp_path}: FileNotFoundError: "
-        f"[Errno 2] No such file or directory: '{tmp_path}/config.json'"
-    )
-
-
-@needs_mlx_lm
-def test_the_process_without_a_model_ends_with_one_line_and_status_1(tmp_path):
-    run = as_a_module(str(tmp_path))
-    assert (run.returncode, run.stdout) == (1, "")
-    assert run.stderr.startswith(f"mlx_modswap: mlx-lm builds no model from {tmp_path}: ")
-    assert run.stderr.count("\n") == 1
-
-
-def test_without_mlx_lm(monkeypatch):
-    monkeypatch.setitem(sys.modules, "mlx_lm", None)
-    with pytest.raises(SystemExit) as error:
-        main(["anywhere"])
-    assert str(error.value) == "mlx_modswap: this needs mlx-lm: pip install mlx-lm"
-
-
-def test_no_arguments(capsys):
-    with pytest.raises(SystemExit, match="2"):
-        main([])
-    assert "the following arguments are required: MODEL_DIR" in capsys.readouterr().err
-
-
-def test_the_help_says_what_can_be_given(monkeypatch, capsys):
-    monkeypatch.setenv("COLUMNS", "100")
-    with pytest.raises(SystemExit, match="0"):
-        main(["--help"])
-    words = " ".join(capsys.readouterr().out.split())
-    for part in [
-        "usage: python -m mlx_modswap [-h] [--exclude PATTERN] [--json] MODEL_DIR [PATTERN] Draw a",
-        "MODEL_DIR a folder with a config.json PATTERN such as '**.q_proj', in quotes options:",
-        "--exclude PATTERN what not to select --json print data, not a picture; see below --json",
-    ]:
-        assert part in words
-
-
-def test_the_help_describes_the_data(capsys):
-    with pytest.raises(SystemExit, match="0"):
-        main(["--help"])
-    printed = capsys.readouterr().out
-    for key in ("path", "class", "text", "count", "params, trainable, bytes, dtypes", "selected"):
-        assert f"\n    {key}" in printed
+if __name__ == "__main__":
+    write_table()

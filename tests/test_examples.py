@@ -18,7 +18,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack, redirect_stderr, redirect_stdout
-from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -133,43 +132,6 @@ def figures(pattern: str, text: str) -> list[float]:
     number = r"([\d.]+(?:e[+-]\d+)?)"
     (found,) = re.findall(re.escape(pattern).replace(r"\#", number).replace(r"\ ", " +"), text)
     return list(map(float, [found] if isinstance(found, str) else found))
-
-
-# ---------------------------------------------------------------- finetune_lora.py
-
-
-@pytest.fixture(scope="module")
-def finetuned(perform):
-    return perform("finetune_lora")
-
-
-def test_the_loss_goes_down_step_by_step(finetuned):
-    losses = list(map(float, re.findall(r"step \d+   loss ([\d.]+)", finetuned)))
-
-    assert len(losses) == 8
-    assert losses[-1] < losses[0] / 3
-    assert sum(later < sooner for sooner, later in pairwise(losses)) >= 6
-
-
-def test_only_the_adapters_are_trained(finetuned):
-    assert "Linear -> LoRA   x4" in finetuned
-    assert "0 -> 12.3K trainable" in finetuned
-
-
-def test_what_was_learned_holds_for_sentences_on_other_subjects(finetuned):
-    line = "new sentences next to one of their kind # -> # of #"
-    before, after, total = figures(line, finetuned)
-
-    assert before <= total / 4
-    assert after >= total * 3 / 4
-
-
-def test_the_adapters_alone_make_a_fresh_model_equal(finetuned):
-    arrays, kilobytes = figures("adapters saved # arrays, # KB", finetuned)
-
-    assert arrays == 8
-    assert kilobytes < 60
-    assert re.search(r"embeddings of a fresh model with them +equal$", finetuned, re.MULTILINE)
 
 
 # ---------------------------------------------------------------- ablation.py

@@ -17,6 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
+from models import Block, Holder, Model, Recorder, around, build, fresh, unchanged
 from oracle import Snapshot
 
 from mlx_modswap import (
@@ -29,64 +30,6 @@ from mlx_modswap import (
     select,
     swapped,
 )
-
-
-class Block(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.attn: nn.Module = nn.Linear(4, 4)
-        self.norm = nn.LayerNorm(4)
-        self.acts = [nn.ReLU(), None, nn.gelu]
-
-
-class Model(nn.Module):
-    def __init__(self, blocks: int = 3):
-        super().__init__()
-        self.embed: nn.Module = nn.Embedding(8, 4)
-        self.layers = [Block() for _ in range(blocks)]
-        self.heads = {"b": nn.Linear(4, 2), "a": nn.Linear(4, 2), "10": nn.Linear(4, 2)}
-        self.scale = mx.ones(1)
-
-
-class Holder(nn.Module):
-    """A module around another one, or around nothing but an array."""
-
-    def __init__(self, inner: Any = None):
-        super().__init__()
-        self.weight = mx.zeros(1)
-        if inner is not None:
-            self.inner = inner
-
-
-def build(**held: Any) -> Any:
-    module = nn.Module()
-    for name, value in held.items():
-        setattr(module, name, value)
-    return module
-
-
-def fresh(path: str, module: nn.Module) -> nn.Module:
-    return Holder()
-
-
-def around(path: str, module: nn.Module) -> nn.Module:
-    return Holder(module)
-
-
-def unchanged(path: str, module: nn.Module) -> nn.Module:
-    return module
-
-
-class Recorder:
-    """A factory that notes where it was called."""
-
-    def __init__(self, make: Callable[[str, nn.Module], Any] = fresh):
-        self.paths: list[str] = []
-        self.make = make
-
-    def __call__(self, path: str, module: nn.Module) -> Any:
-        self.paths.append(path)
-        return self.make(path, module)
 
 
 def refuses(model: nn.Module, *arguments: Any, **options: Any) -> str:
@@ -389,6 +332,35 @@ class TestAllOrNothing:
         with pytest.raises(KeyboardInterrupt):
             replace_layers(model, ["first.act", "inner.act"], fresh)
         assert before.differences() == []
+
+    @pytest.mark.parametrize("error", [KeyError, KeyboardInterrupt])
+    @pytest.mark.parametrize("swap", [replace_layers, swapped])
+    def test_a_failed_update_gives_new_modules_their_training_mode_back(self, swap, error):
+        class Locked(nn.Module):
+            def __setitem__(self, key, value):
+                raise error
+
+        locked = Locked()
+        dict.__setitem__(locked, "act", nn.ReLU())
+        model = build(first=build(act=nn.ReLU()), locked=locked)
+        model.eval()
+        new = nn.Sequential(nn.Tanh(), nn.Tanh().eval())
+        with pytest.raises((SelectionError, KeyboardInterrupt)):
+            swap(model, "*.act", lambda path, module: new).__enter__()
+        assert [module.training for module in (new, *new.layers)] == [True, True, False]
+
+    def test_a_refused_swap_leaves_new_modules_in_their_training_mode(self):
+        model = Model()
+        model.eval()
+        new = nn.Linear(4, 4)
+
+        def meddling(path, module):
+            model.layers[0].attn = nn.ReLU()
+            return new
+
+        with pytest.raises(SelectionError, match="while the factories ran"):
+            replace_layers(model, "layers[0].attn", meddling)
+        assert new.training
 
     def test_an_interrupt_at_any_line_leaves_all_places_or_none_changed(self):
         changed = set()

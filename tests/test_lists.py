@@ -9,68 +9,66 @@ import mlx.core as mx
 import mlx.nn as nn
 import oracle
 import pytest
+from models import build
 
 from mlx_modswap import Wrapper, replace_layers, select
 
-
-class Block(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.attn = nn.Linear(2, 2)
-        self.act = nn.ReLU()
-        self.scale = mx.ones(1)
-        self._private = nn.Identity()
+ENTRIES: dict[str, Callable[[], Any]] = {
+    "attn": lambda: nn.Linear(2, 2),
+    "act": nn.ReLU,
+    "scale": lambda: mx.ones(1),
+    "_private": nn.Identity,
+}
 
 
-class OtherBlock(Block):
-    pass
+def block(**changes: Callable[[], Any]) -> nn.Module:
+    return build(**{name: make() for name, make in {**ENTRIES, **changes}.items()})
 
 
 def having(name: Any, value: Callable[[], Any]) -> Callable[[], nn.Module]:
     def make() -> nn.Module:
-        block = Block()
-        dict.__setitem__(block, name, value())
-        return block
+        module = block()
+        dict.__setitem__(module, name, value())
+        return module
 
     return make
 
 
-def lacking(name: str) -> nn.Module:
-    block = Block()
-    del block[name]
-    return block
-
-
 def holding(*names: str) -> nn.Module:
     """What a block holds, under other names."""
-    block = nn.Module()
-    for name, value in zip(names, dict.values(Block())):
-        block[name] = value
-    block.__class__ = Block
-    return block
+    return build(**{name: make() for name, make in zip(names, ENTRIES.values())})
+
+
+def of_another_class() -> nn.Module:
+    class Other(nn.Module):
+        pass
+
+    module = block()
+    module.__class__ = Other
+    return module
 
 
 DIFFERENT = {
-    "of a class below": OtherBlock,
-    "of another class": nn.ReLU,
+    "of another class": of_another_class,
+    "a module without any": nn.ReLU,
     "empty": nn.Module,
     "None": lambda: None,
     "an array": lambda: mx.ones(1),
     "a dict": lambda: {"attn": nn.Linear(2, 2), "act": nn.ReLU()},
     "a list": lambda: [nn.Linear(2, 2), nn.ReLU()],
     "with one more": having("more", nn.ReLU),
-    "with one less": lambda: lacking("act"),
+    "with one less": lambda: holding("attn", "act"),
     "with another name": lambda: holding("attn", "gelu", "scale", "_private"),
     "in another order": lambda: holding("act", "attn", "scale", "_private"),
-    "with None": having("act", lambda: None),
-    "with an array": having("act", lambda: mx.ones(1)),
-    "with a function": having("act", lambda: nn.relu),
-    "with a module for an array": having("scale", nn.ReLU),
-    "with a list for an array": having("scale", lambda: [nn.ReLU()]),
-    "with an empty list": having("act", list),
-    "with a list": having("act", lambda: [nn.ReLU(), None]),
-    "with a dict": having("act", lambda: {"0": nn.ReLU()}),
-    "with a deeper module": having("act", lambda: nn.Sequential(nn.ReLU())),
+    "with None": lambda: block(act=lambda: None),
+    "with an array": lambda: block(act=lambda: mx.ones(1)),
+    "with a function": lambda: block(act=lambda: nn.relu),
+    "with a module for an array": lambda: block(scale=nn.ReLU),
+    "with a list for an array": lambda: block(scale=lambda: [nn.ReLU()]),
+    "with an empty list": lambda: block(act=list),
+    "with a list": lambda: block(act=lambda: [nn.ReLU(), None]),
+    "with a dict": lambda: block(act=lambda: {"0": nn.ReLU()}),
+    "with a deeper module": lambda: block(act=lambda: nn.Sequential(nn.ReLU())),
     "with a dotted key": having("a.b", nn.ReLU),
     "with an int key": having(7, nn.ReLU),
 }
@@ -87,7 +85,7 @@ PATTERNS = [
 
 def model_with(*makes: Callable[[], Any]) -> nn.Module:
     model = nn.Module()
-    model.layers = [Block(), *(make() for make in makes), Block()]
+    model.layers = [block(), *(make() for make in makes), block()]
     return model
 
 
@@ -111,7 +109,7 @@ def test_keys_that_are_equal_print_different_paths():
 
 @pytest.mark.parametrize("pattern", ["layers.*", "layers.*.act"])
 def test_a_wrapped_entry_has_the_paths_of_its_layer(pattern):
-    model = model_with(Block)
+    model = model_with(block)
     before = list(select(model, "**"))
     path = pattern.replace("*", "1")
     replace_layers(model, path, lambda path, layer: Wrapper(layer))

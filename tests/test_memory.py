@@ -10,6 +10,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
+from models import Model, fresh
 
 from mlx_modswap import (
     NoMatchError,
@@ -20,19 +21,6 @@ from mlx_modswap import (
     select,
     swapped,
 )
-
-
-class Block(nn.Module):
-    def __init__(self, size: int = 4):
-        super().__init__()
-        self.up: Any = nn.Linear(size, size)
-        self.acts = [nn.ReLU(), {"x": nn.Linear(size, size)}]
-
-
-class Model(nn.Module):
-    def __init__(self, blocks: int = 3):
-        super().__init__()
-        self.layers: list[Any] = [Block() for _ in range(blocks)]
 
 
 class Watched:
@@ -52,13 +40,9 @@ class Watched:
         return self.alive() == len(self.references) > 0
 
 
-def fresh(path: str, module: nn.Module) -> nn.Module:
-    return nn.Linear(4, 4)
-
-
 def tied_model() -> nn.Module:
     model = Model()
-    model.layers[1].up = model.layers[0].up
+    model.layers[1].attn = model.layers[0].attn
     return model
 
 
@@ -86,7 +70,7 @@ def _no_garbage_collector():
 
 
 @pytest.mark.parametrize("make", [Model, tied_model])
-@pytest.mark.parametrize("pattern", ["**.up", "**.{up,x}", "layers.*"])
+@pytest.mark.parametrize("pattern", ["**.attn", "**.{attn,b}", "layers.*"])
 def test_replaced_modules_and_their_arrays_are_gone_while_the_report_is_still_there(make, pattern):
     model = make()
     # The tie is cut when its parents go; then it is the parents that are watched.
@@ -98,19 +82,19 @@ def test_replaced_modules_and_their_arrays_are_gone_while_the_report_is_still_th
 
 def test_printing_the_report_brings_nothing_back():
     model = Model()
-    report = replace_layers(model, "**.up", fresh)
+    report = replace_layers(model, "**.attn", fresh)
     new = Watched(report.values())
     assert str(report)
     assert repr(report)
     del report
-    replace_layers(model, "**.up", lambda path, module: nn.Identity())
+    replace_layers(model, "**.attn", lambda path, module: nn.Identity())
     assert new.alive() == 0
 
 
 def test_each_old_module_can_be_dropped_by_hand_as_well():
     model = Model()
-    old = Watched(select(model, "**.up").values())
-    news = {path: nn.Linear(4, 4) for path in select(model, "**.up")}
+    old = Watched(select(model, "**.attn").values())
+    news = {path: nn.Linear(4, 4) for path in select(model, "**.attn")}
     model.update_modules(partial_modules(model, news))
     assert old.alive() == 0
 
@@ -124,7 +108,7 @@ def test_rules_and_their_factories_are_not_kept():
 
     factory = Factory()
     reference = weakref.ref(factory)
-    report = replace_layers(model, {"layers.0.up": None, "**.up": factory})
+    report = replace_layers(model, {"layers.0.attn": None, "**.attn": factory})
     assert len(report) == 2
     del factory
     assert reference() is None
@@ -142,9 +126,9 @@ def fails_at_the_third_call():
 
 
 FAILURES = {
-    "a factory raises": ("**.{up,x}", fails_at_the_third_call, RuntimeError),
-    "a factory returns None": ("**.up", lambda: lambda path, module: None, TypeError),
-    "nothing matches": ("up", lambda: fresh, NoMatchError),
+    "a factory raises": ("**.{attn,b}", fails_at_the_third_call, RuntimeError),
+    "a factory returns None": ("**.attn", lambda: lambda path, module: None, TypeError),
+    "nothing matches": ("attn", lambda: fresh, NoMatchError),
     "the pattern is wrong": ("layers[", lambda: fresh, PatternError),
     "one place is inside another": ("**", lambda: fresh, SelectionError),
 }
@@ -188,7 +172,7 @@ def test_after_a_failed_update_the_model_and_the_new_modules_can_go():
 
     model = Model()
     locked = Locked()
-    dict.__setitem__(locked, "up", nn.Linear(4, 4))
+    dict.__setitem__(locked, "attn", nn.Linear(4, 4))
     model.layers.append(locked)
     made: list[weakref.ref] = []
 
@@ -199,7 +183,7 @@ def test_after_a_failed_update_the_model_and_the_new_modules_can_go():
 
     whole = Watched(module for _, module in model.named_modules())
     with pytest.raises(SelectionError, match="update_modules failed"):
-        replace_layers(model, "**.up", factory)
+        replace_layers(model, "**.attn", factory)
     del locked, model
     collect_for_mlx()
     assert len(made) == 4
@@ -209,16 +193,16 @@ def test_after_a_failed_update_the_model_and_the_new_modules_can_go():
 
 def test_the_second_swap_of_a_place_frees_what_the_first_put_in():
     model = Model()
-    first = Watched(replace_layers(model, "**.up", fresh).values())
+    first = Watched(replace_layers(model, "**.attn", fresh).values())
     assert first.all_alive()
-    replace_layers(model, "**.up", fresh)
+    replace_layers(model, "**.attn", fresh)
     assert first.alive() == 0
 
 
 def test_swapped_holds_the_old_modules_until_it_exits_and_frees_the_new_ones_then():
     model = Model()
-    old = Watched(select(model, "**.up").values())
-    with swapped(model, "**.up", fresh) as report:
+    old = Watched(select(model, "**.attn").values())
+    with swapped(model, "**.attn", fresh) as report:
         new = Watched(report.values())
         del report
         assert old.all_alive()
@@ -234,7 +218,7 @@ def test_swapped_frees_the_new_modules_also_when_its_body_raises():
     model = Model()
 
     def use() -> Watched:
-        with swapped(model, "**.up", fresh) as report:
+        with swapped(model, "**.attn", fresh) as report:
             new.append(Watched(report.values()))
             raise ZeroDivisionError
 
@@ -247,7 +231,7 @@ def test_swapped_frees_the_new_modules_also_when_its_body_raises():
 def test_a_finished_context_manager_keeps_nothing():
     model = Model()
     whole = Watched(module for _, module in model.named_modules())
-    manager = swapped(model, "**.up", fresh)
+    manager = swapped(model, "**.attn", fresh)
     with manager:
         pass
     del model
@@ -257,9 +241,9 @@ def test_a_finished_context_manager_keeps_nothing():
 
 def test_when_swapped_refuses_to_put_back_the_old_modules_are_freed():
     model = Model()
-    old = Watched([model.layers[0].up])
-    with pytest.raises(SelectionError), swapped(model, "layers.0.up", fresh):
-        model.layers[0].up = nn.Identity()
+    old = Watched([model.layers[0].attn])
+    with pytest.raises(SelectionError), swapped(model, "layers.0.attn", fresh):
+        model.layers[0].attn = nn.Identity()
     assert old.alive() == 0
 
 

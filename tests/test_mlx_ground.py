@@ -14,14 +14,7 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import pytest
 from mlx.utils import tree_flatten, tree_unflatten
-
-
-def build(**held: Any) -> Any:
-    """A module that holds these things, in this order."""
-    module = nn.Module()
-    for name, value in held.items():
-        setattr(module, name, value)
-    return module
+from models import build
 
 
 def paths(model: Any) -> list[str]:

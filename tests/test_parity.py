@@ -9,9 +9,9 @@ from types import SimpleNamespace
 
 import mlx.core as mx
 import mlx.nn as nn
-import parity
 import pytest
 import zoo
+from programs import parity
 
 from mlx_modswap import NoMatchError, PatternError, SelectionError, replace_layers, select
 

@@ -16,6 +16,7 @@ import oracle
 import pytest
 from hypothesis import assume, event, given, settings
 from hypothesis import strategies as st
+from models import Recorder
 from oracle import Place, Snapshot
 from strategies import (
     Leaf,
@@ -62,24 +63,12 @@ class New(nn.Module):
             self.inner = [inner]
 
 
-def fresh(path: str, module: nn.Module) -> nn.Module:
+def new(path: str, module: nn.Module) -> nn.Module:
     return New(path)
 
 
 def wrap(path: str, module: nn.Module) -> nn.Module:
     return New(path, module)
-
-
-class Recorder:
-    """A factory that remembers how it was called."""
-
-    def __init__(self, make: Callable[[str, nn.Module], Any] = fresh):
-        self.make = make
-        self.calls: list[tuple[str, nn.Module]] = []
-
-    def __call__(self, path: str, module: nn.Module) -> Any:
-        self.calls.append((path, module))
-        return self.make(path, module)
 
 
 class Boom(Exception):
@@ -269,7 +258,7 @@ def test_a_wrong_pattern_is_refused_whatever_the_model(data, fault):
     parts = data.draw(matching_patterns(model)).split(".")
     parts.insert(data.draw(st.integers(0, len(parts))), fault)
     wrong = ".".join(parts)
-    recorder = Recorder()
+    recorder = Recorder(new)
     before = Snapshot(model)
     for strict in (True, False):
         with pytest.raises(PatternError):
@@ -305,7 +294,7 @@ def test_strict_mode_complains_exactly_when_an_argument_did_nothing(selection):
     did_nothing = oracle.idle(*selection)
     event(f"complains: {did_nothing}")
     before = Snapshot(model)
-    recorder = Recorder()
+    recorder = Recorder(new)
     if did_nothing:
         with pytest.raises(NoMatchError):
             select(model, patterns, **selection.narrowing)
@@ -333,7 +322,7 @@ def test_what_an_error_suggests_matches_as_many_as_it_says(data):
 # Replacing
 
 
-@given(swaps(), st.sampled_from([Recorder().make, wrap, lambda _, module: New("", module)]))
+@given(swaps(), st.sampled_from([new, wrap, lambda _, module: New("", module)]))
 def test_only_the_targeted_locations_change(swap, make):
     before = Snapshot(swap.model)
     replacement = replace_layers(swap.model, swap.patterns, make)
@@ -343,7 +332,7 @@ def test_only_the_targeted_locations_change(swap, make):
 
 @given(swaps())
 def test_the_factory_is_called_in_definition_order_once_for_a_tie_or_a_location(swap):
-    recorder = Recorder()
+    recorder = Recorder(new)
     replace_layers(swap.model, swap.patterns[::-1], recorder)
     assert called(recorder, oracle.calls(swap.targets))
 
@@ -383,7 +372,7 @@ def test_a_replacement_maps_the_changed_paths_to_the_new_modules(swap, data):
 @given(
     selections(),
     st.sampled_from([(), (), Net, (Leaf, nn.ReLU)]),
-    st.sampled_from([fresh, wrap]),
+    st.sampled_from([new, wrap]),
 )
 def test_any_selection_is_swapped_as_asked_or_refused_with_nothing_changed(selection, kind, make):
     model, patterns, *_ = selection
@@ -459,7 +448,7 @@ def test_a_module_that_was_elsewhere_in_the_model_is_not_touched(swap, data):
 @given(models())
 def test_nothing_holds_on_to_a_replaced_module(model):
     old = [weakref.ref(module) for module in select(model, "**", where=Leaf, strict=False).values()]
-    replacement = replace_layers(model, "**", Recorder().make, where=Leaf, strict=False)
+    replacement = replace_layers(model, "**", new, where=Leaf, strict=False)
     assert [ref() for ref in old] == [None] * len(old)
     assert replacement is not None
 
@@ -543,7 +532,7 @@ def test_a_where_that_fails_leaves_the_model_as_it_was(swap):
 
     before = Snapshot(swap.model)
     with pytest.raises(Boom):
-        replace_layers(swap.model, swap.patterns, Recorder(), where=where)
+        replace_layers(swap.model, swap.patterns, Recorder(new), where=where)
     assert before.differences() == []
 
 
@@ -556,9 +545,9 @@ def test_a_part_of_a_tie_or_of_an_alias_is_refused_and_the_rest_is_named(swap, d
     assume(not any(oracle.covers(exactly(left_out.path), place) for place in rest))
     before = Snapshot(swap.model)
     with pytest.raises(SelectionError, match=re.escape(printed(left_out.path))):
-        replace_layers(swap.model, [exactly(place.path) for place in rest], Recorder())
+        replace_layers(swap.model, [exactly(place.path) for place in rest], Recorder(new))
     with pytest.raises(SelectionError, match=re.escape(printed(left_out.path))):
-        replace_layers(swap.model, swap.patterns, Recorder(), exclude=exactly(left_out.path))
+        replace_layers(swap.model, swap.patterns, Recorder(new), exclude=exactly(left_out.path))
     assert before.differences() == []
 
 
@@ -568,8 +557,9 @@ def test_two_rules_cannot_share_a_tie_or_an_alias(swap, data):
     assume(for_all)
     other = data.draw(st.sampled_from(for_all))
     assume(sum(oracle.covers(exactly(other.path), place) for place in swap.targets) == 1)
-    rules: dict[Any, Any] = {exactly(other.path): data.draw(st.sampled_from([Recorder(), None]))}
-    rules |= {pattern: Recorder() for pattern in swap.patterns if pattern not in rules}
+    factory = data.draw(st.sampled_from([Recorder(new), None]))
+    rules: dict[Any, Any] = {exactly(other.path): factory}
+    rules |= {pattern: Recorder(new) for pattern in swap.patterns if pattern not in rules}
     before = Snapshot(swap.model)
     with pytest.raises(SelectionError):
         replace_layers(swap.model, rules)
@@ -628,7 +618,7 @@ def test_two_entries_with_one_path_are_refused_when_one_would_change(swap, patte
     with pytest.raises(SelectionError):
         replace_layers(swap.model, pattern, lambda p, m: New() if "twins" in p else m)
     assert before.differences() == []
-    replace_layers(swap.model, swap.patterns, Recorder())
+    replace_layers(swap.model, swap.patterns, Recorder(new))
     assert before.differences(but=swap.locations) == []
 
 
@@ -661,7 +651,7 @@ class Ruled(NamedTuple):
 @st.composite
 def mappings(draw: st.DrawFn) -> Ruled:
     selection = draw(selections())
-    make = draw(st.sampled_from([fresh, wrap]))
+    make = draw(st.sampled_from([new, wrap]))
     rules: dict[Any, Recorder | None] = {}
     waiting = list(selection.patterns)
     while waiting:
@@ -844,7 +834,7 @@ def test_swapped_does_not_undo_what_someone_else_changed(swap, data, error):
 @given(swaps())
 def test_a_mode_set_inside_swapped_stays_with_the_layers_that_were_in_the_model_then(swap):
     modes = [(place.module, place.module.training) for place in swap.targets]
-    with swapped(swap.model, swap.patterns, Recorder()):
+    with swapped(swap.model, swap.patterns, Recorder(new)):
         inside = {id(module): module for module in swap.model.modules()}
         swap.model.eval()
     assert not any(module.training for module in inside.values())

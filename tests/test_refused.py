@@ -157,7 +157,8 @@ def test_a_factory_that_spoils_the_model_does_not_spoil_the_new_modules():
     model = Model().eval()
 
     def spoil(module: Any) -> None:
-        model.layers[0] = nn.ReLU()
+        layers: Any = model.layers
+        layers[0] = nn.ReLU()
 
     make = Maker("layers.2", spoil)
     with pytest.raises(SelectionError) as error:

@@ -7,7 +7,7 @@ import sysconfig
 from pathlib import Path
 
 import pytest
-from release import check_content, check_tag
+from programs.release import check_content, check_tag
 
 import mlx_modswap
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import random
 import re
@@ -11,15 +12,17 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import oracle
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from models import Llama, build, identity
 from strategies import Leaf, Net, swaps
 
-from mlx_modswap import Replacement, Wrapper, replace_layers, select, tree
+from mlx_modswap import Replacement, Wrapper, _measure, replace_layers, select, tree
 from mlx_modswap._fold import fold, pattern_of, segments
 from mlx_modswap._hints import outline
-from mlx_modswap._report import number, size
+from mlx_modswap._report import Change, number, size
 
 
 class LoRA(nn.Module):
@@ -31,87 +34,90 @@ class LoRA(nn.Module):
         self.lora_b = mx.zeros((rank, outputs))
 
 
-class Attention(nn.Module):
-    def __init__(self, dims: int):
-        super().__init__()
-        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(dims, dims) for _ in range(3))
-
-
-class Model(nn.Module):
-    def __init__(self, layers: int = 4, dims: int = 64):
-        super().__init__()
-        self.embed = nn.Embedding(100, dims)
-        self.layers = [Net() for _ in range(layers)]
-        for layer in self.layers:
-            layer.self_attn = Attention(dims)
-            layer.norm = nn.RMSNorm(dims)
-
-
 def lora(path: str, layer: nn.Module) -> nn.Module:
     return LoRA(layer)
 
 
-def nothing(path: str, layer: nn.Module) -> nn.Module:
-    return nn.Identity()
+def patterns_of(replacement: Replacement) -> list[str]:
+    """The pattern that each line starts with."""
+    return [row[0] for row in replacement._rows() if row[1]]
 
 
-def holding(**held: Any) -> Any:
-    module = nn.Module()
-    for name, value in held.items():
-        setattr(module, name, value)
-    return module
-
-
-def places_of(replacement: Replacement) -> list[str]:
-    """The patterns that stand at the beginning of each line."""
-    return [row[0] for row in replacement._rows()]
-
-
-def read(place: str) -> Any:
+def read(pattern: str) -> Any:
     """The pattern that was printed."""
-    if place.startswith("re.compile("):
-        return re.compile(eval(place.removeprefix("re.compile(").removesuffix(")")))
-    return place
+    if pattern.startswith("re.compile("):
+        return re.compile(eval(pattern.removeprefix("re.compile(").removesuffix(")")))
+    return pattern
 
 
 # ---------------------------------------------------------------- whole texts
 
 
-def test_adapters_in_a_frozen_model_in_bfloat16():
-    model = Model()
+def test_a_report_of_adapters_shows_parameters_trainable_ones_bytes_and_dtypes():
+    model = Llama()
     model.set_dtype(mx.bfloat16)
     model.freeze()
     assert str(replace_layers(model, "**.self_attn.{q,v}_proj", lora)) == (
-        "layers[0:4].self_attn.{q,v}_proj   Linear -> LoRA   x8   33.3K -> 37.4K params"
-        "   0 -> 4.1K trainable   66.6 KB -> 82.9 KB   bfloat16 -> bfloat16, float32"
+        "layers[0:4].self_attn.{q,v}_proj   Linear -> LoRA   x8   24.6K -> 28.2K params"
+        "   0 -> 3.6K trainable   49.2 KB -> 63.5 KB   bfloat16 -> bfloat16, float32"
     )
 
 
-def test_quantization_keeps_the_number_of_parameters():
-    model = Model()
+def test_a_report_of_quantization_counts_parameters_before_it():
     rules = {
         "layers[-1].**": None,
-        "embed": lambda path, layer: layer.to_quantized(bits=8),
-        "**": lambda path, layer: layer.to_quantized(bits=4),
+        "embed_tokens": lambda path, layer: layer.to_quantized(bits=8),
+        "**.self_attn.*_proj": lambda path, layer: layer.to_quantized(bits=4),
     }
-    where = (nn.Linear, nn.Embedding)
-    assert str(replace_layers(model, rules, where=where)).splitlines() == [
-        "embed                                Embedding -> QuantizedEmbedding(bits=8)   x1"
-        "   6.4K params    25.6 KB -> 7.2 KB     float32 -> float32, uint32",
-        "layers[0:3].self_attn.{q,k,v}_proj   Linear -> QuantizedLinear(bits=4)         x9"
-        "   37.4K params   149.8 KB -> 25.3 KB   float32 -> float32, uint32",
+    model = Llama()
+    model.pop("lm_head")
+    assert str(replace_layers(model, rules)).splitlines() == [
+        "embed_tokens                           Embedding -> QuantizedEmbedding(bits=8)   x1 "
+        "   64.0K params    256.0 KB -> 72.0 KB   float32 -> float32, uint32",
+        "layers[0:3].self_attn.{q,k,v,o}_proj   Linear -> QuantizedLinear(bits=4)         x12"
+        "   36.9K params    147.5 KB -> 23.0 KB   float32 -> float32, uint32",
+        "total                                                                            x13"
+        "   100.9K params   403.5 KB -> 95.0 KB",
     ]
 
 
-def test_trainable_parameters_are_told_where_they_are_not_what_one_expects():
+def test_places_that_different_rules_decided_never_share_a_line():
+    model = Llama(layers=2, dims=8).freeze()
+    rules = {"layers[0].**": lora, "**": lambda path, layer: LoRA(layer, rank=8)}
+    report = replace_layers(model, rules, where=nn.Linear, exclude="**.mlp.*")
+    assert str(report).splitlines() == [
+        "layers.0.self_attn.{q,k,v,o}_proj   Linear -> LoRA   x4   192 -> 416 params    "
+        "0 -> 224 trainable   768 B -> 1.7 KB    float32",
+        "layers.1.self_attn.{q,k,v,o}_proj   Linear -> LoRA   x4   192 -> 640 params    "
+        "0 -> 448 trainable   768 B -> 2.6 KB    float32",
+        "total                                                x8   384 -> 1.1K params   "
+        "0 -> 672 trainable   1.5 KB -> 4.2 KB",
+    ]
+
+
+def test_two_patterns_with_one_factory_share_a_line():
+    report = replace_layers(Llama(2), ["**.q_proj", "**.k_proj"], identity)
+    assert patterns_of(report) == ["layers[0:2].self_attn.{q,k}_proj"]
+
+
+def test_the_total_tells_what_is_trainable_if_one_of_its_lines_does():
+    model = nn.Sequential(nn.Linear(64, 1, bias=False), frozen(nn.Linear(1, 1)))
+    rules = {"*.0": lambda path, layer: layer.to_quantized(), "**": lambda *_: nn.Linear(2, 1)}
+    quantized, linear, total = str(replace_layers(model, rules)).splitlines()
+    assert "trainable" not in quantized
+    assert "   0 -> 3 trainable   " in linear
+    assert "   64 -> 3 trainable   " in total
+
+
+def test_a_report_shows_trainable_parameters_only_where_they_are_unexpected():
     def half_frozen(path: str, layer: nn.Module) -> nn.Module:
         new = nn.Linear(64, 64)
         new.freeze(keys="weight")
         return new
 
-    assert str(replace_layers(Model(), "layers[0].self_attn.q_proj", half_frozen)) == (
-        "layers.0.self_attn.q_proj   Linear   x1   4.2K params   4.2K -> 64 trainable"
-        "   16.6 KB   float32"
+    model = nn.Sequential(nn.Linear(64, 64))
+    assert str(replace_layers(model, "layers[0]", half_frozen)) == (
+        "layers.0   Linear   x1   4.2K params   4.2K -> 64 trainable   16.6 KB   float32"
     )
 
 
@@ -138,12 +144,17 @@ def frozen(module: Any) -> Any:
     return module.freeze()
 
 
+def in_float16(module: nn.Module) -> nn.Module:
+    module.set_dtype(mx.float16)
+    return module
+
+
 def with_bits(module: Any) -> Any:
     module.bits = 4
     return module
 
 
-# What stands in the columns for an old module that becomes a Linear of two parameters, 8 bytes.
+# The cells of a line for an old module that becomes a Linear of two parameters, 8 bytes.
 COUNTED = [
     (lambda: nn.Linear(2, 2), "Linear   x1   6 -> 2 params   24 B -> 8 B   float32"),
     (
@@ -156,31 +167,31 @@ COUNTED = [
         "Linear   x1   6 -> 2 params   0 -> 2 trainable   24 B -> 8 B   float32",
     ),
     (
-        lambda: holding(_private=mx.zeros(3), weight=mx.zeros(4), other=mx.zeros(5, mx.int8)),
+        lambda: build(_private=mx.zeros(3), weight=mx.zeros(4), other=mx.zeros(5, mx.int8)),
         "Module -> Linear   x1   9 -> 2 params   21 B -> 8 B   float32, int8 -> float32",
     ),
     (
-        lambda: holding(_private=[mx.zeros(3)], parts={"a": [mx.zeros(4)]}),
+        lambda: build(_private=[mx.zeros(3)], parts={"a": [mx.zeros(4)]}),
         "Module -> Linear   x1   4 -> 2 params   16 B -> 8 B   float32",
     ),
     (
-        lambda: holding(_child=nn.Linear(2, 2), child=nn.Linear(2, 2)),
+        lambda: build(_child=nn.Linear(2, 2), child=nn.Linear(2, 2)),
         "Module -> Linear   x1   6 -> 2 params   24 B -> 8 B   float32",
     ),
     (
-        lambda: holding(inner=with_bits(nn.Linear(2, 2)), weight=mx.zeros(1)),
+        lambda: build(inner=with_bits(nn.Linear(2, 2)), weight=mx.zeros(1)),
         "Module -> Linear   x1   7 -> 2 params   28 B -> 8 B   float32",
     ),
     (
-        lambda: holding(a=nn.Linear(2, 2), b=nn.RMSNorm(3), c=holding(d=nn.RMSNorm(4))),
+        lambda: build(a=nn.Linear(2, 2), b=nn.RMSNorm(3), c=build(d=nn.RMSNorm(4))),
         "Module -> Linear   x1   13 -> 2 params   52 B -> 8 B   float32",
     ),
     (
-        lambda: holding(parts=[mx.zeros(2), mx.zeros(3)], a=mx.zeros(4)).freeze(keys="parts"),
+        lambda: build(parts=[mx.zeros(2), mx.zeros(3)], a=mx.zeros(4)).freeze(keys="parts"),
         "Module -> Linear   x1   9 -> 2 params   4 -> 2 trainable   36 B -> 8 B   float32",
     ),
     (
-        lambda: holding(parts={"b": mx.zeros(2)}, a=mx.zeros(4)).freeze(keys="parts.b"),
+        lambda: build(parts={"b": mx.zeros(2)}, a=mx.zeros(4)).freeze(keys="parts.b"),
         "Module -> Linear   x1   6 -> 2 params   4 -> 2 trainable   24 B -> 8 B   float32",
     ),
     (Bare, "Bare -> Linear   x1   4 -> 2 params   16 B -> 8 B   float32"),
@@ -203,35 +214,71 @@ COUNTED = [
 
 
 @pytest.mark.parametrize(("build", "line"), COUNTED)
-def test_what_is_counted_in_a_module(build, line):
+def test_the_figures_of_a_single_module(build, line):
     model = nn.Sequential(build())
     report = replace_layers(model, "layers.0", lambda path, layer: nn.Linear(1, 1))
     assert str(report) == f"layers.0   {line}"
 
 
 @pytest.mark.parametrize(("build", "line"), COUNTED)
-def test_what_is_counted_in_a_module_beside_plain_ones(build, line):
+def test_the_figures_of_a_module_next_to_plain_ones(build, line):
     model = nn.Sequential(Unlike(), nn.Embedding(3, 3), build())
     report = replace_layers(model, "layers.*", lambda path, layer: nn.Linear(1, 1))
     last = str(report).splitlines()[2]
     assert last.split() == ["layers.2", *line.split()]
 
 
-def test_digits_that_are_keys_are_no_indices():
-    model = holding(by_key={"0": nn.Linear(2, 2), "1": nn.Linear(2, 2)}, by_index=[nn.Linear(2, 2)])
-    assert places_of(replace_layers(model, "by_index.*", nothing)) == ["by_index.0"]
-    assert places_of(replace_layers(model, "by_key.*", nothing)) == ["by_key.{0,1}"]
+ARRAYS = nn.Linear(2, 2)
+PLAIN = [
+    *(ARRAYS, nn.RMSNorm(3), nn.ReLU(), ARRAYS, nn.Tanh(), nn.ReLU()),
+    *(nn.Linear(3, 1, bias=False), in_float16(nn.Linear(2, 2)), in_float16(nn.PReLU()), ARRAYS),
+]
+OTHERS = [
+    build(inner=ARRAYS),
+    nn.QuantizedLinear(64, 1),
+    frozen(nn.Linear(1, 1)),
+    build(_private=mx.zeros(3)),
+    Bare(),
+]
 
 
-def test_columns_that_say_nothing_are_left_out():
+@pytest.mark.parametrize("chunk", [1, 2, 3, 4, 100])
+@pytest.mark.parametrize("other", OTHERS)
+def test_a_record_made_in_chunks_measures_the_same_as_all_at_once(monkeypatch, chunk, other):
+    monkeypatch.setattr(_measure, "_CHUNK", chunk)
+    for at in range(len(PLAIN) + 1):
+        modules = [*PLAIN[:at], other, *PLAIN[at:]]
+        assert _measure.record(modules)() == _measure.measure(modules)
+    assert _measure.record(PLAIN)() == _measure.measure(PLAIN)
+    assert _measure.record([])() == []
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 100])
+def test_a_record_tells_what_modules_held_when_it_was_made(monkeypatch, chunk):
+    monkeypatch.setattr(_measure, "_CHUNK", chunk)
+    layers = [nn.Linear(1, 2), nn.Linear(1, 2, bias=False), nn.Linear(1, 2)]
+    note = _measure.record([layers[0], layers[1], layers[0], layers[2]])
+    for layer in layers:
+        layer.set_dtype(mx.float16)
+        layer.pop("weight")
+    assert [(one.params, one.nbytes) for one in note()] == [(4, 16), (2, 8), (0, 0), (4, 16)]
+
+
+def test_a_report_writes_slices_only_where_all_numbers_are_indices():
+    model = build(by_key={"0": nn.Linear(2, 2), "1": nn.Linear(2, 2)}, by_index=[nn.Linear(2, 2)])
+    assert patterns_of(replace_layers(model, "by_index.*", identity)) == ["by_index.0"]
+    assert patterns_of(replace_layers(model, "by_key.*", identity)) == ["by_key.{0,1}"]
+
+
+def test_a_report_leaves_out_empty_columns():
     model = nn.Sequential(nn.ReLU(), nn.Linear(2, 2), nn.ReLU())
     assert str(replace_layers(model, "**", lambda path, layer: nn.Tanh(), where=nn.ReLU)) == (
         "layers.{0,2}   ReLU -> Tanh   x2"
     )
 
 
-def test_what_is_taken_out_leaves_no_arrays():
-    assert str(replace_layers(Model(), "layers[::2].norm", nothing)) == (
+def test_a_report_says_where_no_arrays_are_left():
+    assert str(replace_layers(Llama(), "layers[::2].norm", identity)) == (
         "layers.{0,2}.norm   RMSNorm -> Identity   x2   128 -> 0 params   512 B -> 0 B"
         "   float32 -> no arrays"
     )
@@ -254,7 +301,7 @@ def test_a_small_change_of_a_big_number_is_visible(more, line):
     assert str(replace_layers(model, "**", lambda path, layer: Big(more))) == line
 
 
-def test_a_tied_module_counts_once():
+def test_a_report_counts_a_tied_module_once():
     model = Net()
     model.a = model.b = nn.Linear(2, 2)
     assert str(replace_layers(model, "*", lambda path, layer: nn.Linear(2, 2, bias=False))) == (
@@ -262,42 +309,44 @@ def test_a_tied_module_counts_once():
     )
 
 
-def test_a_swap_of_nothing():
-    report = replace_layers(Model(), "**", lambda path, layer: layer)
+def test_a_report_says_that_nothing_changed():
+    report = replace_layers(Llama(), "**", lambda path, layer: layer)
     assert (str(report), report._repr_html_()) == ("nothing changed", "<p>nothing changed</p>")
 
 
-def test_digit_keys_of_a_dict_that_holds_no_modules_do_not_matter():
-    model = Model()
+def test_digit_keys_of_a_dict_without_modules_do_not_prevent_slices():
+    model = Llama()
     model.settings = {"0": None, "1": nn.gelu}
-    assert str(replace_layers(model, "**.q_proj", nothing)).startswith("layers[0:4].self_attn.q")
+    assert str(replace_layers(model, "**.q_proj", identity)).startswith("layers[0:4].self_attn.q")
 
 
-def test_digit_keys_of_a_dict_are_no_indices():
-    model = holding(keyed={str(n): nn.ReLU() for n in range(3)})
-    assert str(replace_layers(model, "**", nothing)) == "keyed.{0,1,2}   ReLU -> Identity   x3"
+def test_digit_keys_of_a_dict_are_not_written_as_a_slice():
+    model = build(keyed={str(n): nn.ReLU() for n in range(3)})
+    assert str(replace_layers(model, "**", identity)) == "keyed.{0,1,2}   ReLU -> Identity   x3"
 
 
-def test_arrays_that_hold_other_numbers_are_no_layers_with_digit_keys():
-    model = holding(layers=[nn.Module() for _ in range(10)])
+def test_digit_names_of_arrays_do_not_prevent_slices():
+    model = build(layers=[nn.Module() for _ in range(10)])
     for layer in model.layers:
         layer["0"] = mx.zeros(1)
-    assert str(replace_layers(model, "**", nothing)).startswith("layers[0:10]   Module -> Identity")
+    report = replace_layers(model, "**", identity)
+    assert str(report).startswith("layers[0:10]   Module -> Identity")
 
 
-def test_of_many_layers_each_keeps_its_own_dtype():
-    model = holding(layers=[nn.Linear(1, 1, bias=False) for _ in range(2000)])
+def test_layers_of_different_dtypes_do_not_share_a_line():
+    model = build(layers=[nn.Linear(1, 1, bias=False) for _ in range(2000)])
     for layer in model.layers[:1000]:
         layer.set_dtype(mx.float16)
-    assert str(replace_layers(model, "layers.*", nothing)).splitlines() == [
+    assert str(replace_layers(model, "layers.*", identity)).splitlines() == [
         "layers[0:1000]      Linear -> Identity   x1000   1.0K -> 0 params   2.0 KB -> 0 B   "
         "float16 -> no arrays",
         "layers[1000:2000]   Linear -> Identity   x1000   1.0K -> 0 params   4.0 KB -> 0 B   "
         "float32 -> no arrays",
+        "total                                    x2000   2.0K -> 0 params   6.0 KB -> 0 B",
     ]
 
 
-def test_what_differs_has_a_line_of_its_own():
+def test_changes_of_different_classes_or_dtypes_do_not_share_a_line():
     def linear(dtype: mx.Dtype) -> nn.Module:
         layer = nn.Linear(1, 1)
         layer.set_dtype(dtype)
@@ -322,39 +371,44 @@ def test_what_differs_has_a_line_of_its_own():
         "layers.5       Linear -> GELU     x1   2 -> 0 params   4 B -> 0 B   float16 -> no arrays",
         "layers.6       ReLU -> Linear     x1   0 -> 2 params   0 B -> 8 B   no arrays -> float32",
         "layers.7       ReLU -> Linear     x1   0 -> 2 params   0 B -> 4 B   no arrays -> float16",
+        "total                             x8   4 params        12 B",
     ]
 
 
 @pytest.mark.parametrize(
-    ("rows", "end", "end_of_table"),
+    ("lines", "end"),
     [
-        (100, "a99.b99   ReLU -> Identity   x1", "<td>x1</td></tr></table>"),
-        (101, "... 1 more", "<td>x1</td></tr></table><p>... 1 more</p>"),
-        (120, "... 20 more", "<td>x1</td></tr></table><p>... 20 more</p>"),
+        (1, [["a0.b0", "ReLU -> Identity", "x1"]]),
+        (100, [["a99.b99", "ReLU -> Identity", "x1"], ["total", "x100"]]),
+        (101, [["... 1 more"], ["total", "x101"]]),
+        (120, [["... 20 more"], ["total", "x120"]]),
     ],
 )
-def test_a_long_picture_is_cut(rows, end, end_of_table):
+def test_a_report_shows_at_most_a_hundred_lines_and_the_total(lines, end):
     model = Net()
-    for n in range(rows):
+    for n in range(lines):
         setattr(model, f"a{n}.b{n}", nn.ReLU())
-    replacement = replace_layers(model, "**", nothing)
-    lines, table = str(replacement).splitlines(), replacement._repr_html_()
-    assert len(lines) == min(rows, 101)
-    assert lines[-1] == end
-    assert table.count("<tr>") == 100
-    assert table.endswith(end_of_table)
+    replacement = replace_layers(model, "**", identity)
+    shown, table = str(replacement).splitlines(), replacement._repr_html_()
+    assert len(shown) == min(lines, 101) + (lines > 1)
+    assert [re.split("   +", line) for line in shown[-len(end) :]] == end
+    assert table.count("<tr>") == len(shown)
+    assert table.endswith(f"<td>x{lines}</td></tr></table>")
+    assert len(replacement.changes) == lines
 
 
-def test_a_notebook_gets_a_table_in_which_nothing_is_markup():
+def test_a_notebook_gets_a_table_with_markup_escaped():
     model = Net()
     setattr(model, "<b>&", Leaf())
     model.act = nn.ReLU()
-    assert replace_layers(model, "*", nothing)._repr_html_() == (
+    assert replace_layers(model, "*", identity)._repr_html_() == (
         "<table><tr><td>&lt;b&gt;&amp;</td><td>Leaf -&gt; Identity</td><td>x1</td>"
         "<td>1 -&gt; 0 params</td><td>4 B -&gt; 0 B</td>"
         "<td>float32 -&gt; no arrays</td></tr>"
         "<tr><td>act</td><td>ReLU -&gt; Identity</td><td>x1</td>"
-        "<td></td><td></td><td></td></tr></table>"
+        "<td></td><td></td><td></td></tr>"
+        "<tr><td>total</td><td></td><td>x2</td>"
+        "<td>1 -&gt; 0 params</td><td>4 B -&gt; 0 B</td><td></td></tr></table>"
     )
 
 
@@ -374,6 +428,91 @@ def test_a_notebook_gets_a_table_in_which_nothing_is_markup():
 )
 def test_big_numbers_are_short(count, as_number, as_size):
     assert (number(count), size(count)) == (as_number, as_size)
+
+
+# ---------------------------------------------------------------- two classes of one name
+
+
+def rms_norm() -> type:
+    class RMSNorm(nn.Module):
+        pass
+
+    return RMSNorm
+
+
+ONE, OTHER = rms_norm(), rms_norm()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "text"),
+    [
+        (nn.RMSNorm(1), nn.RMSNorm(1), "RMSNorm"),
+        (ONE(), ONE(), "RMSNorm"),
+        (nn.RMSNorm(1), ONE(), f"mlx.nn.RMSNorm -> {__name__}.rms_norm.<locals>.RMSNorm"),
+        (
+            ONE(),
+            OTHER(),
+            "{0} -> {0} (2)".format(f"{__name__}.rms_norm.<locals>.RMSNorm"),
+        ),
+        (Bare(), nn.RMSNorm(1), "Bare -> RMSNorm"),
+    ],
+)
+def test_two_classes_of_one_name_read_differently(old, new, text):
+    (change,) = replace_layers(nn.Sequential(old), "layers.0", lambda *_: new).changes
+    assert " -> ".join(dict.fromkeys([change.old, change.new])) == text
+    report = replace_layers(nn.Sequential(old), "layers.0", lambda *_: copy.copy(new))
+    assert re.split("   +", str(report))[1] == text
+
+
+def test_classes_of_one_name_in_different_lines_read_differently():
+    model = nn.Sequential(nn.RMSNorm(1), ONE(), nn.ReLU())
+    report = replace_layers(model, {"*.0": identity, "*.1": identity, "**": identity})
+    assert [change.old for change in report.changes] == [
+        "mlx.nn.RMSNorm", f"{__name__}.rms_norm.<locals>.RMSNorm", "ReLU"
+    ]  # fmt: skip
+
+
+# ---------------------------------------------------------------- the same as data
+
+
+def test_changes_are_the_lines_as_data():
+    model = build(
+        **{"a[0]": nn.Linear(2, 2, bias=False)},
+        layers=[nn.Linear(64, 1, bias=False) for _ in range(3)],
+    )
+    rules = {"layers.*": lambda path, layer: layer.to_quantized(bits=8), "**": identity}
+    report = replace_layers(model, rules, where=nn.Linear)
+    float32, packed = frozenset({mx.float32}), frozenset({mx.float32, mx.uint32})
+    a, new = re.compile(r"a\[0\]"), "QuantizedLinear(bits=8)"
+    assert report.changes == [
+        (a, "Linear", "Identity", 1, 4, 0, 16, 0, float32, frozenset()),
+        ("layers[0:3]", "Linear", new, 3, 192, 192, 768, 216, float32, packed),
+    ]
+    assert (report.old_nbytes, report.new_nbytes) == (784, 216)
+    assert Change._fields == (
+        "pattern", "old", "new", "count", "old_params", "new_params",
+        "old_nbytes", "new_nbytes", "old_dtypes", "new_dtypes",
+    )  # fmt: skip
+    report.changes.clear()
+    assert len(report.changes) == 2
+
+
+def test_a_swap_of_nothing_has_no_changes():
+    report = replace_layers(Llama(), "**", lambda path, layer: layer)
+    assert (report.changes, report.old_nbytes, report.new_nbytes) == ([], 0, 0)
+
+
+@pytest.mark.parametrize("read", [str, lambda report: report.changes, lambda r: r.new_nbytes])
+def test_figures_stay_when_the_arrays_of_the_new_modules_are_gone(read):
+    def swap() -> Replacement:
+        return replace_layers(Llama(), "**.q_proj", lora)
+
+    report, other = swap(), swap()
+    read(report)
+    for module in report.values():
+        dict.clear(module)
+    assert (str(report), report.changes) == (str(other), other.changes)
+    assert (report.old_nbytes, report.new_nbytes) == (other.old_nbytes, other.new_nbytes)
 
 
 # ---------------------------------------------------------------- folding
@@ -439,15 +578,30 @@ def test_without_slices_a_number_is_a_name():
 
 
 @given(swaps())
-def test_the_places_of_a_picture_select_what_has_changed_each_place_once(swap):
-    replacement = replace_layers(swap.model, swap.patterns, nothing)
-    found = [path for place in places_of(replacement) for path in select(swap.model, read(place))]
-    assert sorted(found) == sorted(replacement)
+def test_the_printed_patterns_select_each_changed_place_once(swap):
+    report = replace_layers(swap.model, swap.patterns, identity)
+    found = [path for text in patterns_of(report) for path in select(swap.model, read(text))]
+    assert sorted(found) == sorted(report)
+
+
+@given(swaps(shared=False))
+def test_a_change_is_of_one_rule_and_counts_the_places_of_its_pattern(swap):
+    olds = {place.path: place.module for place in swap.targets}
+    rules = dict.fromkeys(swap.patterns, identity)
+    report = replace_layers(swap.model, rules)
+    assert sorted(olds) == sorted(report)
+    for change in report.changes:
+        places = oracle.chosen(swap.model, [change.pattern])
+        assert change.count == len(places)
+        assert len({oracle.deciding(rules, place) for place in places}) == 1
+        modules = [olds[place.path] for place in places]
+        assert change.old_params == sum(map(oracle.parameters, modules))
+        assert {type(module).__name__ for module in modules} == {change.old}
 
 
 @given(st.integers(0, 2**32), st.integers(1, 12), st.floats(0, 1))
 def test_any_choice_of_layers_folds_into_patterns_that_select_it(seed, layers, share):
-    model, chance = Model(layers, 2), random.Random(seed)
+    model, chance = Llama(layers, 2), random.Random(seed)
     chosen = {path for path in select(model, "layers.**") if chance.random() < share}
     folded = fold([segments(path, slices=True) for path in chosen])
     found = [path for product, _ in folded for path in select(model, pattern_of(product))]
@@ -457,42 +611,44 @@ def test_any_choice_of_layers_folds_into_patterns_that_select_it(seed, layers, s
 # ---------------------------------------------------------------- what else it keeps
 
 
-def test_a_picture_keeps_no_replaced_module_alive():
-    model = Model()
+def test_a_report_keeps_no_replaced_module_alive():
+    model = Llama()
     olds = [weakref.ref(module) for module in select(model, "**.q_proj").values()]
-    replacement = replace_layers(model, "**.q_proj", nothing)
+    replacement = replace_layers(model, "**.q_proj", identity)
     gc.collect()
     assert [old() for old in olds] == [None] * 4
     assert str(replacement).startswith("layers[0:4].self_attn.q_proj   Linear -> Identity   x4")
 
 
-def test_an_outline_names_the_modules_right_inside():
-    assert outline(Model()) == ["'embed'", "'layers[0:4]' (4 Net)"]
-    assert outline(Attention(2)) == ["'{q,k,v}_proj' (3 Linear)"]
+def test_an_outline_names_the_direct_children():
+    block = Llama().layers[0]
+    model = build(layers=[block] * 4, norm=nn.ReLU())
+    assert outline(model) == ["'layers[0:4]' (4 LlamaBlock)", "'norm'"]
+    assert outline(block.self_attn) == ["'{q,k,v,o}_proj' (4 Linear)", "'rope'"]
     assert outline(nn.ReLU()) == []
 
 
 @pytest.mark.parametrize("bits", ["nf4", 0, 1.58, None])
 def test_bits_of_a_layers_own_kind_do_not_disturb_the_report(bits):
-    layer = holding(weight=mx.ones((2, 2)), scales=mx.ones((1,)), bits=bits)
-    assert str(replace_layers(holding(a=layer), "a", nothing)).startswith("a   Module -> ")
-    assert str(tree(holding(a=layer)))
+    layer = build(weight=mx.ones((2, 2)), scales=mx.ones((1,)), bits=bits)
+    assert str(replace_layers(build(a=layer), "a", identity)).startswith("a   Module -> ")
+    assert str(tree(build(a=layer)))
 
 
-def test_a_layer_in_two_places_inside_of_what_is_replaced_counts_once():
+def test_a_layer_in_two_places_inside_replaced_modules_counts_once():
     inner = nn.Linear(2, 2)
     for model in (
-        holding(a=holding(x=inner, y=inner)),
-        holding(a=holding(x=inner), b=holding(x=inner)),
-        holding(a=holding(x=inner, y=Wrapper(inner))),
-        holding(a=inner, b=Wrapper(inner)),
-        holding(a=holding(x=inner, y=holding(z=inner))),
+        build(a=build(x=inner, y=inner)),
+        build(a=build(x=inner), b=build(x=inner)),
+        build(a=build(x=inner, y=Wrapper(inner))),
+        build(a=inner, b=Wrapper(inner)),
+        build(a=build(x=inner, y=build(z=inner))),
     ):
-        assert "   6 -> 0 params   24 B -> 0 B   " in total_of(replace_layers(model, "*", nothing))
+        assert "   6 -> 0 params   24 B -> 0 B   " in total_of(replace_layers(model, "*", identity))
 
 
-def test_new_layers_that_were_made_to_hold_one_another_are_measured_once():
-    first, second = holding(x=nn.Linear(2, 2)), holding(x=nn.Linear(3, 3))
+def test_new_layers_that_contain_each_other_are_measured_once():
+    first, second = build(x=nn.Linear(2, 2)), build(x=nn.Linear(3, 3))
     report = replace_layers(nn.Sequential(nn.ReLU()), "layers.0", lambda path, layer: first)
     first.second, second.first = second, first
     assert str(report) == (
@@ -505,10 +661,10 @@ def total_of(report: Replacement) -> str:
     return "".join(line for line in str(report).splitlines() if " 0 -> 0 " not in line) + "   "
 
 
-def test_a_deep_model_is_reported_in_good_time():
+def test_a_swap_300_levels_deep_is_reported_in_a_hundred_lines():
     model = inner = nn.Module()
     for _ in range(300):
         inner.leaf, inner.inner = nn.ReLU(), nn.Module()
         inner = inner.inner
-    report = replace_layers(model, "**.leaf", nothing)
-    assert str(report).count("\n") == 100
+    report = replace_layers(model, "**.leaf", identity)
+    assert str(report).splitlines()[-2].strip() == "... 200 more"

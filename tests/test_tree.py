@@ -1,5 +1,5 @@
 # ruff: noqa: E501
-"""The picture of a model is short, true, and quickly drawn."""
+"""The picture of a model is short and true."""
 
 from __future__ import annotations
 
@@ -18,45 +18,10 @@ import oracle
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from models import Llama
 from strategies import Leaf, Net, Secret, lists_of_patterns, models
 
 from mlx_modswap import NoMatchError, PatternError, SelectionError, Wrapper, select, tree
-
-
-class Attention(nn.Module):
-    def __init__(self, dims: int, heads: int, kv_heads: int):
-        super().__init__()
-        self.n_heads, self.n_kv_heads = heads, kv_heads
-        self.q_proj = nn.Linear(dims, dims, bias=False)
-        self.k_proj = nn.Linear(dims, dims * kv_heads // heads, bias=False)
-        self.v_proj = nn.Linear(dims, dims * kv_heads // heads, bias=False)
-        self.o_proj = nn.Linear(dims, dims, bias=False)
-        self.rope = nn.RoPE(dims // heads)
-
-
-class MLP(nn.Module):
-    def __init__(self, dims: int):
-        super().__init__()
-        self.gate_proj = nn.Linear(dims, 2 * dims, bias=False)
-        self.up_proj = nn.Linear(dims, 2 * dims, bias=False)
-        self.down_proj = nn.Linear(2 * dims, dims, bias=False)
-
-
-class Block(nn.Module):
-    def __init__(self, dims: int, number: int):
-        super().__init__()
-        self.layer_idx = number
-        self.self_attn = Attention(dims, 4, 2)
-        self.mlp = MLP(dims)
-        self.norm = nn.RMSNorm(dims)
-
-
-class Llama(nn.Module):
-    def __init__(self, layers: int = 4, dims: int = 64):
-        super().__init__()
-        self.embed_tokens = nn.Embedding(1000, dims)
-        self.layers = [Block(dims, number) for number in range(layers)]
-        self.lm_head = self.embed_tokens
 
 
 class Expert(nn.Module):
@@ -81,7 +46,7 @@ def net(**held: Any) -> nn.Module:
     return module
 
 
-def brothers(first: int, last: int) -> nn.Module:
+def siblings(first: int, last: int) -> nn.Module:
     """A module of so many different ones that none share a line."""
     return net(**{f"l{n}": nn.Linear(n, 1) for n in range(first, last + 1)})
 
@@ -97,13 +62,13 @@ def deep(levels: int) -> nn.Module:
 # ---------------------------------------------------------------- whole texts
 
 
-def test_a_model():
+def test_a_whole_model_is_drawn_in_eleven_lines():
     assert (
         str(tree(Llama()))
         == """\
 Llama                                                            211.7K params   846.8 KB   float32
   {embed_tokens,lm_head}   Embedding(1000, 64)              x2   64.0K           256.0 KB   float32   tied, one module
-  layers[0:4]              Block                            x4   147.7K          590.8 KB   float32
+  layers[0:4]              LlamaBlock                       x4   147.7K          590.8 KB   float32
     self_attn              Attention(4 heads, 2 kv heads)   x4   49.2K           196.6 KB   float32
       {q,o}_proj           Linear(64 -> 64)                 x8   32.8K           131.1 KB   float32
       {k,v}_proj           Linear(64 -> 32)                 x8   16.4K           65.5 KB    float32
@@ -115,7 +80,7 @@ Llama                                                            211.7K params  
     )
 
 
-def test_a_selection_inside_of_a_wrapped_layer_is_marked():
+def test_a_selection_inside_a_wrapped_layer_is_marked():
     layer, model = nn.Module(), nn.Module()
     layer.up, layer.acts = nn.Linear(2, 2), [nn.ReLU(), nn.Tanh()]
     model.block = Wrapper(layer)
@@ -124,13 +89,13 @@ def test_a_selection_inside_of_a_wrapped_layer_is_marked():
         assert marked[1:].strip().startswith(name)
 
 
-def test_a_selection_is_marked_and_splits_what_looked_the_same():
+def test_a_selection_is_marked_and_gives_its_blocks_a_line_of_their_own():
     assert (
         str(tree(Llama(layers=6), "layers[-2:].**.{q,v}_proj"))
         == """\
   Llama                                                            285.6K params   1.1 MB     float32
     {embed_tokens,lm_head}   Embedding(1000, 64)              x2   64.0K           256.0 KB   float32   tied, one module
-    layers[0:4]              Block                            x4   147.7K          590.8 KB   float32
+    layers[0:4]              LlamaBlock                       x4   147.7K          590.8 KB   float32
       self_attn              Attention(4 heads, 2 kv heads)   x4   49.2K           196.6 KB   float32
         {q,o}_proj           Linear(64 -> 64)                 x8   32.8K           131.1 KB   float32
         {k,v}_proj           Linear(64 -> 32)                 x8   16.4K           65.5 KB    float32
@@ -139,7 +104,7 @@ def test_a_selection_is_marked_and_splits_what_looked_the_same():
         {gate,up}_proj       Linear(64 -> 128)                x8   65.5K           262.1 KB   float32
         down_proj            Linear(128 -> 64)                x4   32.8K           131.1 KB   float32
       norm                   RMSNorm(64, eps=1e-05)           x4   256             1.0 KB     float32
-    layers[4:6]              Block                            x2   73.9K           295.4 KB   float32
+    layers[4:6]              LlamaBlock                       x2   73.9K           295.4 KB   float32
       self_attn              Attention(4 heads, 2 kv heads)   x2   24.6K           98.3 KB    float32
 *       q_proj               Linear(64 -> 64)                 x2   8.2K            32.8 KB    float32
         k_proj               Linear(64 -> 32)                 x2   4.1K            16.4 KB    float32
@@ -154,7 +119,7 @@ def test_a_selection_is_marked_and_splits_what_looked_the_same():
     )
 
 
-def test_nothing_is_split_where_a_pattern_selects_all_alike():
+def test_places_that_are_all_selected_share_a_line():
     assert (
         str(tree(Mixture(2, 4), "**.experts[::2].w*"))
         == """\
@@ -169,7 +134,7 @@ def test_nothing_is_split_where_a_pattern_selects_all_alike():
     )
 
 
-def test_a_quantized_model_says_how():
+def test_a_picture_shows_group_size_and_bits_of_quantized_layers():
     model = Llama(layers=2)
     nn.quantize(model.layers[0], 32, 8)
     nn.quantize(model.layers[1].mlp, 64, 4)
@@ -178,7 +143,7 @@ def test_a_quantized_model_says_how():
         == """\
 Llama                                                                               137.9K params   367.1 KB   float32, uint32
   {embed_tokens,lm_head}   Embedding(1000, 64)                                 x2   64.0K           256.0 KB   float32           tied, one module
-  layers.0                 Block                                                    36.9K           46.3 KB    float32, uint32
+  layers.0                 LlamaBlock                                               36.9K           46.3 KB    float32, uint32
     self_attn              Attention(4 heads, 2 kv heads)                           12.3K           15.4 KB    float32, uint32
       {q,o}_proj           QuantizedLinear(64 -> 64, group_size=32, bits=8)    x2   8.2K            10.2 KB    float32, uint32
       {k,v}_proj           QuantizedLinear(64 -> 32, group_size=32, bits=8)    x2   4.1K            5.1 KB     float32, uint32
@@ -187,7 +152,7 @@ Llama                                                                           
       {gate,up}_proj       QuantizedLinear(64 -> 128, group_size=32, bits=8)   x2   16.4K           20.5 KB    float32, uint32
       down_proj            QuantizedLinear(128 -> 64, group_size=32, bits=8)        8.2K            10.2 KB    float32, uint32
     norm                   RMSNorm(64, eps=1e-05)                                   64              256 B      float32
-  layers.1                 Block                                                    36.9K           64.8 KB    float32, uint32
+  layers.1                 LlamaBlock                                               36.9K           64.8 KB    float32, uint32
     self_attn              Attention(4 heads, 2 kv heads)                           12.3K           49.2 KB    float32
       {q,o}_proj           Linear(64 -> 64)                                    x2   8.2K            32.8 KB    float32
       {k,v}_proj           Linear(64 -> 32)                                    x2   4.1K            16.4 KB    float32
@@ -199,7 +164,7 @@ Llama                                                                           
     )
 
 
-def test_a_half_frozen_model_says_what_is_trainable():
+def test_a_picture_of_a_half_frozen_model_shows_what_is_trainable():
     model = Llama(layers=2)
     model.freeze()
     model.layers[1].mlp.unfreeze()
@@ -208,7 +173,7 @@ def test_a_half_frozen_model_says_what_is_trainable():
         == """\
 Llama                                                            137.9K params   24.6K trainable   551.4 KB   float32
   {embed_tokens,lm_head}   Embedding(1000, 64)              x2   64.0K           0                 256.0 KB   float32   tied, one module
-  layers.0                 Block                                 36.9K           0                 147.7 KB   float32
+  layers.0                 LlamaBlock                            36.9K           0                 147.7 KB   float32
     self_attn              Attention(4 heads, 2 kv heads)        12.3K           0                 49.2 KB    float32
       {q,o}_proj           Linear(64 -> 64)                 x2   8.2K            0                 32.8 KB    float32
       {k,v}_proj           Linear(64 -> 32)                 x2   4.1K            0                 16.4 KB    float32
@@ -217,7 +182,7 @@ Llama                                                            137.9K params  
       {gate,up}_proj       Linear(64 -> 128)                x2   16.4K           0                 65.5 KB    float32
       down_proj            Linear(128 -> 64)                     8.2K            0                 32.8 KB    float32
     norm                   RMSNorm(64, eps=1e-05)                64              0                 256 B      float32
-  layers.1                 Block                                 36.9K           24.6K             147.7 KB   float32
+  layers.1                 LlamaBlock                            36.9K           24.6K             147.7 KB   float32
     self_attn              Attention(4 heads, 2 kv heads)        12.3K           0                 49.2 KB    float32
       {q,o}_proj           Linear(64 -> 64)                 x2   8.2K            0                 32.8 KB    float32
       {k,v}_proj           Linear(64 -> 32)                 x2   4.1K            0                 16.4 KB    float32
@@ -229,7 +194,7 @@ Llama                                                            137.9K params  
     )
 
 
-def test_arrays_in_lists_and_dicts_count_in_their_module():
+def test_arrays_in_lists_and_dicts_count_in_the_module_that_holds_them():
     holder = net(by={"w": [mx.zeros(2), mx.zeros(3)], "_v": mx.zeros(1)})
     holder.freeze()
     holder.unfreeze(keys="by.w.1", recurse=False)
@@ -242,7 +207,7 @@ Net          6 params   3 trainable   24 B   float32
     )
 
 
-def test_what_is_no_module_to_mlx_is_shown_as_what_it_is():
+def test_functions_none_and_tuples_of_modules_are_shown_as_what_they_are():
     model = net(
         activation=nn.gelu,
         parts=(nn.Linear(2, 2), [nn.ReLU()]),
@@ -263,7 +228,7 @@ Net                                                                       6 para
     )
 
 
-def test_modules_in_several_places_count_once():
+def test_a_module_in_several_places_is_counted_on_one_line():
     shared, twin = nn.Linear(2, 2), net(inner=nn.Linear(2, 2))
     model = net(
         a=shared,
@@ -287,7 +252,7 @@ Net                                              30 params   120 B   float32
     )
 
 
-def test_a_line_says_how_many_modules_are_tied_in_it():
+def test_a_line_says_how_many_different_modules_are_tied():
     one, two = nn.Linear(2, 2), nn.Linear(2, 2)
     model = net(layers=[one, two, one, two], more=[one, two])
     assert str(tree(model)).splitlines()[1:] == [
@@ -298,7 +263,7 @@ def test_a_line_says_how_many_modules_are_tied_in_it():
     ]
 
 
-def test_a_wrapper_and_its_layer_are_one_module():
+def test_a_layer_and_a_wrapper_around_it_are_counted_as_one_module():
     layer, again, tied = nn.Linear(2, 2), Wrapper(nn.Linear(3, 3)), nn.Linear(4, 4)
     model = net(
         a=Wrapper(layer),
@@ -329,6 +294,11 @@ def test_a_wrapper_and_its_layer_are_one_module():
     )
 
 
+def cells_of(picture: Any) -> list[list[str]]:
+    """The cells of each line."""
+    return [re.split("   +", line.strip()) for line in str(picture).splitlines()]
+
+
 class Says(nn.Module):
     def __init__(self, text: Any):
         super().__init__()
@@ -346,7 +316,7 @@ class Sized(nn.Module):
     output_dims = 4
 
 
-def test_a_line_tells_the_numbers_that_matter():
+def test_a_line_shows_the_figures_that_matter():
     w1, w2, w3 = mx.zeros(1), mx.zeros((1, 2)), mx.zeros((1, 2, 3))
     table = {
         "Linear(2 -> 3)": nn.Linear(2, 3, bias=False),
@@ -393,7 +363,7 @@ def test_a_line_tells_the_numbers_that_matter():
         "Sized(3 -> 4)": Sized(),
     }  # fmt: skip
     for text, module in table.items():
-        assert tree(module).data()["places"][0]["text"] == text
+        assert cells_of(tree(module))[0][0] == text
     nothing = [
         Says("{self.what}"),
         Says(None),
@@ -401,7 +371,7 @@ def test_a_line_tells_the_numbers_that_matter():
         net(a=w1, b=w1, c=w1, d=w1),
     ]
     for module in nothing:
-        assert tree(module).data()["places"][0]["text"] == type(module).__name__
+        assert cells_of(tree(module))[0][0] == type(module).__name__
 
 
 class Nameless:
@@ -411,7 +381,7 @@ class Nameless:
         return None
 
 
-def test_a_line_tells_what_stands_where_a_module_could():
+def test_a_line_says_what_is_where_a_module_could_be():
     table = {
         "function gelu": nn.gelu,
         "function <lambda>": lambda: None,
@@ -421,7 +391,7 @@ def test_a_line_tells_what_stands_where_a_module_could():
     }
     for text, value in table.items():
         for model in (net(a=value), net(a=[value]), net(a={"b": [value]})):
-            assert [place["text"] for place in tree(model).data()["places"]] == ["Net", text]
+            assert [cells[-1] for cells in cells_of(tree(model))] == ["Net", text]
     assert str(tree(net(a=Nameless()))) == "Net\n  a   function"
     for value in (None, 1, "a", nn.ReLU, (), (1, [nn.gelu], {"a": nn.ReLU()}), {"a": None}):
         assert str(tree(net(a=value, b=[value] * (value is not None)))) == "Net"
@@ -458,7 +428,7 @@ class Listed(nn.Module):
         return str(self.sizes["all"][0])
 
 
-def test_modules_with_other_numbers_do_not_share_a_line():
+def test_modules_with_different_figures_do_not_share_a_line():
     model = nn.Sequential(
         *(nn.Conv1d(1, 1, 3, stride=n) for n in (1, 1, 2)),
         *(nn.Conv2d(1, 1, 3, stride=n) for n in (1, 2, 2)),
@@ -483,7 +453,7 @@ Sequential                                                                     4
     )
 
 
-def test_settings_that_are_equal_may_read_differently():
+def test_settings_that_compare_equal_but_print_differently_do_not_share_a_line():
     model = nn.Sequential(*map(Listed, (1, 1.0, True)))
     assert str(tree(model)).split() == (
         [
@@ -498,14 +468,14 @@ def test_settings_that_are_equal_may_read_differently():
     )
 
 
-def test_what_a_module_keeps_for_itself_does_not_matter():
+def test_private_attributes_of_a_module_do_not_matter_to_the_picture():
     layers = nn.ReLU(), nn.ReLU(), nn.ReLU()
     vars(layers[0])["_hook"], vars(layers[1])["_hook"] = nn.gelu, nn.silu
     vars(layers[2])["kept_from_mlx"] = layers[0]
     assert str(tree(nn.Sequential(*layers))).split() == ["Sequential", "layers[0:3]", "ReLU", "x3"]
 
 
-def test_modules_that_hold_other_things_do_not_share_a_line():
+def test_modules_that_hold_different_things_do_not_share_a_line():
     w23, w32 = mx.zeros((2, 3)), mx.zeros((3, 2))
     tied = nn.ReLU6(), nn.Linear(2, 2)
     model = net(
@@ -568,7 +538,7 @@ Net                                                                       132 pa
     )
 
 
-def test_modules_under_a_private_name_are_no_parameters():
+def test_modules_under_a_private_name_do_not_count_in_their_parent():
     assert (
         str(tree(net(_hidden=nn.Linear(2, 2), a=nn.Linear(2, 2), secret=Secret())))
         == """\
@@ -579,7 +549,7 @@ Net                                6 params   24 B   float32
     )
 
 
-def test_names_that_are_no_patterns():
+def test_names_that_no_plain_pattern_matches_are_drawn_as_regular_expressions():
     model = net(**{"a[b]": net(x=Leaf(), y=Leaf()), "dot.ted": Leaf(), "0": Leaf(), "": Leaf()})
     assert (
         str(tree(model))
@@ -593,12 +563,12 @@ Net                                              5 params   20 B   float32
     )
 
 
-def test_a_module_alone():
+def test_a_single_module_is_drawn_in_one_line():
     assert str(tree(nn.Linear(2, 2))) == "Linear(2 -> 2, bias)   6 params   24 B   float32"
     assert repr(tree(nn.ReLU())) == "ReLU"
 
 
-def test_more_brothers_than_fit():
+def test_of_more_children_than_fit_the_first_and_the_selected_are_drawn():
     assert (
         str(tree(net(layers=[nn.Linear(n, 1) for n in range(1, 51)]), "layers[40]"))
         == """\
@@ -631,24 +601,24 @@ def test_more_brothers_than_fit():
     )
 
 
-def test_as_many_brothers_as_fit():
-    assert names_of(tree(brothers(1, 24))) == ["Net", *(f"l{n}" for n in range(1, 25))]
-    assert names_of(tree(brothers(1, 25))) == ["Net", *(f"l{n}" for n in range(1, 24)), "..."]
-    assert str(tree(brothers(1, 25))).endswith("\n  ... 2 more")
+def test_twenty_four_children_of_a_line_are_drawn():
+    assert names_of(tree(siblings(1, 24))) == ["Net", *(f"l{n}" for n in range(1, 25))]
+    assert names_of(tree(siblings(1, 25))) == ["Net", *(f"l{n}" for n in range(1, 24)), "..."]
+    assert str(tree(siblings(1, 25))).endswith("\n  ... 2 more")
 
 
 def names_of(picture: Any) -> list[str]:
     return [line.removeprefix("*").split()[0] for line in str(picture).splitlines()]
 
 
-def test_a_text_has_forty_lines():
+def test_a_text_has_at_most_forty_lines():
     for more, pattern, is_open in (
         (19, "**", True),
         (20, "**", False),
         (18, "c", True),
         (19, "c", False),
     ):
-        model = net(a=brothers(1, 17), b=brothers(20, 19 + more), c=nn.ReLU())
+        model = net(a=siblings(1, 17), b=siblings(20, 19 + more), c=nn.ReLU())
         picture = tree(model, pattern)
         lines = str(picture).splitlines()
         assert len(lines) == (40 if is_open else 21 + (pattern != "**"))
@@ -656,7 +626,7 @@ def test_a_text_has_forty_lines():
         assert len(closed) == (not is_open)
 
 
-TWO = net(a=brothers(1, 20), b=brothers(21, 40))
+TWO = net(a=siblings(1, 20), b=siblings(21, 40))
 
 
 @pytest.mark.parametrize(
@@ -669,18 +639,18 @@ TWO = net(a=brothers(1, 20), b=brothers(21, 40))
         (TWO, ["b", "a.l3"], {"b": "20 modules inside"}),
         (TWO, ["a", "b", "a.l3", "b.l3*"], {"b": "20 modules inside, 10 selected"}),
         (
-            net(a=net(p=brothers(1, 15)), b=brothers(21, 35), c=brothers(41, 50)),
+            net(a=net(p=siblings(1, 15)), b=siblings(21, 35), c=siblings(41, 50)),
             "**",
             {"p": "15 modules inside"},
         ),
         (
-            net(a=brothers(1, 12), p=net(b=brothers(1, 12)), z=net(r=net(s=brothers(31, 41)))),
+            net(a=siblings(1, 12), p=net(b=siblings(1, 12)), z=net(r=net(s=siblings(31, 41)))),
             "**",
             {"b": "as a"},
         ),
     ],
 )
-def test_lines_that_do_not_fit_are_closed_and_say_so(model, pattern, closed):
+def test_lines_that_do_not_fit_are_collapsed_and_say_what_is_inside(model, pattern, closed):
     found = {}
     for line in str(tree(model, pattern)).splitlines():
         cells = re.split("   +", line.removeprefix("*").strip())
@@ -693,14 +663,14 @@ def test_lines_that_do_not_fit_are_closed_and_say_so(model, pattern, closed):
     ("name", "note"),
     [("a" * 30, f"as {'a' * 30}.x"), ("b" + "a" * 30, f"as ...{'a' * 27}.x")],
 )
-def test_a_long_path_is_cut_in_a_note(name, note):
-    parts = net(x=brothers(1, 20), rest=net(y=net(x=brothers(1, 20))))
+def test_a_note_cuts_a_long_pattern_at_its_start(name, note):
+    parts = net(x=siblings(1, 20), rest=net(y=net(x=siblings(1, 20))))
     picture = str(tree(net(**{name: parts}))).splitlines()
     assert [line for line in picture if line.endswith(note)]
     assert [line for line in picture if " as " in line]
 
 
-def test_lists_of_lists_and_dicts():
+def test_lists_in_lists_and_dicts_are_drawn():
     model = net(grid=[[Leaf(), nn.ReLU()], [Leaf(), nn.ReLU()]], by={"a": Leaf(), 1: Leaf()})
     assert (
         str(tree(model))
@@ -712,7 +682,7 @@ Net                                   4 params   16 B   float32
     )
 
 
-def test_what_is_private_and_public_counts_where_it_is_public():
+def test_a_module_with_a_private_and_a_public_name_counts_at_the_public_one():
     shared = nn.Linear(2, 2)
     assert (
         str(tree(net(_a=net(b=shared), _c=shared, d=shared, e=shared)))
@@ -725,7 +695,7 @@ Net                                   6 params   24 B   float32
     )
 
 
-def test_modules_that_hold_no_parameters_are_not_tied():
+def test_modules_without_parameters_are_not_drawn_as_tied():
     inner = net(_hidden=nn.Linear(2, 2), relu=nn.ReLU(), secret=Secret())
     assert (
         str(tree(net(a=inner, b=inner)))
@@ -738,7 +708,7 @@ Net
     )
 
 
-def test_a_private_name_is_one_that_the_module_itself_has():
+def test_only_a_name_of_the_module_itself_is_private():
     module = net(by={"_a": nn.Linear(2, 2), "b._c": nn.ReLU()}, _hidden={"a": nn.Linear(3, 3)})
     assert (
         str(tree(net(layers=[module, module, nn.ReLU()])))
@@ -755,7 +725,7 @@ Net                                         6 params   24 B   float32
 # ---------------------------------------------------------------- what fits
 
 
-def test_a_big_mixture_of_experts_is_five_lines():
+def test_a_big_mixture_of_experts_is_drawn_in_five_lines():
     lines = str(tree(Mixture(60, 256))).splitlines()
     assert [line.split()[0] for line in lines] == [
         "Mixture", "layers[0:60]", "gate", "experts[0:256]", "w{1,2,3}"
@@ -763,31 +733,31 @@ def test_a_big_mixture_of_experts_is_five_lines():
     assert " x46080 " in lines[-1]
 
 
-def test_a_deep_model_is_drawn_without_recursion():
+def test_a_model_2000_levels_deep_is_drawn():
     picture = tree(deep(2000), "**.w")
     lines = str(picture).splitlines()
     assert len(lines) == 40
     assert lines[19].endswith("3962 modules inside, 1981 selected")
     assert lines[-1] == "'**.w' selects 2000 of 4000 modules"
     assert picture._repr_html_().count("<details") == 100
-    assert len(picture.data()["places"]) == 4001
+    assert len(picture._rows) == 4001
 
 
 # ---------------------------------------------------------------- what holds for any model
 
 
-def test_a_line_counts_the_places_that_its_path_selects():
+def test_a_line_counts_the_places_that_its_pattern_selects():
     inner = net(x=nn.Linear(2, 2), layers=[nn.ReLU(), nn.Linear(3, 3)])
     block = net(one=inner, two=inner, other=nn.Linear(2, 2))
     model = net(a=block, b=block, more=[block, inner, Net()], last=inner)
     rows = tree(model)._rows[1:]
     assert len(rows) > 8
     for row in rows:
-        assert row.count == len(paths_of(model, row)), row.path
+        assert row.count == len(paths_of(model, row)), row.pattern
 
 
 @given(models(shared=False))
-def test_the_lines_name_every_place_once(model):
+def test_the_patterns_of_all_lines_select_every_place_once(model):
     rows = [row for row in tree(model)._rows[1:] if row.form]
     assert sorted(path for row in rows for path in paths_of(model, row)) == sorted(
         place.path for place in oracle.places(model)
@@ -796,7 +766,7 @@ def test_the_lines_name_every_place_once(model):
 
 
 @given(models(shared=False), st.data())
-def test_the_marked_lines_are_what_select_returns(model, data):
+def test_the_marked_lines_are_the_places_that_select_returns(model, data):
     patterns = data.draw(lists_of_patterns(model))
     places = oracle.chosen(model, patterns)
     assume(not oracle.idle(model, patterns))
@@ -805,20 +775,21 @@ def test_the_marked_lines_are_what_select_returns(model, data):
     assert sorted(path for row in marked for path in paths_of(model, row)) == sorted(
         place.path for place in places
     )
-    assert picture.data()["selected"] == len(places)
-    assert picture.data()["modules"] == len(oracle.places(model))
+    selected, modules = len(places), len(oracle.places(model))
+    summary = str(picture).splitlines()[-1]
+    assert summary.endswith(f" selects {selected} of {modules} module" + "s" * (modules != 1))
 
 
 @given(models(shared=True))
-def test_each_module_is_counted_once(model):
+def test_a_picture_counts_each_parameter_once(model):
     picture = tree(model)
-    assert picture._rows[0].held.params == oracle.parameters(model)
-    assert picture.data()["modules"] == len(oracle.places(model))
+    assert picture._rows[0].measure.params == oracle.parameters(model)
+    assert picture._rows[0].modules == len(oracle.places(model))
 
 
 def paths_of(model: nn.Module, row: Any) -> list[str]:
     """The places of a line, looked up by its pattern."""
-    path = row.path
+    path = row.pattern
     if path.startswith("re.compile("):
         path = re.compile(eval(path.removeprefix("re.compile(").removesuffix(")")))
     return [place.path for place in oracle.chosen(model, [path])]
@@ -843,7 +814,7 @@ class Terminal(io.StringIO):
         (None, {}, False),
     ],
 )
-def test_only_a_terminal_that_wants_it_gets_colour(monkeypatch, terminal, environment, in_colour):
+def test_only_a_terminal_that_wants_colour_gets_it(monkeypatch, terminal, environment, in_colour):
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.delenv("NO_COLOR", raising=False)
     for name, value in environment.items():
@@ -895,7 +866,7 @@ class Page(HTMLParser):
             self.lines[-1] += data
 
 
-def test_a_notebook_gets_a_tree_to_open_and_close():
+def test_a_notebook_gets_a_tree_whose_lines_can_be_expanded():
     page = Page(tree(Llama(), "**.{q,v}_proj")._repr_html_())
     assert page.tags == {"div", "style", "details", "summary", "p", "b", "i", "footer"}
     assert len(page.marked) == 2
@@ -924,7 +895,7 @@ def page_of(picture: Any) -> str:
     return re.sub("(?=<(details|summary|p|/details|footer))", "\n", html)
 
 
-def test_a_whole_page():
+def test_a_page_is_nested_details_and_paragraphs():
     assert (
         page_of(tree(half_frozen(), "layers.0.**"))
         == """\
@@ -955,41 +926,18 @@ def test_a_whole_page():
     )
 
 
-def test_the_whole_data():
-    keys = ["path", "class", "text", "count"]
-    keys += ["params", "trainable", "bytes", "dtypes", "selected", "note"]
-    linear, packed = "Linear(2 -> 2, bias)", "QuantizedLinear(64 -> 1, group_size=64, bits=4)"
-    both = ["float32", "uint32"]
-    rows = [
-        ("", "Net", "Net", 1, 70, 4, 64, both, False, ""),
-        ("a", "Linear", linear, 1, 6, 4, 24, ["float32"], False, "tied"),
-        ("layers.0", "Net", "Net", 1, 0, 0, 0, [], False, ""),
-        ("layers.0.b", "Linear", linear, 1, 0, 0, 0, [], True, "tied to a"),
-        ("layers.0.relu", "ReLU", "ReLU", 1, 0, 0, 0, [], True, ""),
-        ("layers.1", "Linear", linear, 1, 0, 0, 0, [], False, "tied to a"),
-        ("layers.2", None, "None", 1, 0, 0, 0, [], False, ""),
-        ("q", "QuantizedLinear", packed, 1, 64, 0, 40, both, False, ""),
-        ("f", None, "function gelu", 1, 0, 0, 0, [], False, ""),
-    ]
-    places = [dict(zip(keys, row)) for row in rows]
-    assert tree(half_frozen(), "layers.0.**").data() == {
-        "modules": 6, "selected": 2, "places": places
-    }  # fmt: skip
-    assert tree(half_frozen()).data()["selected"] is None
-
-
 @pytest.mark.parametrize(
     ("model", "pattern"),
     [
         (Llama(), "**"),
         (Llama(6), "layers[-2:].**.{q,v}_proj"),
-        (net(a=brothers(1, 16), b=brothers(2, 18), c=net(d=brothers(5, 12))), "c.d.*"),
-        (net(a=brothers(1, 17), b=brothers(20, 38), c=nn.ReLU()), "c"),
+        (net(a=siblings(1, 16), b=siblings(2, 18), c=net(d=siblings(5, 12))), "c.d.*"),
+        (net(a=siblings(1, 17), b=siblings(20, 38), c=nn.ReLU()), "c"),
         (deep(70), "**"),
         (deep(70), "**.w"),
     ],
 )
-def test_a_page_shows_at_first_what_a_text_shows(model, pattern):
+def test_a_page_shows_at_first_what_the_text_shows(model, pattern):
     picture = tree(model, pattern)
     page = Page(picture._repr_html_())
     seen = [line.split()[0] for line, is_seen in zip(page.lines, page.seen) if is_seen]
@@ -997,14 +945,14 @@ def test_a_page_shows_at_first_what_a_text_shows(model, pattern):
     assert len(page.lines) > len(seen) or len(seen) < 39
 
 
-def test_a_page_of_more_brothers_than_fit():
+def test_a_page_draws_two_hundred_children_of_a_line():
     for number, last in ((200, "l200"), (201, "... 2 more"), (202, "... 3 more")):
-        lines = Page(tree(brothers(1, number))._repr_html_()).lines
+        lines = Page(tree(siblings(1, number))._repr_html_()).lines
         assert len(lines) == 201
         assert lines[-1].split(" Linear")[0].strip() == last
 
 
-def test_in_a_notebook_nothing_is_markup():
+def test_names_with_markup_are_escaped_on_a_page():
     model = net(**{"<script>": Leaf(), "a": type("<b>", (nn.Module,), {})()})
     page = Page(tree(model, "<script>")._repr_html_())
     assert page.tags.isdisjoint({"script"})
@@ -1014,14 +962,14 @@ def test_in_a_notebook_nothing_is_markup():
 
 
 @given(models())
-def test_every_page_is_well_formed(model):
+def test_every_page_has_matching_tags(model):
     Page(tree(model)._repr_html_())
 
 
 # ---------------------------------------------------------------- what else
 
 
-def test_it_takes_what_select_takes():
+def test_tree_takes_the_arguments_of_select():
     model = Llama()
     picture = tree(model, ["**"], where=nn.Linear, exclude="**.mlp.*")
     assert str(picture).splitlines()[-1] == "'**' with where and exclude selects 16 of 50 modules"
@@ -1044,14 +992,14 @@ def test_it_takes_what_select_takes():
         ({"pattern": "**", "where": 3}, TypeError),
     ],
 )
-def test_what_select_refuses_is_refused_in_the_same_words(arguments, error):
+def test_tree_refuses_what_select_refuses_in_the_same_words(arguments, error):
     with pytest.raises(error) as of_select:
         select(Llama(), **arguments)
     with pytest.raises(error, match=re.escape(str(of_select.value))):
         tree(Llama(), **arguments)
 
 
-def test_a_cycle_is_an_error():
+def test_tree_refuses_a_model_with_a_cycle():
     inner = Net()
     model = net(a=inner)
     inner.b = model
@@ -1071,7 +1019,7 @@ def test_a_picture_keeps_no_module_alive():
     assert str(picture).endswith("selects 4 of 50 modules")
 
 
-def test_drawing_computes_nothing_and_changes_nothing():
+def test_drawing_a_model_changes_nothing_in_it():
     model = Llama()
     before = oracle.Snapshot(model)
     str(tree(model, "**.q_proj"))

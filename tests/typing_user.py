@@ -71,6 +71,12 @@ def swapping(model: nn.Module) -> None:
     assert_type([*changed.items()], list[tuple[str, nn.Module]])
     assert_type(changed["layers.0.linear1"], nn.Module)
     assert_type(str(changed), str)
+    for change in changed.changes:
+        assert_type(change.pattern, str | re.Pattern[str])
+        assert_type(change.count, int)
+        assert_type(change.old_dtypes, frozenset[mx.Dtype])
+        select(model, change.pattern)
+    assert_type(changed.old_nbytes - changed.new_nbytes, int)
 
     replace_layers(model, re.compile("a"), of_linear, where=nn.Linear)
     replace_layers(model, ["a", re.compile("b")], lambda path, layer: nn.Identity())

@@ -1,16 +1,18 @@
-"""What a module looks like, made from the inside out, so that equal ones are found at once."""
+"""What a module looks like, found out from the inside out, so that equal ones are found at once."""
 
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from .._containers import (
     Container,
+    Keys,
     Location,
+    Segments,
     entries,
     is_container,
     is_private,
@@ -18,17 +20,16 @@ from .._containers import (
     unwrapped,
 )
 from .._errors import classes
-from .._measure import measure_own
+from .._measure import measure_alone
 from .._sharing import Sharing
 
 _ARRAY = mx.array
-_PLAIN = {int, float, str, bool}
-_LONGEST = 48  # text of numbers
+_LONGEST = 48  # text of figures
 _USUAL = re.compile(
     r",? ?\b(\w+=False|mode=affine|affine=True|padding=(0|\(0(, 0)+\))"
     r"|(stride|dilation|groups)=(1|\(1(, 1)+\)))(?=,|$)"
 )
-_ATTRIBUTES = {  # what modules without an `_extra_repr` have to say, and where: the first counts
+_ATTRIBUTES = {  # what to say of modules without an `_extra_repr`, by the first attribute there is
     "{} heads": ("num_heads", "n_heads", "num_attention_heads"),
     "{} kv heads": ("n_kv_heads", "num_kv_heads", "num_key_value_heads"),
     "{} experts": ("num_experts", "n_routed_experts"),
@@ -36,71 +37,97 @@ _ATTRIBUTES = {  # what modules without an `_extra_repr` have to say, and where:
 }
 
 
-class Form:
-    """What modules look like that look the same.
+class Look(NamedTuple):
+    """What a line of the picture shows of a place.
 
     Attributes:
-        text (str): Their class and the numbers that matter.
-        own (Measure): What each holds without the modules inside.
-        held (list): What stands inside of each: its path, the keys that lead to it, and
-            what to show: a text, a form if it is a module, whether it is tied and marked.
-        modules (int): How many modules there are inside.
-        solid (bool): Whether it has parameters.
-        frozen (bool): Whether something is frozen that need not be, as quantized arrays must.
+        text (str): The class and figures of a module, or what else is there.
+        form (Form, optional): The form of a module.
+        tied (bool): Whether a module has parameters and is in other places, too.
+        marked (bool): Whether the place is selected.
     """
 
-    __slots__ = ("frozen", "held", "modules", "own", "solid", "text")
+    text: str
+    form: Form | None = None
+    tied: bool = False
+    marked: bool = False
 
-    def __init__(self, example: nn.Module, held: list[Any]):
-        numbers = _numbers(example)
-        self.text = type(example).__name__ + (f"({numbers})" if numbers else "")
-        self.own, _ = measure_own(example)
-        self.held = held
-        inner = [(path, form) for path, _, (_, form, _, _) in held if form]
+
+class Child(NamedTuple):
+    """A place in a module: the segments of its path there, the keys on the way, and its look."""
+
+    path: Segments
+    keys: Keys
+    look: Look
+
+
+class Form:
+    """The description shared by all modules that look the same.
+
+    Attributes:
+        text (str): Their class and the figures that matter.
+        measure (Measure): What each of them holds without its children.
+        children (list[Child]): The places in each of them.
+        modules (int): How many descendants each of them has.
+        has_parameters (bool): Whether it or a descendant that counts has parameters.
+        is_frozen (bool): Whether parameters are frozen that could be trained, which
+            those of a quantized layer cannot.
+    """
+
+    __slots__ = ("children", "has_parameters", "is_frozen", "measure", "modules", "text")
+
+    def __init__(self, example: nn.Module, children: list[Child]):
+        figures = _figures(example)
+        self.text = type(example).__name__ + (f"({figures})" if figures else "")
+        self.measure, _ = measure_alone(example)
+        self.children = children
+        inner = [(child.path, child.look.form) for child in children if child.look.form]
         self.modules = sum(form.modules + 1 for _, form in inner)
-        self.solid = self.own.params > 0 or any(
-            form.solid and not is_private(path) for path, form in inner
+        self.has_parameters = self.measure.params > 0 or any(
+            form.has_parameters and not is_private(path) for path, form in inner
         )
-        self.frozen = any(form.frozen for _, form in inner) or (
-            self.own.trainable < self.own.params and "bits" not in vars(example)
+        self.is_frozen = any(form.is_frozen for _, form in inner) or (
+            self.measure.trainable < self.measure.params and "bits" not in vars(example)
         )
 
 
 def form_of(model: nn.Module, marked: set[Location]) -> Form:
-    """The form of a model, made of those of all that is inside; ``marked`` are locations."""
-    sharing = Sharing(model)  # there are no more paths than anyone can walk
+    """Find the form of a model; ``marked`` are the locations that are selected.
+
+    Modules that look the same get one form, the identical object. To compare two
+    modules with everything inside them is therefore to compare what they hold
+    themselves, and the forms of their children by identity. The children must have
+    their forms first, so this goes over the model from the inside out, and over each
+    module once: it takes time linear in the size of the model, however many places a
+    module is in. What is marked or tied is part of the look of a child, so a selection
+    inside one of several equal blocks gives that block another form, and a line of
+    its own. What the picture does not show is not part of a form: blocks that know
+    their own number share a line all the same.
+    """
+    sharing = Sharing(model)  # raises if the model has a cycle, or too many paths
     shared = _shared(sharing)
-    forms: dict[int, Form] = {}  # of each module, by ``id``
-    known: dict[Any, Form] = {}  # by all that a module holds
-    alike: dict[Any, Form] = {}  # by what the picture shows of it
+    forms: dict[int, Form] = {}  # of each module, by `id`
+    different: dict[Any, Form] = {}
     for module in reversed(sharing.order):
         if not isinstance(module, nn.Module):
             continue
-        held: list[Any] = []
+        children: list[Child] = []
         arrays: list[Any] = []
-        state: list[Any] = []  # what a text may tell of
         for path, holder, keys, value in own_values(module):
             if type(value) is _ARRAY:
                 arrays.append((path, value.shape, value.dtype))
             elif form := forms.get(id(value)):
-                is_tied = form.solid and id(unwrapped(value)) in shared
+                is_tied = form.has_parameters and id(unwrapped(value)) in shared
                 is_marked = (id(holder), keys[-1]) in marked
-                held.append((path, keys, (form.text, form, is_tied, is_marked)))
-            else:
-                state.append((path, _setting(value)))
-                if text := stand_in(value, holder):
-                    held.append((path, keys, (text, None, False, False)))
+                children.append(Child(path, keys, Look(form.text, form, is_tied, is_marked)))
+            elif text := stand_in(value, holder):
+                children.append(Child(path, keys, Look(text)))
         for key, value in vars(module).items():
-            state.append((key, _setting(value)))
             if not key.startswith("_") and (text := stand_in(value, module)):
-                held.append(((key,), (key,), (text, None, False, False)))
-        look = type(module), tuple(held), tuple(arrays)
-        form = known.get((look, tuple(state)))
-        if form is None:
-            form = Form(module, held)
-            form = alike.setdefault((look, form.text, form.own), form)
-            known[look, tuple(state)] = form
-        forms[id(module)] = form
+                children.append(Child((key,), (key,), Look(text)))
+        form = Form(module, children)
+        look = form.text, form.measure, tuple(arrays), tuple(children)
+        forms[id(module)] = different.setdefault(look, form)
     return forms[id(model)]
 
 
@@ -113,16 +140,10 @@ def _shared(sharing: Sharing) -> set[int]:
     return shared
 
 
-def _setting(value: Any) -> Any:
-    if type(value) is set:  # such as the names of what is frozen
-        return frozenset(value)
-    return (type(value), value) if type(value) in _PLAIN else id(value)
+# ---------------------------------------------------------------- the figures that matter
 
 
-# ---------------------------------------------------------------- the numbers that matter
-
-
-def _numbers(module: nn.Module) -> str:
+def _figures(module: nn.Module) -> str:
     try:
         text = module._extra_repr() or _attributes(module)
     except Exception:  # code of the model, which may rely on what is not there
@@ -134,23 +155,23 @@ def _numbers(module: nn.Module) -> str:
 
 
 def _attributes(module: nn.Module) -> str:
-    texts: dict[str, int] = {}
+    figures: dict[str, int] = {}
     for text, names in _ATTRIBUTES.items():
-        values = [getattr(module, name, None) for name in names]
-        texts.update((text, value) for value in reversed(values) if type(value) is int)
-    words = [text.format(value) for text, value in texts.items()]
+        candidates = [getattr(module, name, None) for name in names]
+        figures.update((text, value) for value in reversed(candidates) if type(value) is int)
+    words = [text.format(value) for text, value in figures.items()]
     arrays = [(str(key), v.shape) for key, v in dict.items(module) if type(v) is _ARRAY]
     arrays = [(key, shape) for key, shape in arrays if not key.startswith("_")]
-    if len(arrays) <= 3 and not texts.keys() & {"input_dims={}", "bits={}"}:
+    if len(arrays) <= 3 and not figures.keys() & {"input_dims={}", "bits={}"}:
         words += [f"{key} {'x'.join(map(str, shape)) or 'scalar'}" for key, shape in arrays]
     return ", ".join(words)
 
 
-# ---------------------------------------------------------------- what is no module to MLX
+# ---------------------------------------------------------------- what is not a module to MLX
 
 
 def stand_in(value: Any, holder: Container) -> str:
-    """What to call a value that stands where a module could, or ``''``."""
+    """What to call a value where a module could be, or ``''``."""
     if value is None:  # an entry that was left out, if there are others
         among_others = isinstance(holder, list) and any(map(is_container, list.__iter__(holder)))
         return "None" if among_others else ""

@@ -1,4 +1,4 @@
-"""Lines of a picture -> text, HTML or data."""
+"""Lines of a picture -> text or HTML."""
 
 from __future__ import annotations
 
@@ -7,45 +7,44 @@ import sys
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from html import escape
-from typing import Any
 
 from .._fold import Product, is_plain, pattern_of
 from .._measure import NOTHING, Measure
 from .._report import aligned, dtypes, number, size
 from .forms import Form
 
-_LINES, _LINES_INSIDE = 40, 24  # of a text, and below one of its lines
-_ROWS, _ROWS_INSIDE = 2000, 200  # of an HTML page, most of them closed
-_LONGEST_PATH = 32  # in a note
-_DEEPEST = 100  # a browser nests no more than some hundreds
+_LINES, _CHILDREN = 40, 24  # of a text, and directly below one of its lines
+_HTML_LINES, _HTML_CHILDREN = 2000, 200  # of an HTML page, most of them collapsed
+_LONGEST_PATTERN = 32  # in a note
+_DEEPEST = 100  # browsers nest elements some hundreds deep, and no deeper
 
 
 @dataclass(eq=False)
 class Row:
-    """A line: places that look the same, and the lines that hang below it.
+    """A line of the picture: places that look the same.
 
     Attributes:
-        above (Row, optional): The line above.
-        product (Product): The places, seen from those of the line above.
+        parent (Row, optional): The line above it; its places contain these.
+        product (Product): The places, as seen from those of the parent.
         count (int): How many places there are.
-        text (str): What stands there.
-        form (Form, optional): What that looks like, if it is a module.
-        tied (bool): Whether it has parameters and stands in other places, too.
+        text (str): What is at the places.
+        form (Form, optional): Their form, if they are modules.
+        tied (bool): Whether they have parameters and are in other places, too.
         marked (bool): Whether they are selected.
-        private (bool): Whether the line above does not count their parameters.
+        private (bool): Whether their parameters do not count in the parent.
         note (str): What else there is to say.
-        held (Measure): What the places hold together.
-        rows (list[Row]): The lines below.
-        whole (Product): The places, seen from the model.
-        is_plain (bool): Whether these are a pattern without a regular expression.
-        path (str): The pattern that selects the places.
-        modules (int): How many modules there are in the lines below.
-        selected (int): How many places are, these and those in the lines below.
-        hidden (bool): Whether the parameters are none of the model: the line or one above
-            is private.
+        measure (Measure): What the places hold together.
+        children (list[Row]): The lines directly below it.
+        whole (Product): The places, as seen from the model.
+        is_plain (bool): Whether a pattern without a regular expression selects them.
+        pattern (str): The pattern that selects the places.
+        modules (int): How many descendants the places have.
+        selected (int): How many places are selected, of this line and all lines below it.
+        uncounted (bool): Whether the parameters of the model are without those of the
+            places, because this line or one that contains it is private.
     """
 
-    above: Row | None
+    parent: Row | None
     product: Product
     count: int
     text: str
@@ -54,34 +53,33 @@ class Row:
     marked: bool = False
     private: bool = False
     note: str = ""
-    held: Measure = NOTHING
-    rows: list[Row] = field(default_factory=list)
+    measure: Measure = NOTHING
+    children: list[Row] = field(default_factory=list)
 
     def __post_init__(self):
-        above = self.above
+        parent = self.parent
         self.modules = self.form.modules * self.count if self.form else 0
         self.selected = self.count * self.marked
-        self.hidden: bool = self.private or (above is not None and above.hidden)
-        self.whole: Product = above.whole + self.product if above else self.product
-        self.is_plain: bool = is_plain(self.product) and (above is None or above.is_plain)
-        if above and self.is_plain:
-            self.path = f"{above.path}.{pattern_of(self.product)}".removeprefix(".")
+        self.uncounted: bool = self.private or (parent is not None and parent.uncounted)
+        self.whole: Product = parent.whole + self.product if parent else self.product
+        self.is_plain: bool = is_plain(self.product) and (parent is None or parent.is_plain)
+        if parent and self.is_plain:
+            self.pattern = f"{parent.pattern}.{pattern_of(self.product)}".removeprefix(".")
         else:
-            self.path = pattern_of(self.whole)
-        if above:
-            above.rows.append(self)
+            self.pattern = pattern_of(self.whole)
+        if parent:
+            parent.children.append(self)
 
 
-Opened = dict[Row, list[Row]]  # what is shown below each line that is open
+Expanded = dict[Row, list[Row]]  # what to show below each line that is expanded
 
 
 class Tree:
     """A picture of a model: print it, or let a notebook show it."""
 
-    def __init__(self, rows: list[Row], chosen_by: str, selected: int | None, frozen: bool):
+    def __init__(self, rows: list[Row], chosen_by: str, selected: int | None, is_frozen: bool):
         self._rows = rows
-        self._selected = selected  # None if nothing was to be marked
-        self._frozen = frozen  # whether to say what is trainable
+        self._shows_trainable = is_frozen
         summary = f"{chosen_by} selects {selected} of {_counted(rows[0].modules)}"
         self._summary = [] if selected is None else [summary]
 
@@ -89,75 +87,59 @@ class Tree:
         unmarked, marked = "  {}" if self._summary else "{}", "* {}"
         if _wants_colour():
             marked = f"\x1b[1;32m{marked}\x1b[0m"
-        opened = _opened(self._rows[0], _LINES - len(self._summary), _LINES_INSIDE)
-        drawn = self._drawn(opened)
-        lines = [(marked if row.marked else unmarked).format(text) for _, row, text in drawn]
-        return "\n".join([*lines, *self._summary])
+        lines = self._lines(self._fitting_a_screen())
+        texts = [(marked if row.marked else unmarked).format(text) for _, row, text in lines]
+        return "\n".join([*texts, *self._summary])
 
     __repr__ = __str__
 
-    def _drawn(self, opened: Opened) -> list[tuple[int, Row, str]]:
+    def _fitting_a_screen(self) -> Expanded:
+        return choose_expanded(self._rows[0], _LINES - len(self._summary), _CHILDREN)
+
+    def _lines(self, expanded: Expanded) -> list[tuple[int, Row, str]]:
         """Depth, row and text of each line, in columns."""
-        lines: list[tuple[int, Row]] = []
+        rows: list[tuple[int, Row]] = []
         waiting = [(0, self._rows[0])]
         while waiting:
             depth, row = waiting.pop()
-            lines.append((depth, row))
-            waiting.extend((depth + 1, one) for one in reversed(opened.get(row, [])))
-        texts = aligned([self._cells(depth, row, opened) for depth, row in lines])
-        return [(depth, row, text) for (depth, row), text in zip(lines, texts)]
+            rows.append((depth, row))
+            waiting.extend((depth + 1, child) for child in reversed(expanded.get(row, [])))
+        texts = aligned([self._cells(depth, row, expanded) for depth, row in rows])
+        return [(depth, row, text) for (depth, row), text in zip(rows, texts)]
 
-    def _cells(self, depth: int, row: Row, opened: Opened) -> list[str]:
-        held, is_top = row.held, row.above is None
+    def _cells(self, depth: int, row: Row, expanded: Expanded) -> list[str]:
+        _, _, params, trainable, nbytes, kinds = row.measure
+        is_top = row.parent is None
         return [
             "  " * depth + (row.text if is_top else pattern_of(row.product)),
             "" if is_top else row.text,
             f"x{row.count}" if row.count > 1 else "",
-            number(held.params) + " params" * is_top if held.params else "",
-            number(held.trainable) + " trainable" * is_top if held.params and self._frozen else "",
-            size(held.nbytes) if held.nbytes else "",
-            dtypes(held.dtypes) if held.dtypes else "",
-            ", ".join(filter(None, [row.note, _what_is_closed(row, opened)])),
+            number(params) + " params" * is_top if params else "",
+            number(trainable) + " trainable" * is_top if params and self._shows_trainable else "",
+            size(nbytes) if nbytes else "",
+            dtypes(kinds) if kinds else "",
+            ", ".join(filter(None, [row.note, _what_is_collapsed(row, expanded)])),
         ]
 
     def _repr_html_(self) -> str:
-        opened = _opened(self._rows[0], _ROWS, _ROWS_INSIDE)
-        open_at_first = _opened(self._rows[0], _LINES - len(self._summary), _LINES_INSIDE)
+        at_first = self._fitting_a_screen()
+        expanded = choose_expanded(self._rows[0], _HTML_LINES, _HTML_CHILDREN)
         parts = [f'<div class="mlx-modswap"><style>{_STYLE}</style>']
         depth_before = 0
-        for depth, row, text in self._drawn(opened):
+        for depth, row, text in self._lines(expanded):
             parts.append("</details>" * (depth_before - depth))
             depth_before = depth
             name, space, others = escape(text.strip()).partition("   ")
             line = f"<b>{name}</b><i>{space}{others}</i>"
             kind = ' class="marked"' if row.marked else ""
-            if row in opened:
-                is_open = " open" if row in open_at_first else ""
+            if row in expanded:
+                is_open = " open" if row in at_first else ""
                 parts.append(f"<details{is_open}><summary{kind}>{line}</summary>")
             else:
                 parts.append(f"<p{kind}>{line}</p>")
         parts.append("</details>" * depth_before)
         parts += [f"<footer>{escape(line)}</footer>" for line in self._summary]
         return "".join(parts) + "</div>"
-
-    def data(self) -> dict[str, Any]:
-        """The whole picture as data, as ``python -m mlx_modswap --help`` describes it."""
-        places = [
-            {
-                "path": row.path,
-                "class": row.text.partition("(")[0] if row.form else None,
-                "text": row.text,
-                "count": row.count,
-                "params": row.held.params,
-                "trainable": row.held.trainable,
-                "bytes": row.held.nbytes,
-                "dtypes": dtypes(row.held.dtypes).split(", ") if row.held.dtypes else [],
-                "selected": row.marked,
-                "note": row.note,
-            }
-            for row in self._rows
-        ]
-        return {"modules": self._rows[0].modules, "selected": self._selected, "places": places}
 
 
 _STYLE = """
@@ -175,40 +157,59 @@ _STYLE = """
 """
 
 
-def _opened(top: Row, lines: int, lines_inside: int) -> Opened:
-    """The lines that are open, and what is shown below each: the most telling that fit."""
-    opened: Opened = {}
+def choose_expanded(top: Row, most_lines: int, most_children: int) -> Expanded:
+    """Choose which lines to expand: top-down, most informative first, until the picture is full.
+
+    A line waits in the heap only if its parent is expanded, so what is expanded can be
+    seen, and `lines` counts just what will be printed. The most informative line is
+
+    1. one whose form is not expanded elsewhere: of lines that look the same the second
+       one only repeats the first, and says ``as ...`` if it stays collapsed;
+    2. then one that leads to something selected, since that is what was asked about;
+    3. then the one nearest to the top, and the first of these.
+
+    Whether a form is expanded is known when its line is taken from the heap, not when
+    it is put in: a line that turns out to repeat another goes back with the lowest
+    rank, and is expanded if there is room in the end. A line that does not fit is left
+    collapsed, and the search goes on, for a smaller one may fit.
+    """
+    expanded: Expanded = {}
     forms: set[Form | None] = set()
     waiting = [(False, False, 0, 0, top)]
-    count = 1
+    lines = 1
     while waiting:
-        comes_again, unmarked, depth, place, row = heappop(waiting)
-        if row.form in forms and not comes_again:
-            heappush(waiting, (True, unmarked, depth, place, row))
+        repeats, unselected, depth, order, row = heappop(waiting)
+        if row.form in forms and not repeats:
+            heappush(waiting, (True, unselected, depth, order, row))
             continue
-        inner = row.rows
-        if len(inner) > lines_inside:
-            telling = set(sorted(inner, key=lambda one: not one.selected)[: lines_inside - 1])
-            inner = [one for one in inner if one in telling]
-            inner.append(Row(None, (), 1, f"... {len(row.rows) - len(inner)} more"))
-        if not inner or depth == _DEEPEST or count + len(inner) > lines:
+        children = _fewer(row.children, most_children)
+        if not children or depth == _DEEPEST or lines + len(children) > most_lines:
             continue
-        opened[row] = inner
+        expanded[row] = children
         forms.add(row.form)
-        for one in inner:
-            heappush(waiting, (False, not one.selected, depth + 1, count, one))
-            count += 1
-    return opened
+        for child in children:
+            heappush(waiting, (False, not child.selected, depth + 1, lines, child))
+            lines += 1
+    return expanded
 
 
-def _what_is_closed(row: Row, opened: Opened) -> str:
-    """What is below a line, if that is not shown."""
-    if not row.rows or row in opened:
+def _fewer(rows: list[Row], most: int) -> list[Row]:
+    """At most so many rows, in order: what is selected first of all, and the number of the rest."""
+    if len(rows) <= most:
+        return rows
+    chosen = set(sorted(rows, key=lambda row: not row.selected)[: most - 1])
+    rest = Row(None, (), 1, f"... {len(rows) - len(chosen)} more")
+    return [*(row for row in rows if row in chosen), rest]
+
+
+def _what_is_collapsed(row: Row, expanded: Expanded) -> str:
+    """What a line says of the lines below it if they are not shown."""
+    if not row.children or row in expanded:
         return ""
-    same = next((one for one in opened if one.form is row.form), None)
+    same = next((other for other in expanded if other.form is row.form), None)
     if same:
-        is_short = len(same.path) <= _LONGEST_PATH
-        return "as " + (same.path if is_short else f"...{same.path[3 - _LONGEST_PATH :]}")
+        is_short = len(same.pattern) <= _LONGEST_PATTERN
+        return "as " + (same.pattern if is_short else f"...{same.pattern[3 - _LONGEST_PATTERN :]}")
     selected = row.selected - row.marked * row.count
     return f"{_counted(row.modules)} inside" + (f", {selected} selected" if selected else "")
 

@@ -13,7 +13,7 @@ from .._fold import fold
 from .._match import Patterns, Rule, Where, parse_argument
 from .._measure import total
 from .._select import check_model, choose
-from .forms import Form, form_of
+from .forms import Form, Look, form_of
 from .picture import Row, Tree
 
 
@@ -24,14 +24,16 @@ def tree(
     where: Where | None = None,
     exclude: Patterns = (),
 ) -> Tree:
-    """Draw a model, with a mark at what a pattern selects.
+    """Draw a model, and mark what a pattern selects.
 
-    Places that look the same share a line, which begins with their pattern:
-    ``layers[0:32]`` are 32 equal layers. The numbers of a line are those of all
-    its places together, and a module in several places counts in the first.
-    Lines that do not fit on a screen are closed: draw a part of the model to see
-    more of it. What stands where a module could but is none to MLX (a function,
-    ``None``, modules in a tuple) is shown as what it is.
+    Places that look the same share a line, which starts with their pattern:
+    ``layers[0:32]`` represents 32 equal layers. The figures on a line are the sums
+    over all of its places. A module in several places is counted in the first one.
+
+    A model that would not fit on a screen is drawn with some lines collapsed. Such a
+    line says how many modules are inside, or which other line looks the same; to see
+    more, draw that part of the model alone. What is not a module to MLX, but is where
+    a module could be (a function, ``None``, modules in a tuple), is shown as what it is.
 
     Args:
         model (mlx.nn.Module): The model to draw. The picture does not hold on to it.
@@ -43,12 +45,12 @@ def tree(
             Default: ``()``.
 
     Returns:
-        Tree: A picture to print. In a notebook it opens and closes.
+        Tree: A picture to print. In a notebook its lines can be expanded.
 
     Raises:
         PatternError: If the text of a pattern is wrong.
         NoMatchError: If a pattern, ``exclude`` or ``where`` does nothing.
-        SelectionError: If the model holds a cycle.
+        SelectionError: If the model has a cycle.
         TypeError: If an argument is of the wrong type.
 
     Example:
@@ -75,64 +77,63 @@ def tree(
         chosen_by = listed(one.text for one in patterns)
         chosen_by += " with " * bool(narrowed) + " and ".join(narrowed)
     form = form_of(model, marked)
-    return Tree(_rows(model, form), chosen_by, selected, form.frozen)
+    return Tree(_rows(model, form), chosen_by, selected, form.is_frozen)
 
 
 def _rows(model: nn.Module, form: Form) -> list[Row]:
-    """The picture, line by line. What comes again is not counted again."""
-    firsts: dict[int, Row] = {}  # where each module with parameters is first, if some are shared
+    """Every line of the picture, top-down. A module in several places is counted once."""
+    first_rows: dict[int, Row] = {}  # where each tied module is counted, by `id`
     rows: list[Row] = []
-    waiting: list[_Line] = [(Row(None, (), 1, form.text, form), [model])]
+    waiting: list[tuple[Row, Modules]] = [(Row(None, (), 1, form.text, form), [model])]
     while waiting:
         row, modules = waiting.pop()
         rows.append(row)
         if row.form is None:
             continue
-        if row.form.solid and row.private:
+        if row.form.has_parameters and row.private:
             row.note = "not in parameters()"
         if row.tied:
             different = {id(unwrapped(module)): module for module in modules}
-            modules = [module for key, module in different.items() if key not in firsts]
+            modules = [module for key, module in different.items() if key not in first_rows]
             row.note = "tied"
             if not modules:
-                row.note += f" to {firsts[next(iter(different))].path}"
+                row.note += f" to {first_rows[next(iter(different))].pattern}"
             elif len(modules) < row.count:
-                fresh = len(modules)
-                row.note += ", one module" if fresh == 1 else f", {fresh} modules"
-            if not row.hidden:
-                firsts.update((id(unwrapped(module)), row) for module in modules)
+                row.note += ", one module" if len(modules) == 1 else f", {len(modules)} modules"
+            if not row.uncounted:
+                first_rows.update((id(unwrapped(module)), row) for module in modules)
         if modules:
-            row.held = total([row.form.own] * len(modules))
-            waiting.extend(reversed(_below(row, row.form, modules)))
+            row.measure = total([row.form.measure] * len(modules))
+            waiting.extend(reversed(_child_rows(row, row.form, modules)))
     for row in reversed(rows):
-        if row.above:
-            row.above.selected += row.selected
+        if row.parent:
+            row.parent.selected += row.selected
             if not row.private:
-                row.above.held = total([row.above.held, row.held])
+                row.parent.measure = total([row.parent.measure, row.measure])
     return rows
 
 
-_Line = tuple[Row, list[Any]]  # a row, and the modules that stand there
+Modules = list[Any]  # at the places of a row
 
 
-def _below(above: Row, form: Form, modules: list[Any]) -> list[_Line]:
-    """The lines for what is inside some modules, in the order in which each begins."""
-    alike: dict[Any, list[int]] = {}
-    for number, (path, _, look) in enumerate(form.held):
-        alike.setdefault((*look, is_private(path)), []).append(number)
+def _child_rows(parent: Row, form: Form, modules: Modules) -> list[tuple[Row, Modules]]:
+    """The lines directly below a line, in the order in which their first places come."""
+    same: dict[tuple[Look, bool], list[int]] = {}
+    for position, child in enumerate(form.children):
+        same.setdefault((child.look, is_private(child.path)), []).append(position)
     groups = [
-        (look, product, [numbers[place] for place in places])
-        for look, numbers in alike.items()
-        for product, places in fold([form.held[number][0] for number in numbers])
+        (look, private, product, [positions[at] for at in chosen])
+        for (look, private), positions in same.items()
+        for product, chosen in fold([form.children[position].path for position in positions])
     ]
-    lines: list[_Line] = []
-    for look, product, numbers in sorted(groups, key=lambda group: group[2][0]):
-        ways = [form.held[number][1] for number in numbers]
-        row = Row(above, product, above.count * len(ways), *look)
-        held = [reduce(_inner, way, module) for module in modules for way in ways if row.form]
-        lines.append((row, held))
-    return lines
+    rows: list[tuple[Row, Modules]] = []
+    for look, private, product, positions in sorted(groups, key=lambda group: group[3][0]):
+        row = Row(parent, product, parent.count * len(positions), *look, private)
+        all_keys = [form.children[position].keys for position in positions]
+        inner = [reduce(_entry, keys, module) for module in modules for keys in all_keys]
+        rows.append((row, inner if row.form else []))
+    return rows
 
 
-def _inner(container: Container, key: Any) -> Any:
+def _entry(container: Container, key: Any) -> Any:
     return value_at(unwrapped(container), key)

@@ -1,7 +1,7 @@
 """Checks what a release uploads: that it is the right version, complete, and works by itself.
 
-    python tests/release.py dist          # what `python -m build --outdir dist` has made
-    python tests/release.py dist v1.2.3   # and that it is what this tag stands for
+    python tests/programs/release.py dist          # what `python -m build --outdir dist` has made
+    python tests/programs/release.py dist v1.2.3   # and that it is what this tag stands for
 
 It needs nothing but Python, and pip to install the wheel into an empty environment.
 """
@@ -19,7 +19,7 @@ import zipfile
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SOURCES = {
     file.relative_to(ROOT).as_posix()
     for file in (ROOT / "mlx_modswap").rglob("*")

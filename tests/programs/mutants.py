@@ -1,8 +1,8 @@
 """Makes each of the small changes to the library that mutmut knows, and sees that the tests notice.
 
-    python tests/mutants.py                    # all of them
-    python tests/mutants.py _pattern _select   # those of some files
-    python tests/mutants.py _pattern._advance  # those of one function
+    python tests/programs/mutants.py                    # all of them
+    python tests/programs/mutants.py _pattern _select   # those of some files
+    python tests/programs/mutants.py _pattern._advance  # those of one function
 
 mutmut puts the mutants into the folder `mutants`, and this file runs the tests, on Linux only. They
 are collected once. Each mutant gets a fork of that process, and in it the tests that call its
@@ -39,14 +39,13 @@ from mutmut.utils.format_utils import (
     orig_function_and_class_names_from_key,
 )
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 FILES = (
     "patterns lists errors guarantees properties report tree memory capture wrapper fuzz pitfalls"
 )
 FILES += " command_line"
 # Left out: what fails for no reason when each function counts its calls, and what is slow.
-SLOW = "time_of_a_match or hard_pattern or takes_no_time or of_mlx_lm or language_model"
-SLOW += " or cache_is_recorded or the_example_prints"
+SLOW = "hard_pattern or cache_is_recorded"
 AT_ONCE = os.cpu_count() or 2
 SPARE_SECONDS = 3  # of computing, for a test
 MOST_SECONDS = 300  # for all tests of a mutant
@@ -64,7 +63,7 @@ def main(wanted: list[str]) -> int:
     copy_also_copy_files()
     setup_source_paths()
     create_mutants(AT_ONCE)
-    made = [name for file in sorted(Path("mlx_modswap").glob("*.py")) for name in made_of(file)]
+    made = [name for file in sorted(Path("mlx_modswap").rglob("*.py")) for name in made_of(file)]
     names = [name for one in wanted for name in made if is_of(name, one)] if wanted else made
     changes = {name: change_of(name) for name in names}
     known = read_equivalent()
@@ -87,8 +86,12 @@ def made_of(file: Path) -> list[str]:
 def function_of(mutant: str) -> str:
     """``'_pattern._Glob.accepts'`` for a name that mutmut made."""
     function, cls = orig_function_and_class_names_from_key(mutant)
-    module = mutant.split(".")[1]
-    return ".".join(filter(None, (module, cls, function)))
+    return ".".join(filter(None, (file_of(mutant), cls, function)))
+
+
+def file_of(mutant: str) -> str:
+    """``'_pattern'`` or ``'_show.tree'`` for a name that mutmut made."""
+    return mutant.partition(".")[2].rpartition(".")[0]
 
 
 def is_of(mutant: str, wanted: str) -> bool:
@@ -107,7 +110,7 @@ def read_equivalent() -> set[Change]:
     """The changes of the list: a function, pairs of ``-`` and ``+`` lines, and the reason."""
     found: set[Change] = set()
     function, before, after = "", [], []
-    for line in (ROOT / "tests" / "equivalent_mutants.txt").read_text().splitlines():
+    for line in Path(__file__).with_name("equivalent_mutants.txt").read_text().splitlines():
         if after and not line.startswith("+ "):
             found.add((function, tuple(before), tuple(after)))
             before, after = [], []
@@ -207,7 +210,7 @@ def quietly(mutant: str) -> None:
 
 
 def first_failing(items: list[pytest.Item], seconds: dict[str, float]) -> int | None:
-    """The number of the first test that fails; those behind it are not run."""
+    """The number of the first test that fails; those after it are not run."""
     for number, item in enumerate(items):
         # A mutant that runs in circles ends by the signal, which nothing handles.
         limit = SPARE_SECONDS + 5 * seconds.get(item.nodeid, MOST_SECONDS)
@@ -230,7 +233,7 @@ def report(changes: dict[str, Change], killed: dict[str, str], known: set[Change
     rows: defaultdict[str, Counter[str]] = defaultdict(Counter)
     for name, change in changes.items():
         fate = killed.get(name) or ("equivalent" if change in known else "survived")
-        rows[name.split(".")[1]].update(["mutants", fate])
+        rows[file_of(name)].update(["mutants", fate])
     survived = {change for name, change in changes.items() if name not in killed}
     ran = {function for function, _, _ in changes.values()}
     stale = [change for change in sorted(known - survived) if change[0] in ran]

@@ -2,8 +2,8 @@
 
 ::
 
-    python tests/parity.py                # every architecture: the figures in the document
-    python tests/parity.py llama mixtral  # some, with a line for each that is not exact
+    python tests/programs/parity.py                # every architecture: the figures in the document
+    python tests/programs/parity.py llama mixtral  # some, with a line for each that is not exact
 """
 
 from __future__ import annotations
@@ -20,10 +20,12 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
-import zoo
 from mlx.utils import tree_flatten
 
-DOCUMENT = Path(__file__).parent.parent / "docs" / "mlx-lm.md"
+sys.path.insert(0, str(Path(__file__).parents[1]))  # when it is run as a program
+import zoo
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "mlx-lm.md"
 
 # What is done to a model, by mlx-lm, before a row of the table is run on it.
 BEFORE = {

@@ -1,0 +1,131 @@
+"""The files of an adapter folder: found, read, and not trusted."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm import utils
+
+from ._folders import one_line
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapters.safetensors"
+PEFT_WEIGHTS = "adapter_model.safetensors"
+TRUTH = "mlx_modswap"  # the key of the config that has the true rank and scale of each path
+
+
+def find_folder(folder: str | Path) -> Path:
+    """The folder itself, or where the files of a hub id are in the cache."""
+    path = Path(folder)
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise NotADirectoryError(f"{quoted(path)} is a file; give the folder that it is in")
+    try:
+        download: Any = vars(utils)["snapshot_download"]  # of the hub that mlx-lm was told to use
+        found = download(str(folder), allow_patterns=[CONFIG, WEIGHTS, PEFT_WEIGHTS])
+    except Exception as error:  # of the hub, the network or the disk
+        raise FileNotFoundError(
+            f"{quoted(path)} is not a folder here, and the hub does not give an adapter of that "
+            f"name: {one_line(error)}"
+        ) from error
+    return Path(found)
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """Read a JSON object."""
+    _check_exists(file)
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{quoted(file)} is not JSON: {one_line(error)}") from error
+    return read_object(config, quoted(file))
+
+
+def read_arrays(file: Path) -> dict[str, mx.array]:
+    """Read all arrays of a safetensors file into memory.
+
+    Not lazily: a file that is cut short is found out here, and one that is
+    written again later, as in training, changes nothing.
+    """
+    _check_exists(file)
+    try:
+        arrays: Any = mx.load(str(file))  # of a safetensors file: a dict
+        mx.eval(arrays)
+    except Exception as error:  # MLX raises many kinds
+        raise ValueError(f"{quoted(file)} is broken: {one_line(error)}") from error
+    if not arrays:
+        raise ValueError(f"{quoted(file)} has no arrays")
+    for name, array in arrays.items():
+        if "" in name.split("."):
+            raise ValueError(
+                f"{quoted(file)} has an array {name!r}, which is not the name of a parameter"
+            )
+        if not mx.issubdtype(array.dtype, mx.floating):
+            raise ValueError(f"{quoted(file)} has {name!r} as {array.dtype}, which is no float")
+    return dict(sorted(arrays.items()))
+
+
+def _check_exists(file: Path) -> None:
+    if file.is_file():
+        return
+    pickled = file.with_suffix(".bin")
+    if pickled.is_file():
+        raise ValueError(
+            f"{quoted(pickled)} is not a safetensors file; save the adapter again with PEFT, whose "
+            "save_pretrained writes one"
+        )
+    raise FileNotFoundError(
+        f"{quoted(file)} does not exist; an adapter is a folder with {CONFIG}, and with {WEIGHTS} "
+        f"(mlx-lm) or {PEFT_WEIGHTS} (PEFT)"
+    )
+
+
+def quoted(path: Path) -> str:
+    """A path as it is shown in messages."""
+    return repr(str(path))
+
+
+# ---------------------------------------------------------------- values of a config
+
+
+def read_object(value: Any, what: str) -> dict[str, Any]:
+    """Check that a value is a JSON object."""
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{what} must be a JSON object, not {_shown(value)}")
+    return dict(value)
+
+
+def read_rank(value: Any, what: str) -> int:
+    """Check that a value is a rank."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{what} must be a whole number of at least 1, not {_shown(value)}")
+    return value
+
+
+def read_number(value: Any, what: str) -> float:
+    """Check that a value is a finite number."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        with suppress(OverflowError):  # an integer of more than 300 digits
+            if math.isfinite(number := float(value)):
+                return number
+    raise ValueError(f"{what} must be a finite number, not {_shown(value)}")
+
+
+def read_dropout(value: Any, what: str) -> float:
+    """Check that a value is a probability that ``nn.Dropout`` takes."""
+    number = read_number(value, what)
+    if not 0 <= number < 1:
+        raise ValueError(f"{what} must be at least 0 and less than 1, not {_shown(value)}")
+    return number
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

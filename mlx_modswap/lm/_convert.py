@@ -1,0 +1,241 @@
+"""A folder of weights -> a quantized one, without holding the model in memory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_map, tree_map_with_path
+from mlx_lm import utils
+from mlx_lm.convert import MODEL_CONVERSION_DTYPES
+from tqdm import tqdm
+
+from .._report import Replacement
+from . import _folders
+from ._folders import Config, Folder
+from ._outline import outline
+from ._quantize import Rules, quantize
+from ._save import check, finish
+
+Arrays = dict[str, mx.array]
+
+
+def convert(
+    source: Folder,
+    folder: Folder,
+    rules: Rules,
+    *,
+    group_size: int | None = None,
+    mode: str = "affine",
+    dtype: str | mx.Dtype | None = None,
+    strict: bool = True,
+    max_shard_mb: float = 1000,
+    trust_remote_code: bool = False,
+) -> Replacement:
+    """Quantize a model by rules from folder to folder, even one larger than memory.
+
+    Reads, quantizes and writes one array after the other. The memory it takes
+    is at most one shard and one and a half times the largest layer that is
+    quantized, however large the model is; or twice that layer where the model
+    puts it together of several arrays of its files, as it does with experts that
+    are stored one by one. For the same settings the arrays are those that
+    ``mlx_lm.convert`` writes. On a terminal a bar shows the progress.
+
+    The folder is written under another name and loaded by mlx-lm, as in
+    :func:`save`, before it gets its own. If anything fails, or is interrupted,
+    nothing is left of it.
+
+    Args:
+        source (str or pathlib.Path): The folder of a model, or its name on the
+            hub, from where it is downloaded.
+        folder (str or pathlib.Path): The folder to make. It must not exist.
+        rules (Mapping): What to do with the layers that a pattern matches. See
+            :func:`quantize`.
+        group_size (int, optional): See :func:`quantize`. Default: ``None``.
+        mode (str): See :func:`quantize`. Default: ``"affine"``.
+        dtype (str or mlx.core.Dtype, optional): The dtype of what is not quantized,
+            ``"float16"``, ``"bfloat16"`` or ``"float32"``. Default: ``None``,
+            what the config says, as for ``mlx_lm.convert``.
+        strict (bool): See :func:`quantize`. Default: ``True``.
+        max_shard_mb (float): The size of a file of weights in megabytes (10**6
+            bytes). A larger array gets a file of its own. Default: ``1000``.
+        trust_remote_code (bool): Whether to run the ``model_file`` that the config
+            names. Default: ``False``.
+
+    Returns:
+        Replacement: What was quantized. Its figures are valid, but its layers have
+        lost their weights: there are zeros in their place that were never computed.
+
+    Raises:
+        PatternError, NoMatchError, SelectionError: As in :func:`quantize`.
+        ValueError: As in :func:`quantize`, or if mlx-lm cannot load the source, or
+            would not build the converted model from the folder.
+        FileNotFoundError: If the source cannot be had.
+        FileExistsError: If the folder exists.
+        OSError: If the disk has too little space.
+        TypeError: If an argument is of the wrong type.
+
+    Example:
+        >>> import mlx_lm
+        >>> from mlx_modswap import lm
+        >>> rules = {"model.layers[0]": None, "**.v_proj": 8, "**": 4}
+        >>> report = lm.convert("my_model", "my_model_mixed", rules)
+        >>> model, tokenizer = mlx_lm.load("my_model_mixed")
+        >>> model.layers[1].self_attn.v_proj.bits
+        8
+    """
+    target = Path(folder)
+    _folders.check_free(target)
+    if not isinstance(max_shard_mb, (int, float)) or not max_shard_mb > 0:
+        raise ValueError(f"max_shard_mb must be a number above 0, not {max_shard_mb!r}")
+    origin, model, config, report, originals = plan(
+        source,
+        rules,
+        group_size=group_size,
+        mode=mode,
+        dtype=dtype,
+        strict=strict,
+        trust_remote_code=trust_remote_code,
+    )
+    expected = outline(model)
+    arrays = _parameters(model)
+    nbytes = sum(array.nbytes for array in arrays.values())
+    with _folders.staged(target, nbytes + _folders.copied_nbytes(origin)) as staging:
+        finish(staging, origin, config, model)
+        shards = list(_shards(arrays, max_shard_mb * 10**6))
+        summary = {"total_size": nbytes, "total_parameters": utils.get_total_parameters(model)}
+        del arrays
+        _drop_arrays(model)
+        _write(staging, shards, originals, summary)
+        check(staging, target, expected, None, trust_remote_code)
+    return report
+
+
+class Plan(NamedTuple):
+    """What will be written. No array in it is computed yet.
+
+    Attributes:
+        origin (Path): The folder of the source.
+        model (mlx.nn.Module): The quantized model.
+        config (dict): The config of the source.
+        report (Replacement): What was quantized.
+        originals (dict): The parameters before they were quantized, by name.
+    """
+
+    origin: Path
+    model: nn.Module
+    config: Config
+    report: Replacement
+    originals: Arrays
+
+
+def plan(
+    source: Folder,
+    rules: Rules,
+    *,
+    group_size: int | None = None,
+    mode: str = "affine",
+    dtype: str | mx.Dtype | None = None,
+    strict: bool = True,
+    trust_remote_code: bool = False,
+) -> Plan:
+    """Load and quantize a model without computing any of it. Takes arguments of `convert`."""
+    wanted = _parsed(dtype)
+    origin = _folders.find(source)
+    _folders.check_trust(_folders.read_config(origin), trust_remote_code)
+    model, config = _folders.load(origin, trust_remote_code=trust_remote_code)
+    _cast(model, config, wanted)
+    originals = _parameters(model)
+    report = quantize(model, rules, group_size=group_size, mode=mode, strict=strict)
+    return Plan(origin, model, config, report, originals)
+
+
+def _parameters(model: nn.Module) -> Arrays:
+    parameters: Any = tree_flatten(model.parameters())
+    return dict(parameters)
+
+
+def _parsed(dtype: Any) -> str | None:
+    name = str(dtype).removeprefix("mlx.core.") if dtype is not None else None
+    if name is not None and name not in MODEL_CONVERSION_DTYPES:
+        known = ", ".join(map(repr, MODEL_CONVERSION_DTYPES))
+        raise ValueError(f"dtype must be one of {known}, not {dtype!r}")
+    return name
+
+
+def _cast(model: nn.Module, config: Config, dtype: str | None) -> None:
+    """Cast what ``mlx_lm.convert`` casts, to what it casts it to."""
+    text_config = config.get("text_config") or {}
+    name = dtype or config.get("torch_dtype") or text_config.get("dtype")
+    if name not in MODEL_CONVERSION_DTYPES:
+        return
+    wanted = getattr(mx, name)
+    is_cast = getattr(model, "cast_predicate", lambda name: True)
+
+    def cast(name: str, array: mx.array) -> mx.array:
+        is_wanted = is_cast(name) and mx.issubdtype(array.dtype, mx.floating)
+        return array.astype(wanted) if is_wanted else array
+
+    model.update(tree_map_with_path(cast, model.parameters()))
+
+
+# ---------------------------------------------------------------- write as it is computed
+
+
+def _shards(arrays: Arrays, most: float) -> Iterator[Arrays]:
+    """The arrays in order, in groups that have no more than ``most`` bytes."""
+    shard: Arrays = {}
+    taken = 0
+    for name, array in arrays.items():
+        if shard and taken + array.nbytes > most:
+            yield shard
+            shard, taken = {}, 0
+        shard[name] = array
+        taken += array.nbytes
+    yield shard
+
+
+def _drop_arrays(model: nn.Module) -> None:
+    """Take the arrays from a model; sizes and dtypes can still be read, also by its report."""
+    model.update(tree_map(lambda array: mx.zeros(array.shape, array.dtype), model.parameters()))
+
+
+def _write(folder: Path, shards: list[Arrays], originals: Arrays, summary: dict[str, Any]) -> None:
+    """Compute and write the shards, each of which is dropped when it is written.
+
+    An array that is computed lets go of what it was made of, so that of the original
+    model no more is in memory than one array needs. That array is computed before it
+    is quantized: MLX would keep what it was cast from until both are done.
+    """
+    count = len(shards)
+    files: dict[str, str] = {}
+    shards.reverse()  # the next one is taken from the end
+    size = summary["total_size"]
+    with tqdm(total=size, unit="B", unit_scale=True, disable=None, desc=folder.name) as bar:
+        while shards:
+            shard = shards.pop()
+            file = f"model-{count - len(shards):05d}-of-{count:05d}.safetensors"
+            if count == 1:
+                file = "model.safetensors"
+            for name in shard:
+                _compute(name, originals.pop(name, None))
+                _compute(name, shard[name])
+                bar.update(shard[name].nbytes)
+            with _folders.writing(file):
+                mx.save_safetensors(str(folder / file), shard, metadata={"format": "mlx"})
+            files.update(dict.fromkeys(shard, file))
+            shard.clear()
+            mx.clear_cache()
+    index = {"metadata": summary, "weight_map": dict(sorted(files.items()))}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=4))
+
+
+def _compute(name: str, array: mx.array | None) -> None:
+    try:
+        mx.eval(array)
+    except Exception as error:
+        raise ValueError(f"{name!r} cannot be computed: {_folders.one_line(error)}") from error

@@ -1,0 +1,207 @@
+"""Folders of models: read one with mlx-lm, and write one beside its place until it is complete."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm import utils
+
+from .._report import size
+
+Config = dict[str, Any]
+Folder = str | Path
+
+# What `copy_files` leaves in the source: weights in any format, and what describes them.
+_WEIGHTS = {
+    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack"),
+    *(".npz", ".onnx"),
+}
+_DESCRIPTIONS = {"config.json", "hf_quant_config.json"}
+
+
+def find(source: Folder) -> Path:
+    """The folder of a model, which is downloaded if it is on the hub and not here yet.
+
+    Raises:
+        FileNotFoundError: If there is no such folder, and no such model can be had.
+    """
+    folder = Path(source)
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise NotADirectoryError(f"the source, {str(source)!r}, is a file, not a folder")
+    try:
+        # As in mlx-lm, which takes it from the hub that the environment names.
+        download: Any = vars(utils)["snapshot_download"]
+        found = download(str(source), allow_patterns=utils.DEFAULT_ALLOW_PATTERNS)
+    except Exception as error:  # of the hub, the network or the disk
+        raise FileNotFoundError(
+            f"the source, {str(source)!r}, is not a folder here, and the hub does not give a model "
+            f"of that name: {one_line(error)}"
+        ) from error
+    return Path(found)
+
+
+def read_config(folder: Path) -> Config:
+    """The config of a folder, as mlx-lm reads it.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ValueError: If it is not a JSON object.
+    """
+    file = folder / "config.json"
+    try:
+        config: Any = utils.load_config(folder)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no config.json in {str(folder)!r}") from None
+    except ValueError as error:
+        raise ValueError(f"{str(file)!r} is not JSON: {one_line(error)}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{str(file)!r} must hold a JSON object, not a {type(config).__name__}")
+    return config
+
+
+def check_trust(config: Config, trust_remote_code: bool) -> None:
+    """Raise a ``ValueError`` if a config names code that was not allowed to run."""
+    if config.get("model_file") is not None and not trust_remote_code:
+        raise ValueError(
+            f"the config names a model_file, {config['model_file']!r}, whose code builds the "
+            "model; pass trust_remote_code=True if you trust it"
+        )
+
+
+def load(folder: Path, *, trust_remote_code: bool, strict: bool = True) -> tuple[nn.Module, Config]:
+    """The model of a folder, of whose weights only the headers are read.
+
+    Raises:
+        ValueError: If mlx-lm builds no model of it.
+    """
+    try:
+        return utils.load_model(
+            folder, lazy=True, strict=strict, trust_remote_code=trust_remote_code
+        )
+    except Exception as error:  # code of mlx-lm and of the model, at work on any folder
+        _check_weights(folder)
+        raise ValueError(f"mlx-lm cannot load {str(folder)!r}: {one_line(error)}") from error
+
+
+def _check_weights(folder: Path) -> None:
+    for file in sorted(folder.glob("model*.safetensors")):
+        try:
+            mx.load(str(file))
+        except Exception as error:
+            raise ValueError(f"{str(file)!r} is broken: {one_line(error)}") from error
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, in one line of bearable length."""
+    text = " ".join(str(error).split())
+    if not isinstance(error, (ValueError, RuntimeError, OSError)) or not text:
+        text = f"{type(error).__name__}: {text}"
+    return text if len(text) <= 400 else f"{text[:400]}..."
+
+
+# ---------------------------------------------------------------- write a folder
+
+
+@contextmanager
+def staged(folder: Path, nbytes: int) -> Iterator[Path]:
+    """Give an empty folder beside the target, and rename it to the target at the end.
+
+    Args:
+        folder (Path): The target.
+        nbytes (int): The size of what will be written, in bytes.
+
+    Raises:
+        FileExistsError: If the target exists.
+        OSError: If the disk has not enough space.
+    """
+    check_free(folder)
+    # Parents that are missing are made at the end, so that a failure leaves none. Whichever
+    # folder there is above the target, it is on the disk that the target will be on.
+    above = next(parent for parent in folder.absolute().parents if parent.exists())
+    left = shutil.disk_usage(above).free
+    if nbytes > left:
+        raise OSError(
+            f"{str(folder)!r} needs {size(nbytes)}, and its disk has {size(left)} left; "
+            "nothing was written"
+        )
+    outer = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=above))
+    try:
+        inner = outer / folder.name  # unlike the outer one, it has the permissions of any folder
+        inner.mkdir()
+        yield inner
+        check_free(folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        inner.rename(folder)
+    except BaseException:
+        _remove(outer)
+        raise
+    outer.rmdir()
+
+
+def check_free(folder: Path) -> None:
+    """Raise a ``FileExistsError`` if there is something of that name."""
+    if folder.exists() or folder.is_symlink():
+        raise FileExistsError(f"{str(folder)!r} exists already; give the name of a new folder")
+
+
+def _remove(folder: Path) -> None:
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:
+        warnings.warn(
+            f"{str(folder)!r} holds an unfinished model and could not be removed: {error}",
+            stacklevel=2,
+        )
+
+
+@contextmanager
+def writing(what: str) -> Iterator[None]:
+    """Say what could not be written, for MLX, which does not."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise OSError(f"{what} could not be written: {one_line(error)}") from error
+
+
+def copy_files(source: Path, folder: Path) -> None:
+    """Copy the tokenizer and the other top-level files of a source, but none about its weights."""
+    for file in _files_to_copy(source):
+        shutil.copyfile(file, folder / file.name)
+
+
+def copied_nbytes(source: Path) -> int:
+    """The size of the files that are copied, in bytes."""
+    return sum(file.stat().st_size for file in _files_to_copy(source))
+
+
+def _files_to_copy(source: Path) -> list[Path]:
+    """The top-level files of a source, but none about its weights."""
+    return [
+        file
+        for file in sorted(source.iterdir())
+        if file.is_file()
+        and file.suffix not in _WEIGHTS
+        and file.name not in _DESCRIPTIONS
+        and not file.name.endswith(".index.json")
+    ]
+
+
+def write_config(config: Config, folder: Path, model: nn.Module) -> None:
+    """Write a config as ``mlx_lm.utils.save`` does."""
+    # The expression is mlx-lm's: a model with a vision tower needs the config of that, too.
+    keep_vision_config = "vision_tower" in getattr(model, "model", {})
+    utils.save_config(
+        dict(config),  # it takes entries out
+        config_path=folder / "config.json",
+        keep_vision_config=keep_vision_config,
+    )

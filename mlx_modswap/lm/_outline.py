@@ -1,0 +1,213 @@
+"""What a model is made of, without its numbers, and how another one differs from it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from enum import Enum
+from types import BuiltinFunctionType, FunctionType, MethodType
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from .._select import select
+from ._paths import folded, listed
+
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), mx.Dtype, Enum)
+# Entries of a config that some models keep; what they say is seen in the layers.
+_ABOUT_LAYERS = frozenset({"quantization", "quantization_config"})
+
+
+class Outline(NamedTuple):
+    """What a model is made of.
+
+    Attributes:
+        classes (dict): The class of the module at each path; ``""`` is the model.
+        attributes (dict): What the module at each path has besides modules and
+            parameters, in words, by name.
+        arrays (dict): Shape and dtype of each parameter, in words, by name.
+    """
+
+    classes: dict[str, type]
+    attributes: dict[str, dict[str, str]]
+    arrays: dict[str, str]
+
+
+def outline(model: nn.Module) -> Outline:
+    """Describe a model; nothing is computed."""
+    modules = {"": model, **select(model, "**", strict=False)}
+    parameters: Any = tree_flatten(model.parameters())
+    return Outline(
+        {path: type(module) for path, module in modules.items()},
+        {path: dict(_attributes(module)) for path, module in modules.items()},
+        {name: _told(array) for name, array in parameters},
+    )
+
+
+def _attributes(module: nn.Module) -> Iterator[tuple[str, str]]:
+    # MLX keeps arrays, modules, lists and dicts in the module, which is a dict, and all else in
+    # its `__dict__`. What is private there is MLX's own, or is made anew when it is needed.
+    for name, value in {**vars(module), **module}.items():
+        if name.startswith("_") or isinstance(value, (mx.array, nn.Module)):
+            continue
+        if is_dataclass(value):  # the arguments of the model, an entry of the config each
+            for field in fields(value):
+                if field.name not in _ABOUT_LAYERS:
+                    yield f"{name}.{field.name}", _told(getattr(value, field.name))
+        elif name not in _ABOUT_LAYERS:
+            yield name, _told(value)
+
+
+def _told(value: Any) -> str:
+    """A value in words, which are the same in two models if the value is the same."""
+    if isinstance(value, _PLAIN):
+        return repr(value)
+    if isinstance(value, mx.array):
+        return f"{str(value.dtype).removeprefix('mlx.core.')} {value.shape}"
+    if isinstance(value, nn.Module):  # which is a mapping, and has a path of its own
+        return type(value).__name__
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key!r}: {_told(one)}" for key, one in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return f"({', '.join(map(_told, value))})"
+    if isinstance(value, (type, FunctionType, BuiltinFunctionType, MethodType)):
+        return value.__qualname__
+    return type(value).__name__
+
+
+# ---------------------------------------------------------------- differences
+
+
+def difference(built: Outline, model: Outline, original: Outline | None = None) -> str:
+    """How what mlx-lm builds differs from a model, and what to do.
+
+    Args:
+        built (Outline): What mlx-lm builds.
+        model (Outline): The model.
+        original (Outline, optional): What mlx-lm builds with the config that the model
+            was loaded with, if some of its entries are others now.
+
+    Returns:
+        str: The differences in words, or ``""``.
+    """
+    return (
+        other_layers(built, model)
+        or _other_attributes(built, model, original)
+        or _other_arrays(built.arrays, model.arrays)
+    )
+
+
+def other_layers(built: Outline, model: Outline) -> str:
+    """Where mlx-lm builds modules of other classes than a model has, or ``""``."""
+    differing: dict[tuple[type | None, type | None], list[str]] = {}
+    seen: set[str] = set()
+    for path in dict.fromkeys([*model.classes, *built.classes]):
+        one, other = built.classes.get(path), model.classes.get(path)
+        if _is_same(one, other):
+            continue
+        seen.add(path)
+        if not any(above in seen for above in _above(path)):  # there it says enough
+            differing.setdefault((one, other), []).append(path)
+    if not differing:
+        return ""
+    texts = [
+        f"mlx-lm builds {_name(one, other)} at {listed(_at(paths))}, the model has "
+        f"{_name(other, one)}"
+        for (one, other), paths in differing.items()
+    ]
+    if all(None in classes for classes in differing):
+        cure = "give the entries of its config that have changed with config={...}"
+    else:
+        cure = "fuse or unwrap it, or give a model_file"
+    return f"{listed(texts, ', and ')}: {cure}"
+
+
+def _above(path: str) -> Iterator[str]:
+    """The paths of the modules around one, the model first."""
+    if path:
+        yield ""
+    parts = path.split(".")
+    yield from (".".join(parts[:length]) for length in range(1, len(parts)))
+
+
+def _is_same(one: type | None, other: type | None) -> bool:
+    """Whether two classes are one, or would be if the file of one had not been run twice.
+
+    mlx-lm runs a ``model_file`` anew for each model, and what it defines is found in no
+    module that is imported. Such a class is known by its name.
+    """
+    if one is other:
+        return True
+    if one is None or other is None or one.__qualname__ != other.__qualname__:
+        return False
+    return getattr(sys.modules.get(one.__module__), one.__name__, None) is not one
+
+
+def _name(cls: type | None, other: type | None) -> str:
+    if cls is None:
+        return "nothing"
+    if other is not None and cls.__name__ == other.__name__:
+        return f"{cls.__module__}.{cls.__qualname__}"
+    return cls.__name__
+
+
+def _other_attributes(built: Outline, model: Outline, original: Outline | None) -> str:
+    differing: dict[tuple[str, str, str], list[str]] = {}
+    resized = _resized(model, original) if original else set[str]()
+    for path, attributes in model.attributes.items():
+        anew = built.attributes[path]
+        for name in dict.fromkeys([*attributes, *anew]):
+            one, other = anew.get(name, "nothing"), attributes.get(name, "nothing")
+            if one == other:
+                continue
+            # The model still has what its old config says, of itself or of its blocks.
+            may_be_old = "." in name or path in resized
+            if (
+                original
+                and may_be_old
+                and original.attributes.get(path, {}).get(name, "nothing") == other
+            ):
+                continue
+            differing.setdefault((name, *_shortened(one, other)), []).append(path)
+    texts = [
+        f"mlx-lm sets {name} of {listed(_at(paths))} to {one}, the model has {other}"
+        for (name, one, other), paths in differing.items()
+    ]
+    cure = "set it in the model, or give the entry of the config that sets it with config={...}"
+    return f"{listed(texts, ', and ')}: {cure}" if texts else ""
+
+
+def _resized(model: Outline, original: Outline) -> set[str]:
+    """The paths inside which a model has more or fewer modules than it had."""
+    changed = model.classes.keys() ^ original.classes.keys()
+    return {above for path in changed for above in _above(path)}
+
+
+def _shortened(one: str, other: str, most: int = 60) -> tuple[str, str]:
+    """Two long texts from where they differ on."""
+    if max(len(one), len(other)) <= most:
+        return one, other
+    same = next((n for n, (a, b) in enumerate(zip(one, other)) if a != b), 0)
+    start = max(one.rfind(" ", 0, same) + 1, 0)
+    return f"...{one[start : start + most]}...", f"...{other[start : start + most]}..."
+
+
+def _other_arrays(built: dict[str, str], model: dict[str, str]) -> str:
+    differing: dict[tuple[str, str], list[str]] = {}
+    for name in dict.fromkeys([*model, *built]):
+        one, other = built.get(name, "nothing"), model.get(name, "nothing")
+        if one != other:
+            differing.setdefault((one, other), []).append(name)
+    texts = [
+        f"mlx-lm builds {one} at {listed(_at(names))}, the model has {other}"
+        for (one, other), names in differing.items()
+    ]
+    return listed(texts, ", and ")
+
+
+def _at(paths: list[str]) -> list[str]:
+    inner = folded(path for path in paths if path)
+    return ["the model itself", *inner] if "" in paths else inner

@@ -1,0 +1,306 @@
+"""``mlx.nn.quantize`` by rules, and the entries of a config that say what was quantized."""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from .._errors import NoMatchError, described
+from .._pattern import Pattern
+from .._replace import replace_layers
+from .._report import Replacement
+from .._select import select
+from ._paths import folded
+
+Settings = dict[str, Any]  # keywords of `to_quantized`
+Value = int | Mapping[str, Any] | None
+Rules = Mapping[Any, Value]  # from a pattern or a tuple of patterns; a Mapping's keys are invariant
+
+_CATCH_ALL = "**"
+
+
+def quantize(
+    model: nn.Module,
+    rules: Rules,
+    *,
+    group_size: int | None = None,
+    mode: str = "affine",
+    strict: bool = True,
+) -> Replacement:
+    """Quantize the layers of a model by rules, in place.
+
+    The same as :func:`mlx.nn.quantize`, but the first pattern that matches the
+    path of a layer decides how many bits it gets. Only layers that have a method
+    ``to_quantized`` are asked for; those that are quantized already stay as they
+    are. As in :func:`replace_layers`, all of the layers change or none does.
+
+    The catch-all rule, whose key is exactly ``"**"``, does what ``mlx_lm.convert``
+    does: it skips layers whose width the group size does not divide, and follows
+    the model's own ``quant_predicate``. Any other rule decides by itself.
+
+    Args:
+        model (mlx.nn.Module): The model to change in place.
+        rules (Mapping): For a pattern, or a tuple of patterns, what to do with the
+            layers it matches: an ``int`` is the number of bits per weight, a
+            mapping holds keywords of ``to_quantized`` (``bits``, ``group_size``,
+            ``mode``), and ``None`` leaves the layer alone and all that is inside it.
+        group_size (int, optional): How many weights share a scale, where a rule
+            does not say it. Default: ``None``, MLX's default for the mode, which
+            is 64 for ``"affine"``.
+        mode (str): How to quantize, where a rule does not say it: ``"affine"``,
+            ``"mxfp4"``, ``"nvfp4"`` or ``"mxfp8"``. See
+            :func:`mlx.core.quantize`. Default: ``"affine"``.
+        strict (bool): If ``True``, a rule that does nothing is an error. See
+            :func:`replace_layers`. Default: ``True``.
+
+    Returns:
+        Replacement: A mapping of path to quantized layer. Print it to see the
+        change.
+
+    Raises:
+        PatternError: If the text of a pattern is wrong.
+        NoMatchError: If a rule does nothing, or nothing was quantized.
+        SelectionError: If tied layers would get different settings.
+        ValueError: If a group size does not divide the width of a layer, or if MLX
+            does not know a number of bits, a group size or a mode.
+        TypeError: If an argument is of the wrong type.
+
+    Example:
+        >>> import mlx.nn as nn
+        >>> from mlx_modswap import lm
+        >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+        >>> _ = lm.quantize(model, {"layers[0]": 8, "**": {"bits": 4, "group_size": 32}})
+        >>> model.layers[0].bits, model.layers[2].bits, model.layers[2].group_size
+        (8, 4, 32)
+    """
+    if not isinstance(rules, Mapping) or isinstance(rules, nn.Module):
+        raise TypeError(
+            "rules must map patterns to bits, to keywords of to_quantized or to None, "
+            f"not {described(rules)}"
+        )
+    factories = {
+        pattern: _factory(model, pattern, _settings(pattern, value, group_size, mode))
+        if value is not None
+        else None
+        for pattern, value in rules.items()
+    }
+    try:
+        report = replace_layers(model, factories, where=quantizable, strict=strict)
+    except NoMatchError:
+        _refuse_quantized(model, rules)
+        raise
+    catch_all = rules.get(_CATCH_ALL)
+    if strict and not report and catch_all is not None:
+        settings = _settings(_CATCH_ALL, catch_all, group_size, mode)
+        raise NoMatchError(_nothing_fits(model, settings["group_size"]))
+    return report
+
+
+def quantization_config(model: nn.Module) -> Settings:
+    """Describe the quantized layers of a model, as the config of an mlx-lm folder does.
+
+    Belongs into the config under ``"quantization"``, and, as mlx-lm writes both,
+    under ``"quantization_config"``.
+
+    Args:
+        model (mlx.nn.Module): A model with quantized layers.
+
+    Returns:
+        dict: ``"group_size"``, ``"bits"`` and ``"mode"`` of most layers, and the
+        settings of each quantized layer under its path.
+
+    Raises:
+        ValueError: If no layer of the model is quantized.
+
+    Example:
+        >>> import mlx.nn as nn
+        >>> from mlx_modswap import lm
+        >>> model = nn.Sequential(nn.Linear(64, 64))
+        >>> _ = lm.quantize(model, {"**": 4})
+        >>> lm.quantization_config(model)["layers.0"]
+        {'group_size': 64, 'bits': 4, 'mode': 'affine'}
+    """
+    layers = select(model, "**", where=quantized, strict=False)
+    if not layers:
+        raise ValueError("no layer of the model is quantized; see mlx_modswap.lm.quantize")
+    entries = {path: _settings_of(layer) for path, layer in layers.items()}
+    usual = ("group_size", "bits", "mode")
+    counts = Counter(tuple(entry[name] for name in usual) for entry in entries.values())
+    most_frequent, _ = counts.most_common(1)[0]
+    return {**dict(zip(usual, most_frequent)), **entries}
+
+
+def quantizable(path: str, layer: Any) -> bool:
+    """Whether a layer has a method ``to_quantized``."""
+    return hasattr(layer, "to_quantized")
+
+
+def quantized(path: str, layer: Any) -> bool:
+    """Whether a layer holds packed weights, or would if it were not in training."""
+    if isinstance(layer, nn.QQLinear):
+        return True
+    return "scales" in layer and hasattr(layer, "bits") and hasattr(layer, "group_size")
+
+
+def _settings_of(layer: Any) -> Settings:
+    """The keywords of ``to_quantized`` that make such a layer."""
+    settings = {
+        "group_size": layer.group_size,
+        "bits": layer.bits,
+        "mode": getattr(layer, "mode", "affine"),
+    }
+    if isinstance(layer, nn.QQLinear):
+        settings["quantize_input"] = True
+    if "global_scale" in layer:
+        settings["global_scale"] = True
+    return settings
+
+
+# ---------------------------------------------------------------- rules to factories
+
+
+def _settings(pattern: Any, value: Any, group_size: int | None, mode: str) -> Settings:
+    """The value of a rule as keywords of ``to_quantized``, with nothing left out."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = {"bits": value}
+    if not isinstance(value, Mapping):
+        raise TypeError(
+            f"rule {_shown(pattern)} must be a number of bits, a mapping of keywords of "
+            f"to_quantized, or None, not {value!r}"
+        )
+    given = {key: one for key, one in value.items() if one is not None}
+    own_mode = given.get("mode", mode)
+    usual_group_size, usual_bits = _defaults(own_mode)
+    if group_size is not None and own_mode == mode:
+        usual_group_size = group_size
+    settings = {"group_size": usual_group_size, "bits": usual_bits, "mode": own_mode, **given}
+    for name in ("group_size", "bits"):
+        number = settings[name]
+        if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+            raise TypeError(
+                f"{name} of rule {_shown(pattern)} must be an int of 1 or more, not {number!r}"
+            )
+    return settings
+
+
+def _defaults(mode: str) -> tuple[int, int]:
+    """The group size and the bits that MLX takes for a mode, read off the shapes it makes."""
+    try:
+        weight, scales, *_ = mx.quantize(mx.zeros((32, 512)), mode=mode)  # never computed
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"mode must be 'affine', 'mxfp4', 'nvfp4' or 'mxfp8', not {mode!r}"
+        ) from None
+    return 512 // scales.shape[-1], weight.shape[-1] * 32 // 512
+
+
+def _factory(model: nn.Module, pattern: Any, settings: Settings) -> Callable[[str, Any], nn.Module]:
+    if pattern == _CATCH_ALL:
+        return _as_mlx_lm_does(getattr(model, "quant_predicate", None), settings)
+
+    def by_rule(path: str, layer: Any) -> nn.Module:
+        if _width(layer) % settings["group_size"]:
+            raise ValueError(_misfit(model, pattern, settings["group_size"]))
+        return _to_quantized(path, layer, settings)
+
+    return by_rule
+
+
+def _as_mlx_lm_does(
+    predicate: Callable[[str, Any], bool | Settings] | None, settings: Settings
+) -> Callable[[str, Any], nn.Module]:
+    def catch_all(path: str, layer: Any) -> nn.Module:
+        is_leaf = not tree_flatten(layer.children())  # others are skipped by `nn.quantize`
+        if not is_leaf or _width(layer) % settings["group_size"]:
+            return layer
+        answer = predicate(path, layer) if predicate is not None else True
+        if not answer:
+            return layer
+        return _to_quantized(path, layer, answer if isinstance(answer, Mapping) else settings)
+
+    return catch_all
+
+
+def _to_quantized(path: str, layer: Any, settings: Mapping[str, Any]) -> nn.Module:
+    # Not every `to_quantized` knows `quantize_input`, so it is left out where it is off.
+    keywords = {key: value for key, value in settings.items() if value or key != "quantize_input"}
+    known = inspect.signature(layer.to_quantized).parameters
+    takes_any = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in known.values())
+    unknown = [repr(name) for name in keywords if name not in known]
+    place = f"{path!r} ({type(layer).__name__})"
+    if unknown and not takes_any:
+        raise TypeError(
+            f"{place} cannot be quantized: its to_quantized takes {', '.join(known)}, "
+            f"not {', '.join(unknown)}"
+        )
+    try:
+        return cast(nn.Module, layer.to_quantized(**keywords))
+    except ValueError as error:
+        told = ", ".join(f"{key}={value!r}" for key, value in keywords.items())
+        raise ValueError(f"{place} cannot be quantized with {told}: {error}") from error
+
+
+def _width(layer: Any) -> int:
+    """The number of weights in a row, which the groups divide."""
+    return layer.weight.shape[-1]
+
+
+# ---------------------------------------------------------------- words
+
+
+def _shown(pattern: Any) -> str:
+    return repr(list(pattern)) if isinstance(pattern, tuple) else repr(pattern)
+
+
+def _patterns(pattern: Any) -> Pattern | Iterable[Pattern]:
+    return cast("Pattern | Iterable[Pattern]", pattern)
+
+
+def _misfit(model: nn.Module, pattern: Any, group_size: int) -> str:
+    """That a group size does not divide some widths, and which ones do."""
+
+    def misfits(path: str, layer: Any) -> bool:
+        return quantizable(path, layer) and _width(layer) % group_size != 0
+
+    paths: dict[int, list[str]] = {}
+    for path, layer in select(model, _patterns(pattern), where=misfits).items():
+        paths.setdefault(_width(layer), []).append(path)
+    places = [f"{', '.join(folded(some))} ({width})" for width, some in paths.items()]
+    fitting = [str(size) for size in (128, 64, 32) if not any(width % size for width in paths)]
+    cure = f"use a group_size of {' or '.join(fitting)}" if fitting else "no group size does"
+    return (
+        f"rule {_shown(pattern)} asks for groups of {group_size}, which do not divide the width of "
+        f"{', '.join(places)}; {cure}, or leave these layers alone with None"
+    )
+
+
+def _refuse_quantized(model: nn.Module, rules: Rules) -> None:
+    """Raise the error for the first rule that finds nothing but layers quantized already."""
+    for pattern, value in rules.items():
+        if value is None or select(model, _patterns(pattern), where=quantizable, strict=False):
+            continue
+        if stay := select(model, _patterns(pattern), where=quantized, strict=False):
+            raise NoMatchError(
+                f"rule {_shown(pattern)} has nothing to quantize: the layers that it matches are "
+                f"quantized already, and stay as they are ({len(stay)}); use the original model"
+            ) from None
+
+
+def _nothing_fits(model: nn.Module, group_size: int) -> str:
+    layers = select(model, "**", where=quantizable, strict=False)
+    widths = {_width(layer) for layer in layers.values()}
+    misfits = ", ".join(str(width) for width in sorted(widths) if width % group_size)
+    reasons = [f"groups of {group_size} do not divide the widths {misfits}"] if misfits else []
+    if any(width % group_size == 0 for width in widths):
+        reasons.append("the model's own quant_predicate keeps layers that fit")
+    cure = "name the layers in a rule of their own, with a group_size that fits"
+    if stay := select(model, "**", where=quantized, strict=False):
+        reasons.append(f"{len(stay)} layers are quantized already, and stay as they are")
+        cure = "use the original model"
+    return f"rule '**' quantizes nothing: {', and '.join(reasons)}; {cure}"

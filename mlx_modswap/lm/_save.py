@@ -1,0 +1,172 @@
+"""A model in memory -> a folder that mlx-lm loads, checked before it gets its name."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+from mlx_lm import utils
+from mlx_lm.models.bitlinear_layers import BitLinear
+
+from .._select import check_model, select
+from . import _folders
+from ._folders import Config, Folder
+from ._outline import Outline, difference, other_layers, outline
+from ._quantize import quantization_config, quantized
+
+
+def save(
+    model: nn.Module,
+    folder: Folder,
+    source: Folder,
+    *,
+    config: Mapping[str, Any] | None = None,
+    trust_remote_code: bool = False,
+) -> None:
+    """Save a model as a folder that ``mlx_lm.load`` turns into this very model.
+
+    The folder holds the weights, the config and, as files, the tokenizer and
+    whatever else is in the folder that the model came from. It is written under
+    another name, loaded with :func:`mlx_lm.utils.load_model`, which reads no more
+    of the weights than their names, and compared with the model. It gets its name
+    when all of that has worked; otherwise nothing is left of it. The model stays
+    as it is.
+
+    Args:
+        model (mlx.nn.Module): The model to save, such as one of ``mlx_lm.load``
+            in which :func:`quantize` has changed layers.
+        folder (str or pathlib.Path): The folder to make. It must not exist.
+        source (str or pathlib.Path): The folder, or the name on the hub, from
+            which the model was loaded.
+        config (Mapping, optional): Entries of the config that differ from those of
+            the source, such as ``{"num_hidden_layers": 20}`` after blocks were
+            removed. The quantization is always taken from the model. Under
+            ``"model_file"`` the path of a Python file that builds the model,
+            which is copied. Default: ``None``.
+        trust_remote_code (bool): Whether to run the ``model_file`` that the config
+            names. Default: ``False``.
+
+    Raises:
+        ValueError: If mlx-lm would not build this model from the folder, with the
+            places where it builds something else; or if the source has no valid
+            config.
+        FileNotFoundError: If the source cannot be had.
+        FileExistsError: If the folder exists.
+        OSError: If the disk has too little space.
+        TypeError: If an argument is of the wrong type.
+
+    Example:
+        >>> import mlx_lm
+        >>> from mlx_modswap import lm
+        >>> model, tokenizer = mlx_lm.load("my_model")
+        >>> _ = lm.quantize(model, {"**.self_attn.*": 8, "**": 4})
+        >>> lm.save(model, "my_model_mixed", "my_model")
+        >>> model, tokenizer = mlx_lm.load("my_model_mixed")
+    """
+    check_model(model)
+    target, changes = Path(folder), dict(config or {})
+    _check_entries(changes)
+    _folders.check_free(target)
+    origin = _folders.find(source)
+    old_config = _folders.read_config(origin)
+    code = _model_file(changes, origin)
+    new_config = {**old_config, **changes}
+    _folders.check_trust(new_config, trust_remote_code)
+
+    expected = outline(model)
+    original = None
+    if any(old_config.get(key, ...) != value for key, value in changes.items()):
+        original = _original(origin, trust_remote_code)
+    arrays: Any = tree_flatten(model.parameters())
+    nbytes = sum(array.nbytes for _, array in arrays)
+    with _folders.staged(target, nbytes + _folders.copied_nbytes(origin)) as staging:
+        with _folders.writing("the weights"):
+            utils.save_model(staging, model)
+        finish(staging, origin, new_config, model)
+        if code is not None:
+            shutil.copyfile(code, staging / code.name)
+        check(staging, target, expected, original, trust_remote_code)
+
+
+def finish(staging: Path, origin: Path, config: Config, model: nn.Module) -> None:
+    """Write all that a folder holds but weights."""
+    _folders.copy_files(origin, staging)
+    _folders.write_config(_with_quantization(config, model), staging, model)
+
+
+def check(
+    staging: Path,
+    target: Path,
+    expected: Outline,
+    original: Outline | None,
+    trust_remote_code: bool,
+) -> None:
+    """Load what was written, and compare it with what it was written from.
+
+    Raises:
+        ValueError: If mlx-lm cannot load it, or builds something else.
+    """
+    try:
+        built, _ = _folders.load(staging, trust_remote_code=trust_remote_code)
+    except ValueError as error:
+        # Its weights may not fit since mlx-lm builds other layers: that says more.
+        differs = _other_layers(staging, expected, trust_remote_code)
+        told = differs or str(error).replace(str(staging), str(target))
+        raise ValueError(f"{str(target)!r} was not written: {told}") from error
+    if differs := difference(outline(built), expected, original):
+        raise ValueError(f"{str(target)!r} was not written: {differs}")
+
+
+def _other_layers(staging: Path, expected: Outline, trust_remote_code: bool) -> str:
+    try:
+        built, _ = _folders.load(staging, trust_remote_code=trust_remote_code, strict=False)
+    except ValueError:
+        return ""
+    return other_layers(outline(built), expected)
+
+
+def _original(origin: Path, trust_remote_code: bool) -> Outline | None:
+    """What mlx-lm builds of the source, if it can: there may be no weights any more."""
+    try:
+        model, _ = _folders.load(origin, trust_remote_code=trust_remote_code, strict=False)
+    except ValueError:
+        return None
+    return outline(model)
+
+
+def _check_entries(changes: dict[str, Any]) -> None:
+    for key, value in changes.items():
+        try:
+            json.dumps({key: value})
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"the config entry {key!r} is not JSON: {error}") from None
+
+
+def _model_file(changes: dict[str, Any], origin: Path) -> Path | None:
+    """The file that a new ``model_file`` is copied from; leaves its name in the changes."""
+    if changes.get("model_file") is None:
+        return None
+    file = Path(changes["model_file"])
+    for candidate in (file, origin / file):
+        if candidate.is_file():
+            changes["model_file"] = candidate.name
+            return candidate
+    raise FileNotFoundError(f"model_file {str(file)!r} is not a file, here or in {str(origin)!r}")
+
+
+def _with_quantization(config: Config, model: nn.Module) -> Config:
+    """A config that says how the layers of a model are quantized now."""
+    if select(model, "**", where=quantized, strict=False):
+        return {**config, "quantization": quantization_config(model)}
+    if select(model, "**", where=BitLinear, strict=False):
+        return config  # its quantization is another one, and the source's
+    left = {key: value for key, value in config.items() if not key.startswith("quantization")}
+    if isinstance(text_config := left.get("text_config"), dict):
+        kept = {key: one for key, one in text_config.items() if key != "quantization_config"}
+        left["text_config"] = kept
+    return left

@@ -1,0 +1,126 @@
+"""Adapters of any ranks and scales <-> adapters of one rank and one scale, as mlx-lm reads them.
+
+A lower rank is padded with zeros, and taken off again exactly. The padding stays
+zero in training, because each side's gradient is a product with the other side.
+
+A scale is folded into ``lora_b``: the product of both stays the same. It is
+multiplied and divided in float64, so each way rounds once. Taken out again,
+``lora_b`` is the same bit by bit where the scale is the most frequent one or
+differs from it by a power of two, and where ``lora_b`` is float16 or bfloat16,
+which are written as float32 if their own dtype would round. Otherwise it differs
+by at most one unit in the last place: in float32 several numbers times a scale
+may round to the same product.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import mlx.core as mx
+
+from ._adapter_files import read_number, read_object, read_rank
+from ._lora import A_RANK, Adapter, b_rank
+from ._paths import folded
+
+Truths = dict[str, dict[str, Any]]  # the true rank and scale of each path
+
+_DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16}  # those that are written as float32
+
+
+def make_uniform(adapters: Mapping[str, Adapter]) -> tuple[dict[str, Adapter], Truths]:
+    """Give all adapters one rank and one scale, without a change of what they compute.
+
+    Returns:
+        The adapters by path, and what :func:`restore` needs.
+
+    Raises:
+        ValueError: If some scales are zero, which no array could be divided by later.
+    """
+    scales = Counter(adapter.scale for adapter in adapters.values())
+    zeros = [path for path, adapter in adapters.items() if adapter.scale == 0]
+    if zeros and len(scales) > 1:
+        raise ValueError(
+            f"the scale is 0 at {', '.join(folded(zeros))}, and lora_b could not be restored from "
+            "what mlx-lm reads; set another scale, or take the adapters off"
+        )
+    scale, _ = scales.most_common(1)[0]
+    rank = max(adapter.rank for adapter in adapters.values())
+    uniform: dict[str, Adapter] = {}
+    truths: Truths = {}
+    for path, adapter in adapters.items():
+        arrays = dict(adapter.arrays)
+        lora_b = _fold(arrays["lora_b"], adapter.scale, scale)
+        truths[path] = {"rank": adapter.rank, "scale": adapter.scale}
+        if lora_b.dtype != arrays["lora_b"].dtype:
+            truths[path]["dtype"] = str(arrays["lora_b"].dtype).rpartition(".")[2]
+        arrays["lora_a"] = _pad(arrays["lora_a"], A_RANK, rank)
+        arrays["lora_b"] = _pad(lora_b, b_rank(lora_b), rank)
+        uniform[path] = adapter._replace(arrays=arrays, rank=rank, scale=scale)
+    return uniform, truths
+
+
+def restore(adapters: Mapping[str, Adapter], truths: Any, what: str) -> dict[str, Adapter]:
+    """Give all adapters their own rank and scale again.
+
+    Args:
+        adapters (Mapping): The adapters by path, all of one rank and scale.
+        truths (Any): What should be the second result of :func:`make_uniform`.
+        what (str): What to call it in a message.
+
+    Raises:
+        ValueError: If the two do not fit each other.
+    """
+    truths = read_object(truths, what)
+    if unpaired := sorted(set(truths) ^ set(adapters)):
+        raise ValueError(f"{what} does not have the paths of the arrays: {unpaired[0]!r}")
+    return {
+        path: _restored(adapter, truths[path], f"{path!r} under {what}")
+        for path, adapter in adapters.items()
+    }
+
+
+def _restored(adapter: Adapter, truth: Any, what: str) -> Adapter:
+    truth = read_object(truth, what)
+    rank = read_rank(truth.get("rank"), f"'rank' of {what}")
+    scale = read_number(truth.get("scale"), f"'scale' of {what}")
+    dtype: Any = truth.get("dtype")
+    if dtype not in (None, *_DTYPES):
+        raise ValueError(f"'dtype' of {what} must be {' or '.join(map(repr, _DTYPES))}")
+    if rank > adapter.rank:
+        raise ValueError(f"'rank' of {what} is {rank}, and the arrays have the rank {adapter.rank}")
+    if scale != adapter.scale and 0 in (scale, adapter.scale):
+        raise ValueError(f"'scale' of {what} cannot be {scale} where others are {adapter.scale}")
+    arrays = dict(adapter.arrays)
+    for name, axis in (("lora_a", A_RANK), ("lora_b", b_rank(arrays["lora_b"]))):
+        arrays[name], padding = mx.split(arrays[name], [rank], axis=axis)
+        if mx.any(padding).item():
+            raise ValueError(f"'rank' of {what} is {rank}, and {name} is not zero beyond it")
+    if scale != adapter.scale:
+        own = _DTYPES[dtype] if dtype else arrays["lora_b"].dtype
+        exact = _multiplied(arrays["lora_b"], adapter.scale, scale)
+        arrays["lora_b"] = exact.astype(own, stream=mx.cpu)
+    return adapter._replace(arrays=arrays, rank=rank, scale=scale)
+
+
+def _fold(lora_b: mx.array, scale: float, common: float) -> mx.array:
+    """Put a scale into ``lora_b``, in its own dtype if that takes no rounding, else in float32."""
+    if scale == common:
+        return lora_b
+    exact = _multiplied(lora_b, scale, common)
+    with mx.stream(mx.cpu):
+        own = exact.astype(lora_b.dtype)
+        is_exact = mx.array_equal(own.astype(mx.float64), exact).item()
+        return own if is_exact else exact.astype(mx.float32)
+
+
+def _multiplied(array: mx.array, factor: float, divisor: float) -> mx.array:
+    with mx.stream(mx.cpu):  # the one device that has float64
+        return array.astype(mx.float64) * factor / divisor
+
+
+def _pad(array: mx.array, axis: int, rank: int) -> mx.array:
+    widths = [(0, 0)] * array.ndim
+    widths[axis] = (0, rank - array.shape[axis])
+    return mx.pad(array, widths)
