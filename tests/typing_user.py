@@ -17,6 +17,7 @@ from mlx_modswap import (
     SelectionError,
     Wrapper,
     capture,
+    observe,
     partial_modules,
     patch,
     replace_layers,
@@ -99,7 +100,16 @@ def swapping(model: nn.Module) -> None:
 
 
 def hooking(model: nn.TransformerEncoder, x: mx.array) -> mx.array:
-    with capture(model, "layers[:2]", where=nn.Module, exclude="layers[1]") as outputs:
+    sums: dict[str, mx.array] = {}
+
+    def add(path: str, output: mx.array, x: mx.array) -> None:
+        sums[path] = sums.get(path, mx.zeros(4)) + x.sum(axis=0)
+
+    with observe(model, "**.linear1", add, where=nn.Linear, exclude="b", strict=False) as calls:
+        model(x, None)
+    assert_type(calls, dict[str, int])
+
+    with capture(model, "layers[:2]", where=nn.Module, exclude="layers[1]", strict=True) as outputs:
         model(x, None)
     assert_type(outputs, dict[str, list[Any]])
 

@@ -23,7 +23,8 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parents[2]
 TESTS = ["guarantees", "leaving_alone", "judged_after_where", "tuple_keys", "untying", "refused"]
-TESTS += ["misuse", "memory", "patterns", "errors", "fuzz", "report", "stateful"]
+TESTS += ["misuse", "memory", "patterns", "errors", "fuzz", "report", "blocks", "hooks"]
+TESTS += ["wrapper", "stateful"]
 AT_ONCE = 2
 TIMES_AS_LONG = 10  # as the unharmed library takes: then a fault has made it hang
 MOST_MEMORY = 4 << 30  # bytes; a walk without an end takes all that there is
@@ -276,26 +277,151 @@ FAULTS = [
     Fault(
         "swapped does not restore on an exception",
         "_replace.py",
-        "            _put_back(plan)\n        except SelectionError as refusal:",
+        "            _put_back(block)\n        except SelectionError as refusal:",
         "            pass\n        except SelectionError as refusal:",
     ),
     Fault(
         "swapped does not restore at all",
         "_replace.py",
-        "        raise\n    _put_back(plan)\n",
-        "        raise\n",
+        "        raise\n    _put_back(block)\n",
+        "        raise\n    block.close()\n",
     ),
     Fault(
         "swapped overwrites what someone else put in",
-        "_replace.py",
-        '    check_unmoved(plan.places, plan.news, "inside the block")\n',
-        "",
+        "_blocks.py",
+        "            if is_unmoved and not above:",
+        "            if not above:",
     ),
     Fault(
         "the refusal of swapped hides the error of its body",
         "_replace.py",
-        "            note(error, str(refusal))\n",
-        "            raise\n",
+        "            note(error, str(refusal))\n        raise\n    _put_back(block)\n",
+        "            raise\n        raise\n    _put_back(block)\n",
+    ),
+    # ---------------------------------------------------------------- blocks in any order
+    Fault(
+        "blocks: a block hands nothing to the one above it",
+        "_blocks.py",
+        "            block._take_over(self, above)\n",
+        "            pass\n",
+    ),
+    Fault(
+        "blocks: a block hands its module to the last block instead of the next",
+        "_blocks.py",
+        "        for block in reversed(later):\n",
+        "        for block in later:\n",
+    ),
+    Fault(
+        "blocks: a block does not know what later ones have put in",
+        "_blocks.py",
+        "        self._tell_others(self.news, {})\n",
+        "",
+    ),
+    Fault(
+        "blocks: a block does not know what earlier ones have put back",
+        "_blocks.py",
+        "        self._tell_others(olds, above)\n",
+        "",
+    ),
+    Fault(
+        "blocks: nobody is told that a block ended too early",
+        "_blocks.py",
+        "                raise SelectionError(_COVERED.format(places.paths[number]))\n",
+        "                return\n",
+    ),
+    Fault(
+        "blocks: nobody is told that a place was taken away",
+        "_blocks.py",
+        "            raise SelectionError(_LOST.format(places.paths[number]))\n",
+        "            return\n",
+    ),
+    Fault(
+        "blocks: a wrapper takes away what is inside",
+        "_blocks.py",
+        "            is_there = unwrapped(now) is places.holders[row]\n",
+        "            is_there = now is places.holders[row]\n",
+    ),
+    Fault(
+        "blocks: a block stays open for ever",
+        "_blocks.py",
+        "            _open.remove(self)\n",
+        "            pass\n",
+    ),
+    Fault(
+        "blocks: modules are compared, which may be used again",
+        "_blocks.py",
+        "            above.update(dict.fromkeys(self._own & block._own, block))\n",
+        "            same = set(map(id, self.news)) & set(map(id, block.places.modules))\n"
+        "            above.update(dict.fromkeys(self._own if same else [], block))\n",
+    ),
+    # ---------------------------------------------------------------- hooks
+    Fault(
+        "hooks: a hook goes on after its block",
+        "_hooks.py",
+        "        shared.see = None\n",
+        "        pass\n",
+    ),
+    Fault(
+        "hooks: a pattern that never ran is quiet",
+        "_hooks.py",
+        "        if (matched & ~called) >> number & 1:\n",
+        "        if not called:\n",
+    ),
+    Fault(
+        "hooks: single layers that were not called are an error",
+        "_hooks.py",
+        "        if (matched & ~called) >> number & 1:\n",
+        "        if matched >> number & 1 and not all(calls.values()):\n",
+    ),
+    Fault(
+        "hooks: a tied layer is counted at one of its paths only",
+        "_hooks.py",
+        "        for path in paths:\n",
+        "        for path in paths[:1]:\n",
+    ),
+    Fault(
+        "hooks: what is set on a hooked layer goes with the hook",
+        "_hooks.py",
+        "        setattr(self.__wrapped__, name, value)\n",
+        "        super().__setattr__(name, value)\n",
+    ),
+    Fault(
+        "hooks: a layer is as deep as its first path",
+        "_hooks.py",
+        'max(path.count("."), depths.get(id(layer), 0))',
+        'depths.get(id(layer), path.count("."))',
+    ),
+    # ---------------------------------------------------------------- wrappers
+    Fault(
+        "wrapper: what is set later is set on the layer",
+        "_wrapper.py",
+        " and hasattr(unwrapped(self), name):",
+        ":",
+    ),
+    Fault(
+        "wrapper: a name of a wrapper inside is a name of the layer",
+        "_wrapper.py",
+        " and hasattr(unwrapped(self), name):",
+        " and hasattr(self.__wrapped__, name):",
+    ),
+    Fault(
+        "wrapper: public arrays are taken",
+        "_wrapper.py",
+        "        _check_own(wrapper)\n",
+        "",
+    ),
+    Fault(
+        "wrapper: quantizing takes it off",
+        "_wrapper.py",
+        "        return _rebuilt(type(self), layer.to_quantized(*args, **kwargs), "
+        "_own_attributes(self))\n",
+        "        return layer.to_quantized(*args, **kwargs)\n",
+    ),
+    Fault(
+        "wrapper: anything can be quantized",
+        "_wrapper.py",
+        "        return self.__getattribute__(name)\n",
+        "        return nn.Module.__getattr__(self, name)\n",
     ),
     # ---------------------------------------------------------------- reporting
     Fault(
