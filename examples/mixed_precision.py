@@ -145,7 +145,7 @@ class Meter:
         """The KL divergence from the original in nats, the mean over all tokens."""
         total = 0.0
         for p, batch in zip(self.original, self.batches):
-            total += (mx.exp(p) * (p - self.log_probs(batch))).sum().item()
+            total += float((mx.exp(p) * (p - self.log_probs(batch))).sum())
         return total / self.tokens
 
 

@@ -127,7 +127,7 @@ REFUSED: list[tuple[Any, type[Exception], str]] = [
     (
         {("head", "layers[0"): one},
         PatternError,
-        "'[' is not closed; write 'layers[0]'\n    layers[0\n          ^",
+        "unmatched '['; write 'layers[0]'\n    layers[0\n          ^",
     ),
     (
         {("head", "embed"): nn.ReLU()},
