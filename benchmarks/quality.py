@@ -28,7 +28,7 @@ mixed: Any = importlib.import_module("mixed_precision")
 
 TOKENS = 24_576  # of each half of the text
 CHOOSING = 16  # of the sequences are used to choose; all of the other half judge
-ROUNDS = 4
+ROUNDS = 3
 MIXED = ("mixed_3_4", "mixed_3_6", "mixed_4_6")
 
 
