@@ -157,32 +157,6 @@ def test_after_the_ablation_the_model_is_as_it_was(ablated):
     assert re.search(r"(?m)^embeddings with all back +equal$", ablated)
 
 
-# ---------------------------------------------------------------- mixed_precision.py
-
-
-@pytest.fixture(scope="module")
-def mixed(perform):
-    return perform("mixed_precision", MEASURE=slice(0, 4, 2), JUDGE=slice(0, 6, 3))
-
-
-def test_the_parts_are_ranked_by_what_4_bits_cost_them(mixed):
-    rows = re.findall(r"(?m)^([\d.]+)   (encoder\.\S+)$", mixed)
-    costs = [float(cost) for cost, _ in rows]
-
-    assert len({part for _, part in rows}) == 12
-    assert costs == sorted(costs, reverse=True)
-    assert costs[0] > 5 * costs[-1] > 0
-
-
-def test_bits_by_measurement_beat_a_rule_of_thumb_of_the_same_size(mixed):
-    small, low = figures("4 bits everywhere # MB cosine similarity #", mixed)
-    thumb_size, thumb = figures("first and last in 8 bits # MB cosine similarity #", mixed)
-    measured_size, measured = figures("measured ones in 8 bits # MB cosine similarity #", mixed)
-
-    assert small < measured_size <= thumb_size
-    assert low < thumb < measured < 1
-
-
 # ---------------------------------------------------------------- quantize_minilm.py
 
 
