@@ -105,7 +105,8 @@ class _Matched:
         self.places = places
         self.passed = passed
         self.masks = set(places.masks)
-        self.free = {mask for mask in self.masks if mask <= request.included}
+        included = request.included
+        self.free = {mask for mask in self.masks if mask <= included}
         self.live = self.masks if passed is None else set(compress(places.masks, passed))
 
     def do_something(self, masks: Collection[int]) -> bool:
@@ -166,10 +167,11 @@ def _check_rules(matched: _Matched) -> None:
 
 def _check_excludes(matched: _Matched) -> None:
     request = matched.request
-    removed = reduce(or_, (mask for mask in matched.live if mask & request.included), 0)
+    included = request.included
+    removed = reduce(or_, (mask for mask in matched.live if mask & included), 0)
     for number, pattern in enumerate(request.excludes, start=len(request.patterns)):
         if not removed >> number & 1:
-            rejected = matched.modules(1 << number, request.included)
+            rejected = matched.modules(1 << number, included)
             raise NoMatchError(
                 f"exclude {pattern.text} has no effect: {_where(request, rejected)} rejects "
                 f"{_all_of(rejected)} it would exclude: {_classes(request, rejected)}"
