@@ -63,7 +63,7 @@ class Row:
         self.uncounted: bool = self.private or (parent is not None and parent.uncounted)
         self.whole: Product = parent.whole + self.product if parent else self.product
         self.is_plain: bool = is_plain(self.product) and (parent is None or parent.is_plain)
-        if parent and self.is_plain:
+        if parent and self.is_plain:  # or else a deep model would take quadratic time
             self.pattern = f"{parent.pattern}.{pattern_of(self.product)}".removeprefix(".")
         else:
             self.pattern = pattern_of(self.whole)

@@ -131,7 +131,7 @@ def _child_rows(parent: Row, form: Form, modules: Modules) -> list[tuple[Row, Mo
         row = Row(parent, product, parent.count * len(positions), *look, private)
         all_keys = [form.children[position].keys for position in positions]
         inner = [reduce(_entry, keys, module) for module in modules for keys in all_keys]
-        rows.append((row, inner if row.form else []))
+        rows.append((row, inner))
     return rows
 
 
