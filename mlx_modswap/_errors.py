@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Iterable
+from itertools import accumulate
 from typing import Any
 
 import mlx.nn as nn
@@ -37,7 +38,9 @@ def note(error: BaseException, text: str) -> None:
         add_note(text)
 
 
-def note_misuse(error: BaseException, function: Any, path: str, call: str, mended: str) -> None:
+def note_misuse(
+    error: BaseException, function: Any, path: str, call: str, mended: str = ""
+) -> None:
     """Say how a function is called, if it failed because it was written for another call.
 
     Where Python has no notes (3.10) this goes into the message, as it is the cause.
@@ -47,14 +50,16 @@ def note_misuse(error: BaseException, function: Any, path: str, call: str, mende
         function (Callable): The function.
         path (str): Its first argument.
         call (str): How it is called: ``"factory(path, module)"``.
-        mended (str): A call that works, with ``{}`` for the name of the function.
+        mended (str): A call that works, with ``{}`` for the name of the function, if one
+            is known.
     """
     path_was_taken_for_a_module = getattr(error, "obj", None) is path
     if not path_was_taken_for_a_module and not _refuses_the_call(function, error):
         return
     name = getattr(function, "__qualname__", "<lambda>")
     text = f"it was called as {call}"
-    if path_was_taken_for_a_module and "<" not in name:  # no lambda or function inside another
+    is_public = "<" not in name  # no lambda or function inside another
+    if mended and path_was_taken_for_a_module and is_public:
         text += f"; write {mended.format(name)}"
     if hasattr(error, "add_note"):
         note(error, text)
@@ -119,9 +124,7 @@ def class_names(of: Iterable[type]) -> dict[type, str]:
 
 def _full_name(cls: type) -> str:
     """The name of a class after that of the outermost module with it: ``mlx.nn.RMSNorm``."""
-    packages = cls.__module__.split(".")
-    for depth in range(1, len(packages) + 1):
-        name = ".".join(packages[:depth])
+    for name in accumulate(cls.__module__.split("."), "{}.{}".format):
         if name in sys.modules and vars(sys.modules[name]).get(cls.__name__) is cls:
             return f"{name}.{cls.__name__}"
     return f"{cls.__module__}.{cls.__qualname__}"

@@ -9,18 +9,17 @@ from typing import Any, overload
 import mlx.nn as nn
 
 from . import _hints
+from ._blocks import Block
 from ._errors import NoMatchError, SelectionError, described, note
 from ._match import Patterns, Where
 from ._pattern import literally
 from ._plan import (
-    AnyPattern,
     Factory,
     Plan,
     Rules,
     check_aliases,
     check_different,
     check_nesting,
-    check_unmoved,
     make_plan,
 )
 from ._report import Replacement
@@ -31,7 +30,7 @@ from ._walk import Places, find, nest
 @overload
 def replace_layers(
     model: nn.Module,
-    pattern: Rules[AnyPattern],
+    pattern: Rules,
     *,
     where: Where | None = None,
     exclude: Patterns = (),
@@ -53,7 +52,7 @@ def replace_layers(
 
 def replace_layers(
     model: nn.Module,
-    pattern: Patterns | Rules[Any],
+    pattern: Patterns | Rules,
     factory: Factory | None = None,
     *,
     where: Where | None = None,
@@ -123,7 +122,7 @@ def replace_layers(
 @overload
 def swapped(
     model: nn.Module,
-    pattern: Rules[AnyPattern],
+    pattern: Rules,
     *,
     where: Where | None = None,
     exclude: Patterns = (),
@@ -146,27 +145,36 @@ def swapped(
 @contextmanager
 def swapped(
     model: nn.Module,
-    pattern: Patterns | Rules[Any],
+    pattern: Patterns | Rules,
     factory: Factory | None = None,
     *,
     where: Where | None = None,
     exclude: Patterns = (),
     strict: bool = True,
 ) -> Iterator[Replacement]:
-    """Replace modules for the length of a ``with`` block, then put the same ones back.
+    """Replace modules inside a ``with`` block, then put the same ones back.
 
-    Takes the arguments of :func:`replace_layers`. On the way out the identical
-    modules return to their places, also when the block raises. A training mode
-    that was set inside the block, with ``model.eval()`` say, stays with the
+    Takes the arguments of :func:`replace_layers`. At the end of the block the
+    identical modules return to their places, even when the block raises. A training
+    mode that was set inside the block, with ``model.eval()`` say, stays with the
     modules that were in the model then.
+
+    Blocks on one model may end in another order than they began, as those of two
+    token streams do that take turns. Then the model has its own layers back, and
+    nothing of any block, once the last of them has ended. A block that ends while
+    a later one is still open on one of the same places raises, since what ran in
+    between was not what it asked for; so does one whose place another block took
+    away with a module around it. Use one block around both streams instead. The
+    same holds for :func:`observe`, :func:`capture` and :func:`patch`.
 
     Yields:
         Replacement: What was changed.
 
     Raises:
-        SelectionError: In addition to what :func:`replace_layers` raises, on the
-            way out, if one of the places was changed by someone else meanwhile.
-            Nothing is put back then. An error raised in the block wins.
+        SelectionError: In addition to what :func:`replace_layers` raises, at the
+            end of the block, if one of the places was modified by hand inside it,
+            and then nothing is put back; or if blocks did not end in the reverse
+            order. An error raised in the block wins, and gets this as a note.
 
     Example:
         >>> import mlx.nn as nn
@@ -180,16 +188,18 @@ def swapped(
     """
     plan = make_plan(model, pattern, factory, where, exclude, strict)
     report = _report(plan)
+    block = Block(plan.places, plan.news)
     _carry_out(plan)
     try:
+        block.begin()
         yield report
     except BaseException as error:
         try:
-            _put_back(plan)
+            _put_back(block)
         except SelectionError as refusal:
             note(error, str(refusal))
         raise
-    _put_back(plan)
+    _put_back(block)
 
 
 def partial_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[Any, Any]:
@@ -294,20 +304,17 @@ def _unreachable(places: Places, error: Exception) -> str:
     return f"MLX's update_modules failed, and nothing was changed: {error}"
 
 
-def _put_back(plan: Plan) -> None:
+def _put_back(block: Block) -> None:
     try:
-        _restore(plan)
-    except KeyboardInterrupt:  # an update that is interrupted leaves the new modules there
-        _restore(plan)
+        block.end(_update)
+    except KeyboardInterrupt as interrupt:  # an update that is interrupted leaves the new modules
+        try:
+            block.end(_update)
+        except SelectionError as refusal:
+            note(interrupt, str(refusal))
         raise
-
-
-_MODIFIED = "{path!r} was modified inside the block; nothing was put back"
-
-
-def _restore(plan: Plan) -> None:
-    check_unmoved(plan.places, plan.news, _MODIFIED)
-    _update(plan.places, plan.news, plan.places.modules)
+    finally:
+        block.close()
 
 
 def _report(plan: Plan) -> Replacement:

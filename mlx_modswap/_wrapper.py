@@ -1,54 +1,68 @@
-"""A module that stands in for a layer, and hooks that are made of it."""
+"""A module that stands in for a layer."""
 
 from __future__ import annotations
 
-from collections import defaultdict
+import functools
+import inspect
+import types
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import mlx.nn as nn
 
-from ._containers import WRAPPED
+from ._containers import WRAPPED, has_parameters, is_container, unwrapped
 from ._errors import described
-from ._match import Patterns, Where
-from ._replace import swapped
-from ._select import select
 
-Change = Callable[[str, Any], Any]
-Outputs = dict[str, list[Any]]
 T = TypeVar("T")
 
-_SEALED = "(sealed)"  # no name of an attribute, so it hides none of the layer's
+_SEALED, _SLOTS = "(sealed)", "(slots)"  # not names of attributes, so they hide none of a layer
+_LENT = frozenset(["__call__", "to_quantized"])  # methods of `Wrapper` that are the layer's as well
 
 
 class _Sealing(type):
-    """Knows when the ``__init__`` of a wrapper is over: what is set later is set on the layer."""
+    """Knows when the ``__init__`` of a wrapper is over, and looks at what it has set."""
+
+    def __init__(cls, name: str, bases: tuple[type, ...], namespace: dict[str, Any]):
+        super().__init__(name, bases, namespace)
+        inherited = [slot for base in bases for slot in vars(base).get(_SLOTS, ())]
+        slots = [k for k, v in vars(cls).items() if isinstance(v, types.MemberDescriptorType)]
+        setattr(cls, _SLOTS, [*inherited, *slots])
 
     def __call__(cls: type[T], *args: Any, **kwargs: Any) -> T:
-        wrapper = super().__call__(*args, **kwargs)
+        wrapper: Any = super().__call__(*args, **kwargs)
         if not dict.__contains__(wrapper, WRAPPED):
             raise TypeError(f"{cls.__name__}.__init__ must call super().__init__(layer)")
+        _check_own(wrapper)
         _own(wrapper)[_SEALED] = True
         return wrapper
 
 
 class Wrapper(nn.Module, metaclass=_Sealing):
-    """Stands in for a layer, and is that layer to everyone who asks.
+    """Represents a layer, to which it adds what a subclass defines.
 
     Attributes, parameters and their names, frozen state, training mode and
-    ``isinstance`` are those of the layer, whichever way they are read or set.
-    A subclass overrides ``__call__`` to see or change what goes in and out, and
-    defines only methods of its own. What its ``__init__`` sets on ``self``
-    belongs to the wrapper and is no parameter; all that is set later goes to
-    the layer. ``__wrapped__`` is the layer.
+    ``isinstance`` are those of the layer, whichever way they are read or set. A
+    subclass overrides ``__call__`` to see or change what goes in and out.
+    ``__wrapped__`` is the layer.
+
+    What ``__init__`` sets on ``self`` belongs to the wrapper, and so does what is
+    set later under a name that the layer does not have. It is not a parameter: it
+    is neither trained nor saved nor cast. To set a public array there, or a module
+    that holds arrays, is a mistake and an error: give a constant a name that
+    begins with ``_``, and for what is to be trained write a plain
+    :class:`mlx.nn.Module` that holds the layer.
+
+    :func:`mlx.nn.quantize` keeps the wrapper: its ``to_quantized`` returns one of
+    the same class with the same attributes around the quantized layer. Override it
+    if some of them were computed from the layer.
 
     Args:
-        layer (mlx.nn.Module): The layer to stand in for.
+        layer (mlx.nn.Module): The layer to represent.
 
     Raises:
-        TypeError: If ``layer`` is no module.
+        TypeError: If ``layer`` is not a module, or if the ``__init__`` of a subclass
+            sets a public attribute that holds arrays.
 
     Example:
         >>> import mlx.core as mx
@@ -71,7 +85,7 @@ class Wrapper(nn.Module, metaclass=_Sealing):
 
     # There is one copy of everything, in the layer. The raw dict of the wrapper holds
     # nothing but the layer, for the code that reads raw dicts: `mx.eval` and `mx.compile`
-    # find the arrays there. Everyone else asks through the methods below, which are the
+    # find the arrays there. All other code asks through the methods below, which are the
     # layer's, so no name gets a segment more. A copy of the layer's entries would have
     # the same names too, but goes stale when the layer sets one itself (`BatchNorm` does).
 
@@ -85,20 +99,42 @@ class Wrapper(nn.Module, metaclass=_Sealing):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return dict.__getitem__(self, WRAPPED)(*args, **kwargs)
 
-    # Also the methods of `nn.Module` and `dict` are taken from the layer, whose class may
+    def to_quantized(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """Wrap the quantized layer in the same way. Exists if the layer can be quantized.
+
+        Args:
+            *args: The arguments of the layer's ``to_quantized``.
+            **kwargs: The same by keyword.
+
+        Returns:
+            mlx.nn.Module: A wrapper of the same class, with a copy of its attributes.
+        """
+        layer: Any = self.__wrapped__
+        return _rebuilt(type(self), layer.to_quantized(*args, **kwargs), _own_attributes(self))
+
+    # The methods of `nn.Module` and `dict` are taken from the layer as well, whose class may
     # override them, and so is `__class__`, which `isinstance` asks for.
     def __getattribute__(self, name: str) -> Any:
         if name == "__wrapped__":
             return dict.__getitem__(self, WRAPPED)
         if _is_own(self, name):
-            return object.__getattribute__(self, name)
+            value = object.__getattribute__(self, name)
+            return _lent(self, name, value) if name in _LENT else value
         return getattr(dict.__getitem__(self, WRAPPED), name)
 
+    # Python asks here when the above raises an AttributeError. The method of `nn.Module` would go
+    # on to look for a method of the wrapper, and find the `to_quantized` that the layer lacks.
+    def __getattr__(self, name: str) -> Any:
+        return self.__getattribute__(name)
+
+    # A wrapper that notes something in its `__call__` (`self.last = x`) must not make a
+    # parameter of the layer out of it, which would be saved, and stay after unwrapping.
     def __setattr__(self, name: str, value: Any) -> None:
-        if _SEALED not in _own(self) or _is_own(self, name):
-            object.__setattr__(self, name, value)
-        else:
+        is_sealed = _SEALED in _own(self)
+        if is_sealed and not _is_own(self, name) and hasattr(unwrapped(self), name):
             setattr(self.__wrapped__, name, value)
+        else:
+            object.__setattr__(self, name, value)
 
     def __delattr__(self, name: str) -> None:
         if _is_own(self, name):
@@ -132,186 +168,27 @@ class Wrapper(nn.Module, metaclass=_Sealing):
         return f"{type(self).__name__}({self.__wrapped__!r})"
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _rebuilt, (type(self), self.__wrapped__, _own(self))
+        return _rebuilt, (type(self), self.__wrapped__, _own_attributes(self))
 
 
-# ---------------------------------------------------------------- for the length of a block
-
-
-@contextmanager
-def capture(
-    model: nn.Module,
-    pattern: Patterns,
-    *,
-    where: Where | None = None,
-    exclude: Patterns = (),
-) -> Iterator[Outputs]:
-    """Record what layers put out, for the length of a ``with`` block.
-
-    Each call of a selected layer appends its output, whatever it is, to the
-    list under its path. Layers inside selected layers may be selected too.
-    Afterwards the model has its own layers back; the lists stay. A layer in
-    several places has one list, which is under each of its paths.
-
-    A function made by :func:`mlx.core.compile` calls the layers once, to trace
-    them, with arrays that are never computed. With the yielded dict as its
-    ``outputs=`` the lists hold what the layers put out in its last call; make
-    a new function for inputs of another shape.
-
-    Args:
-        model (mlx.nn.Module): The model to listen to.
-        pattern (str, re.Pattern or an iterable of them): The paths of the
-            layers. See :func:`select`.
-        where (type, tuple of types or Callable, optional): The modules to take
-            of these. See :func:`select`. Default: ``None``.
-        exclude (str, re.Pattern or an iterable of them): The paths to leave
-            out. Default: ``()``.
-
-    Yields:
-        dict[str, list]: For each path the outputs, in the order of the calls.
-
-    Raises:
-        PatternError: If the text of a pattern is wrong.
-        NoMatchError: If a pattern, ``exclude`` or ``where`` does nothing.
-        SelectionError: As in :func:`swapped`.
-        TypeError: If an argument is of the wrong type.
-
-    Example:
-        >>> import mlx.core as mx
-        >>> import mlx.nn as nn
-        >>> from mlx_modswap import capture
-        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
-        >>> with capture(model, "layers.*") as outputs:
-        ...     y = model(mx.ones((1, 4)))
-        >>> {path: output.shape for path, (output,) in outputs.items()}
-        {'layers.0': (1, 8), 'layers.1': (1, 8), 'layers.2': (1, 2)}
-    """
-    recorded: defaultdict[str, list[Any]] = defaultdict(list)
-
-    def record(path: str, output: Any) -> Any:
-        recorded[path].append(output)
-        return output
-
-    with _hooked(model, pattern, record, where, exclude) as called:
-        yield {path: recorded[name] for path, name in called.items()}
-
-
-@contextmanager
-def patch(
-    model: nn.Module,
-    pattern: Patterns,
-    change: Change,
-    *,
-    where: Where | None = None,
-    exclude: Patterns = (),
-) -> Iterator[None]:
-    """Change what layers put out, for the length of a ``with`` block.
-
-    Afterwards the model has its own layers back. Layers inside selected layers
-    may be selected too.
-
-    Args:
-        model (mlx.nn.Module): The model to change.
-        pattern (str, re.Pattern or an iterable of them): The paths of the
-            layers. See :func:`select`.
-        change (Callable): Called as ``change(path, output)`` after each call of
-            a layer, returns what to go on with instead of ``output``. A layer in
-            several places is called by its first path.
-        where (type, tuple of types or Callable, optional): The modules to take
-            of these. See :func:`select`. Default: ``None``.
-        exclude (str, re.Pattern or an iterable of them): The paths to leave
-            out. Default: ``()``.
-
-    Yields:
-        None
-
-    Raises:
-        PatternError: If the text of a pattern is wrong.
-        NoMatchError: If a pattern, ``exclude`` or ``where`` does nothing.
-        SelectionError: As in :func:`swapped`.
-        TypeError: If an argument is of the wrong type, or if ``change`` returns
-            ``None`` for what was not.
-
-    Example:
-        >>> import mlx.core as mx
-        >>> import mlx.nn as nn
-        >>> from mlx_modswap import patch
-        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Identity())
-        >>> with patch(model, "layers[1]", lambda path, output: output + 1):
-        ...     print(model(mx.zeros((1, 4))).min() >= 1)
-        array(True, dtype=bool)
-    """
-    if not callable(change) or isinstance(change, nn.Module):
-        what = described(change)
-        raise TypeError(f"change must be a function of path and output, not {what}")
-
-    with _hooked(model, pattern, change, where, exclude):
-        yield
-
-
-class _Hooked(Wrapper):
-    """A layer whose output goes through a function."""
-
-    def __init__(self, path: str, layer: nn.Module, change: Change):
-        super().__init__(layer)
-        self.__path, self.__change = path, change
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        output = super().__call__(*args, **kwargs)
-        new = self.__change(self.__path, output)
-        if new is None and output is not None:
-            raise TypeError(
-                f"change returned None for {self.__path!r}; it must return an output, "
-                "the one it was given to change nothing"
-            )
-        return new
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """What is copied or saved inside the block is the layer without the hook."""
-        return self.__wrapped__.__reduce_ex__(protocol)
-
-
-@contextmanager
-def _hooked(
-    model: nn.Module,
-    pattern: Patterns,
-    change: Change,
-    where: Where | None,
-    exclude: Patterns,
-) -> Iterator[dict[str, str]]:
-    """Hook the selected layers; yields the path by which ``change`` is called, for each of theirs.
-
-    Layers may lie inside one another, and a swap takes no such ones: there is one
-    for each depth. A layer in several places is as deep as its deepest.
-    """
-    chosen = select(model, pattern, where=where, exclude=exclude)
-    depths: dict[int, int] = {}
-    for path, layer in chosen.items():
-        depths[id(layer)] = max(path.count("."), depths.get(id(layer), 0))
-    called: dict[str, str] = {}
-    hook = partial(_Hooked, change=change)
-
-    def is_at(depth: int) -> Where:
-        return lambda path, layer: path in chosen and depths.get(id(layer)) == depth
-
-    with ExitStack() as stack:
-        for depth in sorted(set(depths.values())):
-            swap = stack.enter_context(swapped(model, "**", hook, where=is_at(depth)))
-            firsts: dict[int, str] = {}
-            for path, hooked in swap.items():
-                called[path] = firsts.setdefault(id(hooked), path)
-        yield {path: called[path] for path in chosen}
-
-
-# ---------------------------------------------------------------- what a wrapper is made of
+# ---------------------------------------------------------------- what is the wrapper's own
 
 
 def _own(wrapper: Wrapper) -> dict[str, Any]:
     return object.__getattribute__(wrapper, "__dict__")
 
 
+def _own_attributes(wrapper: Wrapper) -> dict[str, Any]:
+    """All that was set on the wrapper itself, in slots too."""
+    attributes = dict(_own(wrapper))
+    for name in vars(type(wrapper))[_SLOTS]:
+        with suppress(AttributeError):  # it was not set
+            attributes[name] = object.__getattribute__(wrapper, name)
+    return attributes
+
+
 def _is_own(wrapper: Wrapper, name: str) -> bool:
-    """Whether an attribute is the wrapper's: set by its ``__init__``, or defined in its class."""
+    """Whether an attribute is the wrapper's: set on it, or defined in its class."""
     if name in _own(wrapper):
         return True
     for cls in type(wrapper).__mro__:
@@ -322,9 +199,46 @@ def _is_own(wrapper: Wrapper, name: str) -> bool:
     return False
 
 
+def _check_own(wrapper: Wrapper) -> None:
+    """Nothing public that ``__init__`` has set may hold arrays, which MLX would not find."""
+    for name, value in _own_attributes(wrapper).items():
+        if not name.startswith("_") and _holds_arrays(value):
+            what = described(value) + " that holds arrays" * is_container(value)
+            raise TypeError(
+                f"{type(wrapper).__name__}.__init__ sets {name!r} to {what}, which is not a "
+                "parameter there: it would be neither trained, nor saved, nor cast; name it "
+                f"'_{name}' if it is a constant, or write a plain mlx.nn.Module that holds the "
+                "layer if it is to be trained and saved"
+            )
+
+
+def _holds_arrays(value: Any) -> bool:
+    holder = nn.Module()
+    dict.__setitem__(holder, "value", value)
+    return has_parameters(holder)
+
+
+def _lent(wrapper: Wrapper, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of the wrapper with the signature of the layer's, unless it has one of its own.
+
+    Raises:
+        AttributeError: If the layer does not have the method.
+    """
+    kinds = [parameter.kind for parameter in inspect.signature(method).parameters.values()]
+    if kinds != [inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD]:
+        return method
+
+    @functools.wraps(getattr(wrapper.__wrapped__, name))
+    def lent(*args: Any, **kwargs: Any) -> Any:
+        return method(*args, **kwargs)
+
+    return lent
+
+
 def _rebuilt(cls: type[Wrapper], layer: nn.Module, own: dict[str, Any]) -> Wrapper:
-    """A wrapper from its parts, for ``copy`` and ``pickle``."""
+    """A wrapper from its parts, for ``copy``, ``pickle`` and ``to_quantized``."""
     wrapper = cls.__new__(cls)
     dict.__setitem__(wrapper, WRAPPED, layer)
-    _own(wrapper).update(own)
+    for name, value in own.items():
+        object.__setattr__(wrapper, name, value)
     return wrapper

@@ -34,6 +34,7 @@ from mlx_modswap import (
     SelectionError,
     Wrapper,
     capture,
+    observe,
     partial_modules,
     patch,
     replace_layers,
@@ -217,12 +218,9 @@ CALLS: dict[str, Callable[[Any, Any, Any, dict[str, Any]], Any]] = {
         model, {pattern: module}
     ),
     "tree": lambda model, pattern, _, options: str(tree(model, pattern, **without_strict(options))),
-    "capture": lambda model, pattern, _, options: use(
-        capture(model, pattern, **without_strict(options))
-    ),
-    "patch": lambda model, pattern, change, options: use(
-        patch(model, pattern, change, **without_strict(options))
-    ),
+    "capture": lambda model, pattern, _, options: use(capture(model, pattern, **options)),
+    "observe": lambda model, pattern, hook, options: use(observe(model, pattern, hook, **options)),
+    "patch": lambda model, pattern, change, options: use(patch(model, pattern, change, **options)),
     "Wrapper": lambda _, layer, __, options: Wrapper(layer),
 }
 

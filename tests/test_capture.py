@@ -96,7 +96,7 @@ def same(a: mx.array, b: mx.array) -> bool:
         (["layers[0]", "embed", "unembed"], ["embed", "layers.0", "unembed"]),
     ],
 )
-def test_the_outputs_stand_under_their_paths_in_the_order_of_the_model(model, pattern, paths):
+def test_the_outputs_are_under_their_paths_in_the_order_of_the_model(model, pattern, paths):
     with capture(model, pattern) as outputs:
         assert outputs == {path: [] for path in paths}
         model(IDS)
@@ -213,7 +213,7 @@ def test_blocks_can_be_nested_in_any_order(model, outer, inner):
 
 
 def test_nothing_is_recorded_after_the_block(model):
-    with capture(model, "layers.*") as outputs:
+    with capture(model, "layers.*", strict=False) as outputs:
         pass
     model(IDS)
 
@@ -228,7 +228,7 @@ def test_the_model_has_its_own_layers_back_after_an_error(model):
 
 
 def test_a_copy_of_the_model_records_nothing(model):
-    with capture(model, "**") as outputs:
+    with capture(model, "**", strict=False) as outputs:
         copied = copy.deepcopy(model)
         copied(IDS)
 
@@ -372,7 +372,7 @@ def test_a_change_that_is_no_function_is_refused(model, change, what):
     assert str(error.value) == f"change must be a function of path and output, not {what}"
 
 
-def test_a_change_that_forgets_to_return_is_told_so(model):
+def test_patch_reports_a_change_that_returns_none(model):
     with (
         pytest.raises(TypeError) as error,
         patch(model, "layers[0].mlp", lambda path, output: None),
@@ -380,8 +380,8 @@ def test_a_change_that_forgets_to_return_is_told_so(model):
         model(IDS)
 
     assert str(error.value) == (
-        "change returned None for 'layers.0.mlp'; it must return an output, "
-        "the one it was given to change nothing"
+        "change returned None for 'layers.0.mlp'; it must return an output; return the output it "
+        "was given to leave it unchanged"
     )
 
 
@@ -405,10 +405,10 @@ def test_a_layer_that_returns_none_may_go_on_to(model):
         (
             "embed",
             SelectionError,
-            "'embed' is tied: the same Embedding is at 'unembed', which would not change; "
-            "select all of them, or leave out with exclude='embed'",
+            "'embed' is tied to 'unembed' (the same Embedding), which is not selected; select "
+            "both, or neither (exclude='embed')",
         ),
-        (["layers.*", "layers.*.mlp", "unembed"], SelectionError, "'unembed' is tied"),
+        (["layers.*", "layers.*.mlp", "unembed"], SelectionError, "'unembed' is tied to"),
     ],
     ids=str,
 )
@@ -423,7 +423,7 @@ def test_a_recorded_layer_that_was_replaced_inside_the_block_is_an_error():
     model = Model()
     new = Block()
     with (
-        pytest.raises(SelectionError, match=r"'layers\.0' was changed by someone else"),
+        pytest.raises(SelectionError, match=r"'layers\.0' was modified inside the block"),
         capture(model, "layers.*"),
     ):
         model.layers[0] = new

@@ -1,12 +1,13 @@
-"""Long random histories of one model: swaps, failures, blocks inside blocks, other people's edits.
+"""Long random histories of one model: swaps, failures, blocks in any order, other people's edits.
 
 A plain-Python `Mirror` says after each step what the model has to look like. What the library does
 to it is foretold with the reference in `oracle.py`; other people's edits are simply looked at.
+How a block ends among others is foretold from a log of all that blocks have put anywhere.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
@@ -18,20 +19,22 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from mirror import Log, Mirror, OpenBlock, flags, parameters
 from mlx.utils import tree_flatten
-from oracle import Location, Place
+from oracle import Place
 from strategies import Leaf, Net, exactly, lists_of_patterns, models, one_place, patterns, wheres
 
 from mlx_modswap import (
     Replacement,
     SelectionError,
+    _blocks,
     partial_modules,
     replace_layers,
     select,
     swapped,
 )
 
-MOST_BLOCKS = 3  # `swapped` blocks inside one another
+MOST_BLOCKS = 4  # open `swapped` blocks
 MOST_PLACES = 60
 
 
@@ -98,114 +101,200 @@ class Factory:
         return self.made[path]
 
 
-class Mirror:
-    """What the model has to look like: what each container holds, and its flags."""
+class Streams(RuleBasedStateMachine):
+    """Blocks alone, in any order, many on the same place or inside another."""
 
-    def __init__(self, model: nn.Module):
-        self.things: dict[int, Any] = {}
-        self.contents: dict[int, list[tuple[Any, Any]]] = {}
-        self.flags: dict[int, tuple[bool, set[str]]] = {}
-        self.take_in(model)
-
-    def take_in(self, thing: Any, mode: bool | None = None) -> None:
-        """Look at what is not known yet; modules among it are to have this mode."""
-        for one in oracle.everything(thing):
-            if id(one) not in self.things:
-                self.look_at(one)
-                if isinstance(one, nn.Module) and mode is not None:
-                    self.flags[id(one)] = mode, self.flags[id(one)][1]
-
-    def look_at(self, thing: Any) -> None:
-        self.things[id(thing)] = thing
-        self.contents[id(thing)] = oracle.entries(thing)
-        if isinstance(thing, nn.Module):
-            self.flags[id(thing)] = flags(thing)
-
-    def look_again(self, model: nn.Module) -> None:
-        for thing in list(self.things.values()):
-            self.look_at(thing)
-        self.take_in(model)
-
-    def put(self, location: Location, new: nn.Module, mode: bool | None = None) -> None:
-        """Foretell a swap of one location."""
-        container, key = location
-        held = self.contents[container]
-        self.contents[container] = [(k, new if k == key else value) for k, value in held]
-        self.take_in(new, mode)
-
-    def parameters(self, thing: Any, prefix: str = "") -> Iterator[tuple[str, int]]:
-        """The names of the parameters in something, and which arrays they are."""
-        for key, value in self.contents[id(thing)]:
-            if isinstance(thing, nn.Module) and key.startswith("_"):
-                continue
-            if isinstance(value, mx.array):
-                yield f"{prefix}{key}", id(value)
-            elif isinstance(value, (dict, list)):
-                yield from self.parameters(value, f"{prefix}{key}.")
-
-    def differences(self) -> list[str]:
-        found = []
-        for number, thing in self.things.items():
-            name, then, now = type(thing).__name__, self.contents[number], oracle.entries(thing)
-            if [key for key, _ in then] != [key for key, _ in now]:
-                found.append(f"the keys of a {name}")
-            elif any(old is not new for (_, old), (_, new) in zip(then, now)):
-                found.append(f"what a {name} holds")
-            if number in self.flags and self.flags[number] != flags(thing):
-                found.append(f"the flags of a {name}")
-        return found
-
-
-def flags(module: nn.Module) -> tuple[bool, set[str]]:
-    return module._training, set(module._no_grad)
-
-
-class Block:
-    """A `swapped` block that was entered."""
-
-    def __init__(
-        self, model: nn.Module, manager: AbstractContextManager[Replacement], targets: list[Place]
-    ):
-        self.manager = manager
-        self.targets = targets
-        self.steps = [step for place in targets for step in way(model, place.path)]
-
-    def is_intact(self) -> bool:
-        """Whether what was put in is where it was put, and can be reached as before."""
-        return all(
-            any(k == key and v is value for k, v in oracle.entries(container))
-            for container, key, value in self.steps
-        )
-
-
-def way(container: Any, path: str) -> list[tuple[Any, Any, Any]]:
-    """The steps from a container to what is at a path: where, which key, and what is there."""
-    for key, value in oracle.entries(container):
-        if path == str(key):
-            return [(container, key, value)]
-        if path.startswith(f"{key}.") and isinstance(value, (dict, list)):
-            further = way(value, path[len(f"{key}.") :])
-            if further:
-                return [(container, key, value), *further]
-    return []
-
-
-def parameters(model: nn.Module, but: Iterable[str]) -> dict[str, int]:
-    """The names of the parameters outside of some paths, and which arrays they are."""
-    heads = tuple(f"{path}." for path in but)
-    named = tree_flatten(nn.Module.parameters(model))
-    return {name: id(array) for name, array in named if not name.startswith(heads)}
-
-
-class History(RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
-        self.blocks: list[Block] = []
+        self.blocks: list[OpenBlock] = []  # in the order in which they were entered
+        self.log: Log = []  # all that blocks have put anywhere
+        self.adapters = [Leaf(), Leaf()]
+        self.open_before = list(_blocks._open)  # those of an example that has failed
 
     @initialize(model=models())
     def begin(self, model: nn.Module) -> None:
         self.model = model
         self.mirror = Mirror(model)
+
+    @precondition(lambda self: len(self.blocks) < MOST_BLOCKS)
+    @rule(data=st.data(), make=makers())
+    def enter_a_block(self, data: st.DataObject, make: Any) -> None:
+        self.enter(data.draw(one_place(self.model)), make)
+
+    @precondition(lambda self: any(block.olds for block in self.blocks))
+    @precondition(lambda self: len(self.blocks) < MOST_BLOCKS)
+    @rule(data=st.data(), make=makers(), nearest=st.integers(0, 2))
+    def enter_a_block_near_another(self, data: st.DataObject, make: Any, nearest: int) -> None:
+        """On its place, on a module around it, or inside what it has put there."""
+        location = data.draw(st.sampled_from([at for block in self.blocks for at in block.olds]))
+        places = oracle.places(self.model)
+        same = [place for place in places if place.location == location]
+        around = [p for place in same for p in places if p.location in place.around]
+        inside = [p for place in same for p in places if place.location in p.around]
+        near = ([same, around, inside] * 2)[nearest : nearest + 3]
+        chosen = next(filter(None, near), None)
+        if chosen:
+            self.enter(data.draw(st.sampled_from(chosen)), make)
+
+    @precondition(lambda self: len(self.blocks) < MOST_BLOCKS)
+    @rule(data=st.data(), number=st.integers(0, 1))
+    def enter_a_block_with_an_adapter_that_comes_back(
+        self, data: st.DataObject, number: int
+    ) -> None:
+        self.enter(data.draw(one_place(self.model)), lambda path, module: self.adapters[number])
+
+    @precondition(lambda self: len(self.blocks) < MOST_BLOCKS)
+    @rule(data=st.data(), make=makers(), other=makers())
+    def enter_a_block_by_rules(self, data: st.DataObject, make: Any, other: Any) -> None:
+        chosen, rules = self.some_rules(data, make, other)
+        manager = swapped(self.model, rules, strict=False)
+        deciding = partial(oracle.deciding, rules)
+        kept = oracle.left_alone(self.model, rules)
+        self.entered(manager, self.swap(chosen, rules, manager.__enter__, deciding, kept), chosen)
+
+    @precondition(lambda self: self.blocks)
+    @rule(fail=st.sampled_from([None, None, *ERRORS]), at=st.integers(-MOST_BLOCKS, -1))
+    def leave_a_block(self, fail: Any, at: int) -> None:
+        """The innermost, or one that was entered before others that are still open."""
+        at = max(at, -len(self.blocks))
+        block, later = self.blocks[at], self.blocks[at:][1:]
+        del self.blocks[at]
+        above = {
+            location: [other for other in later if location in other.olds]
+            for location in block.olds
+        }
+        by_hand = block.was_changed_by_hand(self.log)
+        lost = block.has_lost_a_place()
+        if fail:
+            error = fail()
+            assert not block.manager.__exit__(fail, error, None)  # so the error goes on
+        elif by_hand:
+            with pytest.raises(SelectionError, match="modified inside the block; nothing was put"):
+                block.manager.__exit__(None, None, None)
+        elif any(above.values()) or lost:
+            what = "by a block that was entered after" if any(above.values()) else "around it"
+            with pytest.raises(SelectionError, match=what):
+                block.manager.__exit__(None, None, None)
+        else:
+            block.manager.__exit__(None, None, None)
+        if not by_hand:
+            for location, old in block.olds.items():
+                if above[location]:
+                    above[location][0].olds[location] = old
+                else:
+                    self.log.append((location, old))
+                    self.mirror.put(location, old)
+
+    # ------------------------------------------------------------ what has to hold
+
+    @invariant()
+    def the_model_is_what_the_mirror_says(self) -> None:
+        assert self.mirror.differences() == []
+
+    @invariant()
+    def the_parameters_have_the_names_that_the_mirror_says(self) -> None:
+        named = tree_flatten(nn.Module.parameters(self.model))
+        assert [(name, id(array)) for name, array in named] == list(
+            self.mirror.parameters(self.model)
+        )
+
+    def teardown(self) -> None:
+        while self.blocks:
+            self.leave_a_block(None, -1)
+            self.the_model_is_what_the_mirror_says()
+        assert _blocks._open == self.open_before
+
+    # ------------------------------------------------------------ helpers
+
+    def some_rules(
+        self, data: st.DataObject, make: Any, other: Any
+    ) -> tuple[list[Place], dict[Any, Factory | None]]:
+        names = data.draw(st.lists(patterns(self.model), min_size=2, max_size=3, unique_by=str))
+        factories = [Factory(make), None, Factory(other)]
+        rules = dict(zip(names, data.draw(st.permutations(factories))))
+        return oracle.chosen_by_rules(self.model, rules), rules
+
+    def enter(self, place: Place, make: Any) -> None:
+        chosen = self.family(place)
+        factory = Factory(make)
+        manager = swapped(self.model, [exactly(place.path) for place in chosen], factory)
+        self.entered(manager, self.swap(chosen, {ONE: factory}, manager.__enter__), chosen)
+
+    def entered(
+        self,
+        manager: AbstractContextManager[Replacement],
+        report: Replacement | None,
+        chosen: list[Place],
+    ) -> None:
+        if report is not None:
+            changed = [place for place in chosen if place.path in report]
+            self.log += [(place.location, report[place.path]) for place in changed]
+            self.blocks.append(OpenBlock(self.model, manager, changed, len(self.log)))
+
+    def family(self, place: Place) -> list[Place]:
+        """A place and all those that have to change with it."""
+        paths = {place.path}
+        while True:
+            chosen = [place for place in oracle.places(self.model) if place.path in paths]
+            more = {other.path for place in chosen for other in oracle.brothers(self.model, place)}
+            if more == paths:
+                return chosen
+            paths = more
+
+    def swap(
+        self,
+        chosen: list[Place],
+        factories: Mapping[Any, Factory | None],
+        call: Callable[[], Replacement],
+        deciding: Callable[[Place], Any] = lambda place: ONE,
+        kept: Iterable[Place] = (),
+    ) -> Replacement | None:
+        """Make a swap that may be refused, and compare with what was foretold of it."""
+        before = parameters(self.model, [place.path for place in chosen])
+        calls = self.calls(chosen, deciding)
+        rules = {place.path: deciding(place) for place in chosen}
+        changing = [
+            place for place in chosen if will_change(factories[rules[place.path]], calls, place)
+        ]
+        objections = oracle.objections(self.model, {p.path: rules[p.path] for p in changing})
+        tried = {
+            place.location: factory.make(calls[place.path].path, place.module)
+            for place in changing
+            if (factory := factories[rules[place.path]])
+        }
+        objections += oracle.losses(kept, tried)
+        if objections:
+            with pytest.raises(SelectionError):
+                call()
+            return None
+        inside = set(map(id, oracle.everything(self.model)))
+        report = call()
+        assert list(report) == [place.path for place in changing]
+        for place in changing:
+            factory = factories[rules[place.path]]
+            new = factory.made[calls[place.path].path] if factory else None
+            assert report[place.path] is new
+            assert isinstance(new, nn.Module)
+            self.mirror.put(place.location, new, flags(place.module)[0])
+            if id(new) not in inside:  # an adapter that comes back gets the mode again
+                inside.add(id(new))
+                self.mirror.flags[id(new)] = flags(place.module)[0], self.mirror.flags[id(new)][1]
+        assert parameters(self.model, [place.path for place in chosen]) == before
+        return report
+
+    @staticmethod
+    def calls(chosen: list[Place], deciding: Callable[[Place], Any]) -> dict[str, Place]:
+        """For each path the place with which its factory is called."""
+        first: dict[Any, Place] = {}
+        calls = {}
+        for place in chosen:
+            unit = id(place.module) if oracle.tied(place.module) else place.location
+            calls[place.path] = first.setdefault((unit, deciding(place)), place)
+        return calls
+
+
+class History(Streams):
+    """Blocks among all else that the library and other people do."""
 
     # ------------------------------------------------------------ what the library does
 
@@ -268,45 +357,6 @@ class History(RuleBasedStateMachine):
         assert list(found) == [place.path for place in chosen]
         assert all(found[place.path] is place.module for place in chosen)
 
-    @precondition(lambda self: len(self.blocks) < MOST_BLOCKS)
-    @rule(data=st.data(), make=makers())
-    def enter_a_block(self, data: st.DataObject, make: Any) -> None:
-        chosen, names = self.a_family(data)
-        factory = Factory(make)
-        manager = swapped(self.model, names, factory)
-        report = self.swap(chosen, {ONE: factory}, manager.__enter__)
-        self.entered(manager, report, chosen)
-
-    @precondition(lambda self: len(self.blocks) < MOST_BLOCKS)
-    @rule(data=st.data(), make=makers(), other=makers())
-    def enter_a_block_by_rules(self, data: st.DataObject, make: Any, other: Any) -> None:
-        chosen, rules = self.some_rules(data, make, other)
-        manager = swapped(self.model, rules, strict=False)
-        deciding = partial(oracle.deciding, rules)
-        kept = oracle.left_alone(self.model, rules)
-        self.entered(manager, self.swap(chosen, rules, manager.__enter__, deciding, kept), chosen)
-
-    @precondition(lambda self: self.blocks)
-    @rule(
-        fail=st.sampled_from([None, None, *ERRORS]),
-        at=st.sampled_from([-1, -1, -1, 0]),
-    )
-    def leave_a_block(self, fail: Any, at: int) -> None:
-        """Mostly the innermost; the library can take it in another order as well."""
-        block = self.blocks.pop(at)
-        intact = block.is_intact()
-        if fail:
-            error = fail()
-            assert not block.manager.__exit__(fail, error, None)  # so the error goes on
-        elif intact:
-            block.manager.__exit__(None, None, None)
-        else:
-            with pytest.raises(SelectionError, match="modified inside the block"):
-                block.manager.__exit__(None, None, None)
-        if intact:
-            for place in block.targets:
-                self.mirror.put(place.location, place.module)
-
     # ------------------------------------------------------------ what someone else does
 
     @rule(data=st.data(), make=st.sampled_from([Leaf, Parts]))
@@ -343,25 +393,12 @@ class History(RuleBasedStateMachine):
             data.draw(st.sampled_from(lists)).pop()
             self.mirror.look_again(self.model)
 
-    # ------------------------------------------------------------ what has to hold
-
-    @invariant()
-    def the_model_is_what_the_mirror_says(self) -> None:
-        assert self.mirror.differences() == []
-
-    @invariant()
-    def the_parameters_have_the_names_that_the_mirror_says(self) -> None:
-        named = tree_flatten(nn.Module.parameters(self.model))
-        assert [(name, id(array)) for name, array in named] == list(
-            self.mirror.parameters(self.model)
-        )
-
-    def teardown(self) -> None:
-        while self.blocks:
-            self.leave_a_block(None, -1)
-            self.the_model_is_what_the_mirror_says()
-
     # ------------------------------------------------------------ helpers
+
+    def a_family(self, data: st.DataObject) -> tuple[list[Place], list[Any]]:
+        """A place and all those that have to change with it, and patterns for just these."""
+        chosen = self.family(data.draw(one_place(self.model)))
+        return chosen, [exactly(place.path) for place in chosen]
 
     def a_selection(self, data: st.DataObject) -> tuple[list[Place], list[Any], dict[str, Any]]:
         names = data.draw(lists_of_patterns(self.model))
@@ -370,87 +407,16 @@ class History(RuleBasedStateMachine):
         options = {"where": where, "exclude": exclude, "strict": False}
         return oracle.chosen(self.model, names, where, exclude), names, options
 
-    def some_rules(
-        self, data: st.DataObject, make: Any, other: Any
-    ) -> tuple[list[Place], dict[Any, Factory | None]]:
-        names = data.draw(st.lists(patterns(self.model), min_size=2, max_size=3, unique_by=str))
-        factories = [Factory(make), None, Factory(other)]
-        rules = dict(zip(names, data.draw(st.permutations(factories))))
-        return oracle.chosen_by_rules(self.model, rules), rules
-
-    def entered(
-        self,
-        manager: AbstractContextManager[Replacement],
-        report: Replacement | None,
-        chosen: list[Place],
-    ) -> None:
-        if report is not None:
-            changed = [place for place in chosen if place.path in report]
-            self.blocks.append(Block(self.model, manager, changed))
-
-    def a_family(self, data: st.DataObject) -> tuple[list[Place], list[Any]]:
-        """A place and all those that have to change with it, and patterns for just these."""
-        paths = {data.draw(one_place(self.model)).path}
-        while True:
-            chosen = [place for place in oracle.places(self.model) if place.path in paths]
-            more = {other.path for place in chosen for other in oracle.brothers(self.model, place)}
-            if more == paths:
-                return chosen, [exactly(place.path) for place in chosen]
-            paths = more
-
-    def swap(
-        self,
-        chosen: list[Place],
-        factories: Mapping[Any, Factory | None],
-        call: Callable[[], Replacement],
-        deciding: Callable[[Place], Any] = lambda place: ONE,
-        kept: Iterable[Place] = (),
-    ) -> Replacement | None:
-        """Make a swap that may be refused, and compare with what was foretold of it."""
-        before = parameters(self.model, [place.path for place in chosen])
-        calls = self.calls(chosen, deciding)
-        rules = {place.path: deciding(place) for place in chosen}
-        changing = [
-            place for place in chosen if will_change(factories[rules[place.path]], calls, place)
-        ]
-        objections = oracle.objections(self.model, {p.path: rules[p.path] for p in changing})
-        tried = {
-            place.location: factory.make(calls[place.path].path, place.module)
-            for place in changing
-            if (factory := factories[rules[place.path]])
-        }
-        objections += oracle.losses(kept, tried)
-        if objections:
-            with pytest.raises(SelectionError):
-                call()
-            return None
-        report = call()
-        assert list(report) == [place.path for place in changing]
-        for place in changing:
-            factory = factories[rules[place.path]]
-            new = factory.made[calls[place.path].path] if factory else None
-            assert report[place.path] is new
-            assert isinstance(new, nn.Module)
-            self.mirror.put(place.location, new, flags(place.module)[0])
-        assert parameters(self.model, [place.path for place in chosen]) == before
-        return report
-
-    @staticmethod
-    def calls(chosen: list[Place], deciding: Callable[[Place], Any]) -> dict[str, Place]:
-        """For each path the place with which its factory is called."""
-        first: dict[Any, Place] = {}
-        calls = {}
-        for place in chosen:
-            unit = id(place.module) if oracle.tied(place.module) else place.location
-            calls[place.path] = first.setdefault((unit, deciding(place)), place)
-        return calls
-
 
 def will_change(factory: Factory | None, calls: Mapping[str, Place], place: Place) -> bool:
     """What the makers do is no secret, so one can try."""
     return factory is not None and factory.make(calls[place.path].path, place.module) is not (
         place.module
     )
+
+
+class TestStreams(Streams.TestCase):
+    settings = settings(stateful_step_count=25)
 
 
 class TestHistory(History.TestCase):

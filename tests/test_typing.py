@@ -62,6 +62,9 @@ replace_layers(model, "a", lambda path, layer: nn.Linear)
 replace_layers(model, "a", factory, nn.Linear)
 replace_layers(model, {"a": 3})
 replace_layers(model, {1: factory})
+replace_layers(model, {("a", 1): factory})
+replace_layers(model, {("a", "b"): nn.Linear(4, 4)})
+replace_layers(model, {frozenset({"a"}): factory})
 replace_layers(model, "a", factory)["a"] = model
 swapped(model, "a")
 swapped(model, "a", factory).keys()
@@ -70,7 +73,9 @@ partial_modules(model, [("a", model)])
 tree(model, strict=False)
 tree("model")
 capture(model)
-capture(model, "a", strict=False)
+capture(model, "a", lambda path, output: output)
+observe(model, "a")
+observe(model, "a", nn.Identity())
 patch(model, "a")
 patch(model, "a", lambda output: output)
 Wrapper()
@@ -82,11 +87,11 @@ AROUND_IT = """\
 import re
 
 import mlx.nn as nn
-from mlx_modswap import Wrapper, capture, partial_modules, patch, replace_layers, select, swapped, tree
+from mlx_modswap import Wrapper, capture, observe, partial_modules, patch, replace_layers, select, swapped, tree
 from typing_user import Scaled, scaled as factory
 
 model = nn.Identity()
-print(Wrapper, capture, partial_modules, patch, replace_layers, select, swapped, tree, re, Scaled, factory)
+print(Wrapper, capture, observe, partial_modules, patch, replace_layers, select, swapped, tree, re, Scaled, factory)
 """  # noqa: E501
 
 

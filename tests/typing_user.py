@@ -17,6 +17,7 @@ from mlx_modswap import (
     SelectionError,
     Wrapper,
     capture,
+    observe,
     partial_modules,
     patch,
     replace_layers,
@@ -85,15 +86,30 @@ def swapping(model: nn.Module) -> None:
     replace_layers(model, {re.compile("a"): None, re.compile("b"): scaled}, where=no_bias)
     mixed: dict[str | re.Pattern[str], Any] = {"a": None, re.compile("b"): scaled}
     replace_layers(model, mixed)
+    replace_layers(model, {("a", "b"): scaled, ("c", "d"): None}, where=nn.Linear)
+    replace_layers(model, {("a", re.compile("b")): scaled, "c": None, re.compile("d"): scaled})
+    several: dict[str | re.Pattern[str] | tuple[str, ...], Any] = {("a", "b"): scaled, "c": None}
+    replace_layers(model, several, exclude="layers[0]")
 
     with swapped(model, "a", scaled, where=nn.Linear, exclude=("b",), strict=False) as changed:
         assert_type(changed, Replacement)
     with swapped(model, {"a": None, "b": scaled}, where=no_bias) as changed:
         assert_type(changed, Replacement)
+    with swapped(model, {("a", "b"): scaled, "c": None}) as changed:
+        assert_type(changed, Replacement)
 
 
 def hooking(model: nn.TransformerEncoder, x: mx.array) -> mx.array:
-    with capture(model, "layers[:2]", where=nn.Module, exclude="layers[1]") as outputs:
+    sums: dict[str, mx.array] = {}
+
+    def add(path: str, output: mx.array, x: mx.array) -> None:
+        sums[path] = sums.get(path, mx.zeros(4)) + x.sum(axis=0)
+
+    with observe(model, "**.linear1", add, where=nn.Linear, exclude="b", strict=False) as calls:
+        model(x, None)
+    assert_type(calls, dict[str, int])
+
+    with capture(model, "layers[:2]", where=nn.Module, exclude="layers[1]", strict=True) as outputs:
         model(x, None)
     assert_type(outputs, dict[str, list[Any]])
 

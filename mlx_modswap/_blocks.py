@@ -1,0 +1,209 @@
+"""The blocks that have not ended, and how one of them ends among the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import cached_property
+from itertools import dropwhile
+from typing import Any
+
+import mlx.nn as nn
+
+from ._containers import Location, unwrapped, value_at
+from ._errors import SelectionError
+from ._walk import Places
+
+Update = Callable[[Places, Sequence[nn.Module], Sequence[nn.Module]], None]
+
+_open: list[Block] = []  # in the order in which they were entered
+
+_MODIFIED = "{!r} was modified inside the block; nothing was put back"
+_ADVICE = "end blocks in the reverse order, or use one block around both"
+_COVERED = (
+    "{!r} was changed again by a block that was entered after this one and is still open; "
+    f"{_ADVICE}; the model has its own layers back once the last of these blocks has ended"
+)
+_LOST = (
+    "{!r} is no longer at its path: another block, which did not end in the reverse order, changed "
+    f"a module around it; its own layer was put back inside that module; {_ADVICE}"
+)
+
+
+class Block:
+    """What a ``swapped`` block has put into a model, until the block ends.
+
+    Two token streams on one model may each have a block, and end them in any order. A
+    block that puts back what it has found would then put back the new modules of
+    another one that has ended already, for ever, and without a word. So all open
+    blocks are known here, in the order in which they were entered. They are compared
+    by their locations, and not by the modules there, since a module may be used again
+    by a later block. There are three things to see to:
+
+    * *The same location.* Only what the last of its blocks has put there is in the
+      model. One that ends below it leaves the model alone, and hands the module that
+      it has found to the next block above, which will put that one back.
+    * *A module around it.* A block may take away a module that holds a place of another
+      block, or bring it back. The place is put right in its own container, wherever
+      that is: what is in nobody's model now may be back in it later.
+    * *Changes by hand.* They have to be told from those that other blocks have made.
+      Each block therefore notes what others put into the locations that it relies on:
+      its own, and those on the way to them. What is neither this nor what the block
+      has left there was put there by hand, and then the block puts back nothing.
+
+    In the common case there is one block, or the last is the first to end: it costs no
+    more than a list of one entry. There is no lock: of blocks in different models none
+    relies on a location of another, and a lock could not be taken in a block that the
+    garbage collector ends, which it does anywhere.
+
+    Attributes:
+        places (Places): The places that have changed, with the modules to put back.
+        news (list[nn.Module]): The module that was put into each.
+        rewritten (dict[Location, nn.Module]): What other blocks have put since then into
+            locations that this one relies on.
+    """
+
+    def __init__(self, places: Places, news: list[nn.Module]):
+        self.places, self.news = places, news
+        self.rewritten: dict[Location, nn.Module] = {}
+        self._is_restored = False
+
+    @cached_property
+    def locations(self) -> list[Location]:
+        """Where each place is."""
+        return self.places.locations()
+
+    @cached_property
+    def _own(self) -> frozenset[Location]:
+        return frozenset(self.locations)
+
+    @cached_property
+    def _relied_on(self) -> frozenset[Location]:
+        around = self.places.container_locations(self.places.ancestors()[1:])
+        return self._own.union(around)
+
+    def begin(self) -> None:
+        """Count among the open blocks, now that the new modules are in the model."""
+        _open.append(self)
+        self._tell_others(self.news, {})
+
+    def end(self, update: Update) -> None:
+        """Put the old modules back, or hand them to the blocks that will.
+
+        May be called again after a ``KeyboardInterrupt``.
+
+        Args:
+            update (Callable): Called as ``update(places, olds, news)``, puts ``news`` into
+                the places, which hold ``olds``.
+
+        Raises:
+            SelectionError: If a place was modified by hand, and nothing was put back; or
+                if the blocks did not end in the reverse order.
+        """
+        places, olds = self.places, self.places.modules
+        above = self._above()
+        lost: list[int] = []
+        if not self._is_restored:
+            is_unmoved = places.first_moved() is None and places.first_without(self.news) is None
+            if is_unmoved and not above:  # the common case
+                update(places, self.news, olds)
+            else:
+                lost = self._check()
+                self._write_where_not(above)
+            self._is_restored = True
+        self._tell_others(olds, above)
+        for block in set(above.values()):
+            block._take_over(self, above)
+        for number, location in enumerate(self.locations if above else ()):
+            if location in above:
+                raise SelectionError(_COVERED.format(places.paths[number]))
+        for number in lost:
+            raise SelectionError(_LOST.format(places.paths[number]))
+
+    def close(self) -> None:
+        """Count no more among the open blocks."""
+        with suppress(ValueError):
+            _open.remove(self)
+
+    # ------------------------------------------------------------ among other blocks
+
+    def _above(self) -> dict[Location, Block]:
+        """The next open block on each of its locations, of those entered after it."""
+        later = list(dropwhile(lambda block: block is not self, _open))[1:]
+        above: dict[Location, Block] = {}
+        for block in reversed(later):
+            above.update(dict.fromkeys(self._own & block._own, block))
+        return above
+
+    def _tell_others(self, modules: Sequence[nn.Module], above: Mapping[Location, Block]) -> None:
+        """Tell the other open blocks what is in the places now, but in those of ``above``."""
+        others = [block for block in _open if block is not self]
+        if others:
+            put = dict(zip(self.locations, modules))
+            for block in others:
+                for location in block._relied_on & self._own - above.keys():
+                    block.rewritten[location] = put[location]
+
+    def _take_over(self, below: Block, above: Mapping[Location, Block]) -> None:
+        """Put back what another block would, where this is the next block above it."""
+        olds = dict(zip(below.locations, below.places.modules))
+        for number, location in enumerate(self.locations):
+            if above.get(location) is self:
+                self.places.modules[number] = olds[location]
+
+    # ------------------------------------------------------------ place by place
+
+    def _check(self) -> list[int]:
+        """Nothing that the block relies on may have been changed by hand.
+
+        Returns:
+            The numbers of the places that their paths do not lead to any more.
+        """
+        places = self.places
+        lost: set[int] = set()
+        rows = places.ancestors()  # each container before all that it holds
+        for row, location in zip(rows, places.container_locations(rows)):
+            found, parent = places.containers[row], places.parents[row]
+            now = value_at(places.holders[parent], places.parent_keys[row]) if row else found
+            is_there = unwrapped(now) is places.holders[row]
+            if not is_there if now is found else not self._was_put_by_others(location, now):
+                at = next(at for at in range(len(places.rows)) if row in self._around(at))
+                raise SelectionError(_MODIFIED.format(places.paths[at]))
+            if parent in lost or not is_there:
+                lost.add(row)
+        for at, (row, key, location) in enumerate(zip(places.rows, places.keys, self.locations)):
+            now = value_at(places.holders[row], key)
+            if now is not self.news[at] and not self._was_put_by_others(location, now):
+                raise SelectionError(_MODIFIED.format(places.paths[at]))
+        return [at for at, row in enumerate(places.rows) if row in lost]
+
+    def _was_put_by_others(self, location: Location, value: Any) -> bool:
+        return location in self.rewritten and self.rewritten[location] is value
+
+    def _around(self, at: int) -> list[int]:
+        """The rows of the containers around a place."""
+        rows = [self.places.rows[at]]
+        while rows[-1]:
+            rows.append(self.places.parents[rows[-1]])
+        return rows
+
+    def _write_where_not(self, above: Mapping[Location, Block]) -> None:
+        """Put back the old modules, without the paths, in places that no block above has."""
+        places = self.places
+        rows = zip(places.rows, places.keys, places.modules, self.locations)
+        writes: list[tuple[Any, Any, nn.Module, Any]] = []
+        for row, key, old, location in rows:
+            if location not in above:
+                holder = places.holders[row]
+                writes.append((holder, key, old, value_at(holder, key)))
+        try:
+            for holder, key, old, _ in writes:
+                holder[key] = old
+        except BaseException as error:
+            for holder, key, _, now in writes:
+                with suppress(Exception):
+                    holder[key] = now
+            if not isinstance(error, Exception):
+                raise
+            message = f"putting modules back failed, so none was put back: {error}"
+            raise SelectionError(message) from error

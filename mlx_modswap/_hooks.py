@@ -1,0 +1,399 @@
+"""Hooks for the length of a ``with`` block: ``observe``, ``capture`` and ``patch``."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import reduce
+from operator import or_
+from typing import Any, Protocol
+
+import mlx.nn as nn
+
+from ._containers import WRAPPED
+from ._errors import NoMatchError, described, listed, note, note_misuse
+from ._fold import fold, pattern_of, segments
+from ._match import Patterns, Rule, Where, parse_argument
+from ._pattern import Parsed
+from ._replace import swapped
+from ._select import check_model, choose
+from ._walk import Places
+from ._wrapper import Wrapper
+
+Change = Callable[[str, Any], Any]
+Outputs = dict[str, list[Any]]
+
+
+class Hook(Protocol):
+    """A function of path, output and the arguments of the call."""
+
+    def __call__(self, path: str, output: Any, /, *args: Any, **kwargs: Any) -> Any:
+        """See the call of a layer."""
+
+
+See = Callable[[str, Any, tuple[Any, ...], dict[str, Any]], Any]
+
+
+@contextmanager
+def observe(
+    model: nn.Module,
+    pattern: Patterns,
+    hook: Hook,
+    *,
+    where: Where | None = None,
+    exclude: Patterns = (),
+    strict: bool = True,
+) -> Iterator[dict[str, int]]:
+    """Call a function after each call of a layer inside a ``with`` block.
+
+    It sees the output and the arguments of the call and changes nothing: use it for
+    calibration, running statistics, or to look at inputs, without keeping every
+    array. After the block the model has its own layers back, and nothing is held.
+    A layer in several places is seen once a call, by its first path.
+
+    In a function that is compiled inside the block, ``hook`` is called once, while
+    the function is traced, with arrays that must not be kept.
+
+    Args:
+        model (mlx.nn.Module): The model to observe.
+        pattern (str, re.Pattern or an iterable of them): The paths of the
+            layers. Layers inside selected layers may be selected too. See
+            :func:`select`.
+        hook (Callable): Called as ``hook(path, output, *args, **kwargs)`` with the
+            arguments of the layer's call. What it returns is ignored; an error that
+            it raises goes through the model to the caller.
+        where (type, tuple of types or Callable, optional): The modules to take
+            of these. See :func:`select`. Default: ``None``.
+        exclude (str, re.Pattern or an iterable of them): The paths to leave
+            out. Default: ``()``.
+        strict (bool): If ``True``, a pattern, ``exclude`` or ``where`` that does
+            nothing is an error, and so is a pattern none of whose layers is called
+            inside the block. Default: ``True``.
+
+    Yields:
+        dict[str, int]: How often the layer at each path has been called so far.
+
+    Raises:
+        PatternError: If the text of a pattern is wrong.
+        NoMatchError: If a pattern, ``exclude`` or ``where`` does nothing; at the
+            end of the block, if no layer of a pattern was called inside it.
+        SelectionError: As in :func:`swapped`.
+        TypeError: If an argument is of the wrong type.
+
+    Example:
+        >>> import mlx.core as mx
+        >>> import mlx.nn as nn
+        >>> from mlx_modswap import observe
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> moments = {}
+        >>> def add(path, output, x):
+        ...     moments[path] = moments.get(path, 0) + x.square().sum(axis=0)
+        >>> with observe(model, "**", add, where=nn.Linear) as calls:
+        ...     for _ in range(3):
+        ...         y = model(mx.ones((1, 4)))
+        >>> calls
+        {'layers.0': 3, 'layers.2': 3}
+        >>> moments["layers.0"]
+        array([3, 3, 3, 3], dtype=float32)
+    """
+    _check_function("hook", "path, output and the arguments of the call", hook)
+
+    def see(path: str, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        try:
+            hook(path, output, *args, **kwargs)
+        except Exception as error:
+            note(error, f"while observing {path!r}")
+            note_misuse(error, hook, path, "hook(path, output, *args, **kwargs)")
+            raise
+        return output
+
+    with _hooking(model, pattern, see, where, exclude, strict) as shared:
+        yield shared.calls
+
+
+@contextmanager
+def capture(
+    model: nn.Module,
+    pattern: Patterns,
+    *,
+    where: Where | None = None,
+    exclude: Patterns = (),
+    strict: bool = True,
+) -> Iterator[Outputs]:
+    """Record the outputs of layers inside a ``with`` block.
+
+    Each call of a selected layer appends its output to the list under its path.
+    After the block the model has its own layers back; the lists stay. A layer in
+    several places has one list, which is under each of its paths.
+
+    A function made by :func:`mlx.core.compile` calls the layers once, to trace
+    them, with arrays that are never computed. With the yielded dict as its
+    ``outputs=`` the lists hold the outputs of its last call; compile a new function
+    for inputs of another shape.
+
+    Args:
+        model (mlx.nn.Module): The model to record.
+        pattern (str, re.Pattern or an iterable of them): The paths of the
+            layers. Layers inside selected layers may be selected too. See
+            :func:`select`.
+        where (type, tuple of types or Callable, optional): The modules to take
+            of these. See :func:`select`. Default: ``None``.
+        exclude (str, re.Pattern or an iterable of them): The paths to leave
+            out. Default: ``()``.
+        strict (bool): If ``True``, a pattern, ``exclude`` or ``where`` that does
+            nothing is an error, and so is a pattern none of whose layers is called
+            inside the block. Default: ``True``.
+
+    Yields:
+        dict[str, list]: The outputs of the layer at each path, in the order of the
+        calls.
+
+    Raises:
+        PatternError: If the text of a pattern is wrong.
+        NoMatchError: If a pattern, ``exclude`` or ``where`` does nothing; at the
+            end of the block, if no layer of a pattern was called inside it.
+        SelectionError: As in :func:`swapped`.
+        TypeError: If an argument is of the wrong type.
+
+    Example:
+        >>> import mlx.core as mx
+        >>> import mlx.nn as nn
+        >>> from mlx_modswap import capture
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> with capture(model, "layers.*") as outputs:
+        ...     y = model(mx.ones((1, 4)))
+        >>> {path: output.shape for path, (output,) in outputs.items()}
+        {'layers.0': (1, 8), 'layers.1': (1, 8), 'layers.2': (1, 2)}
+    """
+    recorded: defaultdict[str, list[Any]] = defaultdict(list)
+
+    def see(path: str, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        recorded[path].append(output)
+        return output
+
+    with _hooking(model, pattern, see, where, exclude, strict) as shared:
+        yield {path: recorded[first] for path, first in shared.firsts.items()}
+
+
+@contextmanager
+def patch(
+    model: nn.Module,
+    pattern: Patterns,
+    change: Change,
+    *,
+    where: Where | None = None,
+    exclude: Patterns = (),
+    strict: bool = True,
+) -> Iterator[None]:
+    """Change the outputs of layers inside a ``with`` block.
+
+    After the block the model has its own layers back.
+
+    Args:
+        model (mlx.nn.Module): The model to change.
+        pattern (str, re.Pattern or an iterable of them): The paths of the
+            layers. Layers inside selected layers may be selected too. See
+            :func:`select`.
+        change (Callable): Called as ``change(path, output)`` after each call of
+            a layer, returns the output to use instead. For a layer in several
+            places the path is its first.
+        where (type, tuple of types or Callable, optional): The modules to take
+            of these. See :func:`select`. Default: ``None``.
+        exclude (str, re.Pattern or an iterable of them): The paths to leave
+            out. Default: ``()``.
+        strict (bool): If ``True``, a pattern, ``exclude`` or ``where`` that does
+            nothing is an error, and so is a pattern none of whose layers is called
+            inside the block. Default: ``True``.
+
+    Yields:
+        None
+
+    Raises:
+        PatternError: If the text of a pattern is wrong.
+        NoMatchError: If a pattern, ``exclude`` or ``where`` does nothing; at the
+            end of the block, if no layer of a pattern was called inside it.
+        SelectionError: As in :func:`swapped`.
+        TypeError: If an argument is of the wrong type, or if ``change`` returns
+            ``None`` for an output that is not ``None``.
+
+    Example:
+        >>> import mlx.core as mx
+        >>> import mlx.nn as nn
+        >>> from mlx_modswap import patch
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Identity())
+        >>> with patch(model, "layers[1]", lambda path, output: output + 1):
+        ...     print(model(mx.zeros((1, 4))).min() >= 1)
+        array(True, dtype=bool)
+    """
+    _check_function("change", "path and output", change)
+
+    def see(path: str, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        try:
+            new = change(path, output)
+        except Exception as error:
+            note(error, f"while patching {path!r}")
+            note_misuse(error, change, path, "change(path, output)")
+            raise
+        if new is None and output is not None:
+            raise TypeError(
+                f"change returned None for {path!r}; it must return an output; return the output "
+                "it was given to leave it unchanged"
+            )
+        return new
+
+    with _hooking(model, pattern, see, where, exclude, strict):
+        yield
+
+
+def _check_function(name: str, arguments: str, function: Any) -> None:
+    # A module is callable, but it takes arrays.
+    if not callable(function) or isinstance(function, nn.Module):
+        raise TypeError(f"{name} must be a function of {arguments}, not {described(function)}")
+
+
+# ---------------------------------------------------------------- the hooks of a block
+
+_SHARED, _PATHS = "_(shared)", "_(paths)"  # not names of attributes, so they hide none of a layer
+
+_REASONS = (
+    "likely reasons: the model was called outside the block (a generator is used up after it) or "
+    "in a function that was compiled before it; a layer is used through its weights or a method "
+    "other than __call__ (as_linear); it was replaced inside the block; strict=False allows it"
+)
+
+
+class _Shared:
+    """What the hooked layers of one block share.
+
+    Attributes:
+        see (Callable, optional): What gets the path, the output and the arguments of each
+            call, and returns the output to use; ``None`` once the block has ended, since
+            a hooked layer may be held longer, by a module of another block for instance.
+        calls (dict[str, int]): How often the layer at each path was called.
+        firsts (dict[str, str]): For each path the first path of its layer.
+    """
+
+    def __init__(self, see: See, paths: list[str]):
+        self.see: See | None = see
+        self.calls = dict.fromkeys(paths, 0)
+        self.firsts = dict.fromkeys(paths, "")
+
+
+class _Hooked(Wrapper):
+    """A layer with the hook of a block. What is set on it is set on the layer."""
+
+    def __init__(self, layer: nn.Module, shared: _Shared):
+        super().__init__(layer)
+        own = object.__getattribute__(self, "__dict__")
+        own[_SHARED], own[_PATHS] = shared, []
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        output = dict.__getitem__(self, WRAPPED)(*args, **kwargs)
+        own = object.__getattribute__(self, "__dict__")
+        shared, paths = own[_SHARED], own[_PATHS]
+        if (see := shared.see) is None:
+            return output
+        for path in paths:
+            shared.calls[path] += 1
+        return see(paths[0], output, args, kwargs)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.__wrapped__, name, value)
+
+    def to_quantized(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """Quantize the layer, without the hook."""
+        layer: Any = self.__wrapped__
+        return layer.to_quantized(*args, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """What is copied or saved inside the block is the layer without the hook."""
+        return self.__wrapped__.__reduce_ex__(protocol)
+
+
+@contextmanager
+def _hooking(
+    model: nn.Module,
+    pattern: Patterns,
+    see: See,
+    where: Where | None,
+    exclude: Patterns,
+    strict: bool,
+) -> Iterator[_Shared]:
+    """Hook the selected layers inside a ``with`` block."""
+    check_model(model)
+    patterns = parse_argument(model, "pattern", pattern)
+    excludes = parse_argument(model, "exclude", exclude)
+    places = choose(model, [Rule(patterns)], where, excludes, strict).places
+    masks, depths = dict(zip(places.paths, places.masks)), _depths(places)
+    slices = not any(str(key).isdecimal() or "." in str(key) for key in places.dict_keys())
+    del places  # and the layers in them
+    shared = _Shared(see, [*masks])
+    try:
+        with ExitStack() as stack:
+            for depth in sorted(set(depths.values())):
+                _hook_layers_at(depth, depths, model, shared, stack)
+            yield shared
+    finally:
+        shared.see = None
+    if strict:
+        _check_calls(patterns, masks, shared.calls, slices)
+
+
+def _depths(places: Places) -> dict[int, int]:
+    """How deep each layer is, by its ``id``: the dots in the longest of its paths.
+
+    A swap refuses places inside one another, since after a change of the outer one the
+    path of the inner one may lead anywhere. Hooked layers are an exception, as they let
+    every path through; without it nobody could hook a block and the attention inside
+    it. So there is one swap for each depth. What is inside a layer is deeper than it by
+    this measure, however many paths either has: to any path of the outer layer there is
+    a longer one of the inner layer. So no swap has two layers inside one another, and
+    each has all paths of a tied layer, which can only change as a whole.
+    """
+    depths: dict[int, int] = {}
+    for path, layer in zip(places.paths, places.modules):
+        depths[id(layer)] = max(path.count("."), depths.get(id(layer), 0))
+    return depths
+
+
+def _hook_layers_at(
+    depth: int, depths: dict[int, int], model: nn.Module, shared: _Shared, stack: ExitStack
+) -> None:
+    """Hook the selected layers of one depth."""
+
+    def is_selected(path: str, layer: nn.Module) -> bool:
+        return path in shared.calls and depths.get(id(layer)) == depth
+
+    def hooked(path: str, layer: nn.Module) -> nn.Module:
+        return _Hooked(layer, shared)
+
+    for path, layer in stack.enter_context(swapped(model, "**", hooked, where=is_selected)).items():
+        paths: list[str] = object.__getattribute__(layer, "__dict__")[_PATHS]
+        paths.append(path)
+        shared.firsts[path] = paths[0]
+
+
+def _check_calls(
+    patterns: list[Parsed], masks: dict[str, int], calls: dict[str, int], slices: bool
+) -> None:
+    """Of the layers that a pattern matches at least one must have been called.
+
+    Args:
+        patterns (list[Parsed]): The patterns.
+        masks (dict[str, int]): The patterns that match each path.
+        calls (dict[str, int]): How often the layer at each path was called.
+        slices (bool): Whether every number in a path is an index of a list.
+    """
+    called = reduce(or_, (mask for path, mask in masks.items() if calls[path]), 0)
+    matched = reduce(or_, masks.values(), 0)
+    for number, pattern in enumerate(patterns):
+        if (matched & ~called) >> number & 1:
+            paths = [path for path, mask in masks.items() if mask >> number & 1]
+            folded = fold([segments(path, slices=slices) for path in paths])
+            names = listed(pattern_of(product) for product, _ in folded)
+            which = f"none of the {len(paths)} layers" if len(paths) > 1 else "the only layer"
+            was = "was called" if len(paths) > 1 else "was not called"
+            raise NoMatchError(
+                f"{which} that {pattern.text} matches {was} inside the block: {names}; {_REASONS}"
+            )
