@@ -158,16 +158,19 @@ def test_the_source_stays_as_it_is(tmp_path, source):
 
 
 def test_the_figures_of_what_is_returned_are_valid_and_its_arrays_gone(tmp_path, source):
-    model = load(source)
-    expected = str(lm.quantize(model, {"**.q_proj": 8, "**": 4}))
+    rules = {"**.q_proj": 8, "**": 4}
+    quantized = lm.quantize(model := load(source), rules)
+    expected = str(quantized), quantized.changes, quantized.old_nbytes, quantized.new_nbytes
+    del model, quantized
     mx.clear_cache()
-    del model
     before = mx.get_active_memory()
-    report = lm.convert(source, tmp_path / "converted", {"**.q_proj": 8, "**": 4})
+    report = lm.convert(source, tmp_path / "converted", rules)
 
     assert mx.get_active_memory() - before < 1000
-    assert str(report) == expected
+    assert (str(report), report.changes, report.old_nbytes, report.new_nbytes) == expected
     assert list(report) == list(lm.quantization_config(load(tmp_path / "converted")))[3:]
+    layers = map(model_folders.arrays_of, report.values())
+    assert all(array.size == 0 for arrays in layers for array in arrays.values())
 
 
 def test_the_plan_of_a_conversion_writes_nothing(tmp_path, source):

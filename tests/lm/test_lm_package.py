@@ -42,7 +42,7 @@ def test_lm_says_what_to_install_where_mlx_lm_is_missing():
     assert told == "mlx_modswap.lm needs mlx-lm: pip install 'mlx-modswap[lm]'\n"
 
 
-def test_all_but_one_function_that_is_used_of_mlx_lm_is_public():
+def test_what_is_used_of_mlx_lm_is_public():
     """What begins with ``_`` may go away in any release of mlx-lm."""
     assert mlx_modswap.__file__
     private = []
@@ -53,7 +53,7 @@ def test_all_but_one_function_that_is_used_of_mlx_lm_is_public():
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
                 is_of_mlx_lm = node.value.id in ("mlx_lm", "utils")
                 private += [node.attr] if is_of_mlx_lm and node.attr.startswith("_") else []
-    assert private == ["_get_classes"]  # to draw a model of which there is only the config
+    assert private == []
 
 
 def docstrings() -> list[doctest.DocTest]:
