@@ -67,8 +67,8 @@ def convert(
             names. Default: ``False``.
 
     Returns:
-        Replacement: What was quantized. Its figures are valid, but its layers have
-        lost their weights: there are zeros in their place that were never computed.
+        Replacement: What was quantized. Its figures are valid, but its layers hold no
+        weights any more.
 
     Raises:
         PatternError, NoMatchError, SelectionError: As in :func:`quantize`.
@@ -109,7 +109,7 @@ def convert(
         shards = list(_shards(arrays, max_shard_mb * 10**6))
         summary = {"total_size": nbytes, "total_parameters": utils.get_total_parameters(model)}
         del arrays
-        _drop_arrays(model)
+        _drop_arrays(model, report)
         _write(staging, shards, originals, summary)
         check(staging, target, expected, None, trust_remote_code)
     return report
@@ -199,9 +199,10 @@ def _shards(arrays: Arrays, most: float) -> Iterator[Arrays]:
     yield shard
 
 
-def _drop_arrays(model: nn.Module) -> None:
-    """Take the arrays from a model; sizes and dtypes can still be read, also by its report."""
-    model.update(tree_map(lambda array: mx.zeros(array.shape, array.dtype), model.parameters()))
+def _drop_arrays(model: nn.Module, report: Replacement) -> None:
+    """Take the arrays from a model, whose report reads its figures first, and keeps them."""
+    _ = report.changes
+    model.update(tree_map(lambda array: mx.array([]), model.parameters()))
 
 
 def _write(folder: Path, shards: list[Arrays], originals: Arrays, summary: dict[str, Any]) -> None:
