@@ -412,6 +412,18 @@ def test_single_layers_that_are_never_called_are_no_error(model, use, pattern, o
 
 
 @each_use
+def test_a_tied_layer_inside_another_hooked_one_and_outside_of_it(use):
+    inner = nn.Linear(2, 2)
+    model = nn.Sequential(inner, nn.Sequential(nn.Sequential(inner)), nn.Linear(2, 2))
+    x = mx.ones((1, 2))
+    before, expected = Snapshot(model), model(x)
+    with use(model, "**"):
+        assert mx.array_equal(model(x), expected)
+
+    assert before.differences() == []
+
+
+@each_use
 def test_a_layer_of_two_patterns_counts_for_both(model, use):
     with use(model, ["layers[0].attn", "layers.*.attn"]):
         model.layers[0].attn(mx.ones((1, 4)))
