@@ -39,7 +39,7 @@ RATE = 2e-3
 
 
 def lora(r: int):
-    def around(path: str, layer: nn.Module) -> nn.Module:
+    def around(path: str, layer: Any) -> nn.Module:
         return LoRALinear.from_base(layer, r=r, scale=10.0)
 
     return around

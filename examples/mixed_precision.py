@@ -1,93 +1,373 @@
-"""Let a measurement decide which parts of all-MiniLM-L6-v2 get 8 bits, and which get 4.
+"""Find out how many bits each layer of a language model needs, and write rules that say so.
 
-Each part is quantized alone for a moment, to see what that costs. The rules are made of what was
-seen, and compared with a rule of thumb of the same size: keep the first and the last block::
+::
 
-    python examples/mixed_precision.py
+    python examples/mixed_precision.py                                  # SmolLM2, see smollm2.py
+    python examples/mixed_precision.py --model FOLDER --text FILE --bits-per-weight 4.5
+    mlx_modswap convert smollm2 smollm2-chosen --rules rules.json
+
+What is measured is the Kullback-Leibler divergence (KL) of the next-token distributions from those
+of the original model, on the first half of a text. The second half, which had no part in the
+choice, judges it. The search has three steps:
+
+1. Each layer is rounded alone, in each setting, and put back (``swapped``).
+2. Every layer begins at the smallest setting, and the upgrade that gains most per byte is taken
+   until the size is reached. That would be the answer if the losses of layers simply added up.
+3. They do not, so the next rounds measure from where the model is: one or two settings up or down
+   for each layer, the others as chosen. Upgrades that are paid for by downgrades are made as long
+   as the measured KL falls.
+
+Without a GPU only a small part is searched, on a short text; ``--layers`` and ``--tokens`` say how
+much.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import argparse
+import copy
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any, NamedTuple
 
-import minilm
 import mlx.core as mx
 import mlx.nn as nn
+import smollm2
 from mlx.utils import tree_flatten
-from quantize_minilm import SENTENCES, bits
 
 from mlx_modswap import Replacement, select, swapped
 
-MEASURE = SENTENCES[1::9]
-JUDGE = SENTENCES[::6]  # none of those
-THUMB = ["encoder.layer[0].**", "encoder.layer[-1].**"]
+try:
+    import mlx_lm
+    from tqdm import tqdm
+
+    from mlx_modswap import lm
+except ImportError:
+    sys.exit("mlx-lm is not installed: pip install 'mlx-modswap[lm]'")
 
 
-def main() -> None:
-    model, tokenizer = minilm.load()
-
-    def embed(sentences: Sequence[str]) -> mx.array:
-        vectors = minilm.embed(model, tokenizer, sentences)
-        mx.eval(vectors)  # now, while the layers that it is about are in the model
-        return vectors
-
-    original = embed(MEASURE)
-    cost: dict[str, float] = {}
-    for part in parts(model):
-        with swapped(model, part, bits(4), where=nn.Linear):
-            similarity = cosine(original, embed(MEASURE))
-        cost[part] = (1 - similarity) / weights(model, part)
-    ranking = sorted(cost, key=cost.__getitem__, reverse=True)
-
-    print("lost by 4 bits, for each million of weights")
-    for part in ranking:
-        print(f"{1e6 * cost[part]:.4f}   {part}")
-
-    original = embed(JUDGE)
-    budget = sum(weights(model, pattern) for pattern in THUMB)
-    print()
-    for name, precious in {
-        "4 bits everywhere         ": [],
-        "first and last in 8 bits  ": THUMB,
-        "measured ones in 8 bits   ": take(ranking, model, budget),
-    }.items():
-        rules = {**{pattern: bits(8) for pattern in precious}, "encoder.**": bits(4)}
-        with swapped(model, rules, where=nn.Linear) as replaced:
-            similarity = cosine(original, embed(JUDGE))
-            print(f"{name} {megabytes(replaced):4.1f} MB   cosine similarity {similarity:.4f}")
+class Setting(NamedTuple):
+    bits: int
+    group_size: int
 
 
-def parts(model: nn.Module) -> list[str]:
-    """The attention and the feed-forward part of each block. A path is a pattern, too."""
-    blocks = select(model, "encoder.layer.*")
-    inside = ("attention.**", "{intermediate,output}.dense")
-    return [f"{block}.{part}" for block in blocks for part in inside]
+class Part(NamedTuple):
+    """A layer to quantize, with all of its paths, and its size in each setting, in bytes."""
+
+    paths: tuple[str, ...]
+    layer: Any
+    sizes: list[float]
 
 
-def weights(model: nn.Module, pattern: str) -> int:
-    """How many weights there are to quantize."""
-    layers: dict[str, Any] = select(model, pattern, where=nn.Linear)
-    return sum(layer.weight.size for layer in layers.values())
+# From small to large. A group has a scale and a bias of 16 bits each.
+SETTINGS = [
+    Setting(bits, group_size) for bits in (2, 3, 4) for group_size in (64, 32)
+] + [Setting(bits, 64) for bits in (5, 6, 8)]  # fmt: skip
+FOUR_BITS = SETTINGS.index(Setting(4, 64))
+MOST_MOVES = 60  # in a round
+AT_ONCE = 4096  # tokens, in one call of the model
+
+Choice = list[int]  # the number of the setting of each part
+Move = tuple[int, int]  # the number of a part, and that of a new setting
 
 
-def take(ranking: list[str], model: nn.Module, budget: int) -> list[str]:
-    """The parts that lose most, as many as the budget has room for."""
-    taken: list[str] = []
-    for part in ranking:
-        if weights(model, part) <= budget:
-            taken.append(part)
-            budget -= weights(model, part)
-    return taken
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    source = args.model or str(smollm2.make("smollm2"))
+    model, tokenizer, *_ = mlx_lm.load(source)
+    if mx.default_device() == mx.cpu:
+        model.set_dtype(mx.float32)  # in which the CPU is fastest
+    first, second = halves(tokenizer, args.text, args.tokens)
+    search = Search(model, first, args.layers)
+
+    budget = search.budget(args.size, args.bits_per_weight)
+    choice = search.choose(budget, args.rounds)
+    print_table(search.parts, choice)
+    draw(search.parts, choice, args.picture)
+    args.rules.write_text(json.dumps(rules(search.parts, choice), indent=1) + "\n")
+
+    judge = Meter(model, second)
+    for name, one in (("chosen", choice), ("4 bits", [FOUR_BITS] * len(choice))):
+        with search.put(one):
+            print(f"{name}: {search.size(one) / 1e6:.1f} MB, KL {judge():.4f} nats per token")
+    print(f"\nmlx_modswap convert {source} {args.rules.stem}-model --rules {args.rules}")
 
 
-def cosine(one: mx.array, other: mx.array) -> float:
-    return float((one * other).sum(axis=-1).mean())
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    small = mx.default_device() == mx.cpu
+    parser = argparse.ArgumentParser(description="Choose the bits of each layer by measurement.")
+    parser.add_argument("--model", help="a folder or hub id (default: smollm2, made if new)")
+    parser.add_argument("--text", type=Path, help="a text to measure on (default: Python's help)")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--size", type=float, help="of all weights in MB (default: as with 4 bits)")
+    size.add_argument("--bits-per-weight", type=float, help="the same, as an average")
+    parser.add_argument("--layers", type=int, default=1 if small else None, help="only so many")
+    parser.add_argument("--tokens", type=int, default=8 if small else 8192, help="of each half")
+    parser.add_argument("--rounds", type=int, default=1 if small else 6)
+    parser.add_argument("--rules", type=Path, default=Path("rules.json"))
+    parser.add_argument("--picture", type=Path, default=Path("bits.png"))
+    return parser.parse_args(argv)
 
 
-def megabytes(replaced: Replacement) -> float:
-    arrays = dict(tree_flatten([layer.parameters() for layer in replaced.values()]))
-    return sum(array.nbytes for array in arrays.values()) / 1e6
+def halves(tokenizer: Any, text: Path | None, tokens: int) -> tuple[mx.array, mx.array]:
+    """Sequences from each half of a text, evenly spread: arrays of sequences x length."""
+    words = text.read_text() if text else "\n\n".join(topics[name] for name in sorted(topics))
+    ids: list[int] = tokenizer.encode(words)
+    length = min(512, tokens)
+    count = max(1, tokens // length)
+    if len(ids) < 2 * count * length:
+        sys.exit(f"the text has {len(ids)} tokens, too few for two halves of {count * length}")
+    step = len(ids) // (2 * count)
+    sequences = mx.array([ids[at * step : at * step + length] for at in range(2 * count)])
+    return sequences[:count], sequences[count:]
+
+
+class Meter:
+    """Measures how far a model is from what it was when the meter was made."""
+
+    def __init__(self, model: Any, sequences: mx.array):
+        self.model = model
+        at_once = max(1, AT_ONCE // sequences.shape[1])
+        self.batches = [sequences[at : at + at_once] for at in range(0, len(sequences), at_once)]
+        self.tokens = sequences.size
+        self.original = [self.log_probs(batch) for batch in self.batches]
+        mx.eval(self.original)
+
+    def log_probs(self, batch: mx.array) -> mx.array:
+        logits = self.model(batch).astype(mx.float32)
+        return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+
+    def __call__(self) -> float:
+        """The KL divergence from the original in nats, the mean over all tokens."""
+        total = 0.0
+        for p, batch in zip(self.original, self.batches):
+            total += float((mx.exp(p) * (p - self.log_probs(batch))).sum())
+        return total / self.tokens
+
+
+class Search:
+    """Chooses a setting for each part of a model under a budget of bytes."""
+
+    def __init__(self, model: Any, sequences: mx.array, blocks: int | None = None):
+        self.model = model
+        pattern = "**" if blocks is None else f"{lm.layers_path(model)}[:{blocks}].**"
+        self.parts = parts(model, pattern)
+        arrays: Any = tree_flatten(model.parameters())
+        self.other_bytes = sum(array.nbytes for _, array in arrays) - sum(
+            part.layer.weight.nbytes for part in self.parts
+        )
+        self.meter = Meter(model, sequences)
+        self.alone: dict[Move, float] | None = None
+
+    def size(self, choice: Choice) -> float:
+        """The bytes of the whole model."""
+        return self.other_bytes + sum(
+            part.sizes[setting] for part, setting in zip(self.parts, choice)
+        )
+
+    def budget(self, megabytes: float | None, bits_per_weight: float | None) -> float:
+        """The bytes that were asked for, or those of 4 bits everywhere."""
+        if megabytes is not None:
+            return 1e6 * megabytes
+        if bits_per_weight is not None:
+            arrays: Any = tree_flatten(self.model.parameters())
+            return bits_per_weight * sum(array.size for _, array in arrays) / 8
+        return self.size([FOUR_BITS] * len(self.parts))
+
+    def put(self, choice: Choice) -> AbstractContextManager[Replacement]:
+        """A block in which every part is rounded as chosen."""
+        factories = zip(self.parts, map(rounded, choice))
+        return swapped(self.model, {part.paths: factory for part, factory in factories})
+
+    def choose(self, budget: float, rounds: int) -> Choice:
+        """Find the choice with the least KL that fits into the budget."""
+        smallest = self.size([0] * len(self.parts))
+        if smallest > budget:
+            sys.exit(f"{budget / 1e6:.1f} MB is too small: the least is {smallest / 1e6:.1f} MB")
+        if self.alone is None:
+            places = range(len(self.parts))
+            moves = [(at, setting) for at in places for setting in range(len(SETTINGS))]
+            self.alone = self.measure(moves, "each layer alone")
+        choice = self.fill(self.alone, budget)
+        with self.put(choice):
+            best = self.meter()
+        for number in range(rounds):
+            better = self.improve(choice, best, budget, f"round {number + 1}")
+            if better is None:
+                break
+            choice, best = better
+        return choice
+
+    def measure(self, moves: list[Move], title: str) -> dict[Move, float]:
+        """The KL after each move, alone, from where the model is."""
+        found: dict[Move, float] = {}
+        for at, setting in tqdm(moves, title, disable=None, leave=False):
+            with swapped(self.model, self.parts[at].paths, rounded(setting)):
+                found[at, setting] = self.meter()
+        return found
+
+    def fill(self, alone: dict[Move, float], budget: float) -> Choice:
+        """Upgrade what gains most per byte, from the smallest settings on."""
+        choice = [0] * len(self.parts)
+        spare = budget - self.size(choice)
+        while True:
+            best: tuple[float, Move] = (0.0, (-1, -1))
+            for (at, setting), kl in alone.items():
+                more = self.more(choice, (at, setting))
+                if 0 < more <= spare:
+                    gain = (alone[at, choice[at]] - kl) / more
+                    best = max(best, (gain, (at, setting)))
+            gain, (at, setting) = best
+            if gain <= 0:
+                return choice
+            spare -= self.more(choice, (at, setting))
+            choice[at] = setting
+
+    def improve(
+        self, choice: Choice, best: float, budget: float, title: str
+    ) -> tuple[Choice, float] | None:
+        """A better choice and its KL, or ``None`` if this round finds none."""
+        near = [
+            (at, setting)
+            for at, now in enumerate(choice)
+            for setting in range(len(SETTINGS))
+            if 0 < abs(setting - now) <= 2
+        ]
+        with self.put(choice):
+            change = {move: kl - best for move, kl in self.measure(near, title).items()}
+        steps = list(self.exchanges(choice, change, budget - self.size(choice)))
+        while steps:  # too many moves at once may lose: then the first half of them
+            new = list(choice)
+            for at, setting in sum(steps, ()):
+                new[at] = setting
+            with self.put(new):
+                kl = self.meter()
+            if kl < best:
+                tqdm.write(f"{title}: KL {best:.4f} -> {kl:.4f}, {len(steps)} exchanges")
+                return new, kl
+            steps = steps[: len(steps) // 2]
+        return None
+
+    def exchanges(
+        self, choice: Choice, change: dict[Move, float], spare: float
+    ) -> Iterator[tuple[Move, ...]]:
+        """Moves that lower the KL, the best first: an upgrade, and a downgrade that pays for it."""
+        more = {move: self.more(choice, move) for move in change}
+        order = sorted(change, key=lambda move: change[move] / abs(more[move]))
+        ups = [move for move in order if more[move] > 0]
+        downs = [move for move in order if more[move] < 0]
+        for _ in range(MOST_MOVES):
+            alone = [(move,) for move in ups[:40] + downs[:40]]
+            pairs = [(up, down) for up in ups[:40] for down in downs[:40] if up[0] != down[0]]
+            fitting = [step for step in alone + pairs if sum(more[move] for move in step) <= spare]
+            step = min(fitting, key=lambda step: sum(change[move] for move in step), default=())
+            if sum(change[move] for move in step) >= 0:
+                return
+            yield step
+            spare -= sum(more[move] for move in step)
+            moved = {at for at, _ in step}
+            ups = [move for move in ups if move[0] not in moved]
+            downs = [move for move in downs if move[0] not in moved]
+
+    def more(self, choice: Choice, move: Move) -> float:
+        """How many bytes a move adds."""
+        at, setting = move
+        return self.parts[at].sizes[setting] - self.parts[at].sizes[choice[at]]
+
+
+def parts(model: Any, pattern: str) -> list[Part]:
+    """The layers to quantize: those that ``mlx_lm.convert`` would."""
+    wanted: Callable[..., Any] = getattr(model, "quant_predicate", None) or (lambda *_: True)
+
+    def quantizable(path: str, layer: Any) -> bool:
+        if not hasattr(layer, "to_quantized") or layer.weight.shape[-1] % 64:
+            return False
+        return bool(wanted(path, layer))
+
+    paths: dict[int, tuple[str, ...]] = {}
+    layers: dict[int, Any] = {}
+    for path, layer in select(model, pattern, where=quantizable).items():
+        layers[id(layer)] = layer
+        paths[id(layer)] = (*paths.get(id(layer), ()), path)
+    return [Part(paths[key], layer, sizes(layer.weight)) for key, layer in layers.items()]
+
+
+def sizes(weight: mx.array) -> list[float]:
+    scale = 2 * weight.dtype.size  # and bias, of a group
+    return [weight.size * (bits / 8 + scale / group_size) for bits, group_size in SETTINGS]
+
+
+def rounded(setting: int) -> Callable[[str, Any], nn.Module]:
+    """A factory of layers whose weights are what they would be after quantization.
+
+    They compute what quantized layers do, at the speed of plain ones.
+    """
+    bits, group_size = SETTINGS[setting]
+
+    def factory(path: str, layer: Any) -> nn.Module:
+        new = copy.copy(layer)
+        packed = mx.quantize(layer.weight, group_size=group_size, bits=bits)
+        new.weight = mx.dequantize(*packed, group_size=group_size, bits=bits)
+        return new
+
+    return factory
+
+
+# ---------------------------------------------------------------- what was chosen
+
+
+def rules(parts: list[Part], choice: Choice) -> list[Any]:
+    """What ``mlx_modswap convert --rules`` takes: patterns and keywords of ``to_quantized``."""
+    return [
+        [
+            [path for part, one in zip(parts, choice) if one == number for path in part.paths],
+            setting._asdict(),
+        ]
+        for number, setting in enumerate(SETTINGS)
+        if number in choice
+    ]
+
+
+def print_table(parts: list[Part], choice: Choice) -> None:
+    """How many layers of each name got how many bits."""
+    counts = Counter((name_of(part), setting) for part, setting in zip(parts, choice))
+    used = sorted(set(choice))
+    titles = [f"{SETTINGS[at].bits} bits, {SETTINGS[at].group_size}" for at in used]
+    print(" ".join([" " * 16, *(f"{title:>10}" for title in titles)]))
+    for name in dict.fromkeys(map(name_of, parts)):
+        cells = (counts[name, setting] or "" for setting in used)
+        print(" ".join([f"{name:16}", *(f"{cell:>10}" for cell in cells)]))
+
+
+def draw(parts: list[Part], choice: Choice, file: Path) -> None:
+    """A picture: a row for each name of a layer, a column for each block."""
+    from matplotlib.figure import Figure
+
+    names = list(dict.fromkeys(map(name_of, parts)))
+    blocks = list(dict.fromkeys(map(block_of, parts)))
+    grid = [[float("nan")] * len(blocks) for _ in names]
+    for part, setting in zip(parts, choice):
+        bits, group_size = SETTINGS[setting]
+        grid[names.index(name_of(part))][blocks.index(block_of(part))] = bits + 32 / group_size
+    figure = Figure(figsize=(3 + len(blocks) / 4, 1 + len(names) / 3), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(grid, cmap="viridis", aspect="auto", vmin=2.5, vmax=8.5)
+    axes.set_yticks(range(len(names)), names)
+    axes.set_xticks(range(len(blocks)), blocks, rotation=90)
+    figure.colorbar(image, label="bits per weight")
+    figure.savefig(file, dpi=150)
+
+
+def name_of(part: Part) -> str:
+    return part.paths[0].rpartition(".")[2]
+
+
+def block_of(part: Part) -> str:
+    return next((piece for piece in part.paths[0].split(".") if piece.isdecimal()), "")
 
 
 if __name__ == "__main__":

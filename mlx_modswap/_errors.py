@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Iterable
+from itertools import accumulate
 from typing import Any
 
 import mlx.nn as nn
@@ -123,9 +124,7 @@ def class_names(of: Iterable[type]) -> dict[type, str]:
 
 def _full_name(cls: type) -> str:
     """The name of a class after that of the outermost module with it: ``mlx.nn.RMSNorm``."""
-    packages = cls.__module__.split(".")
-    for depth in range(1, len(packages) + 1):
-        name = ".".join(packages[:depth])
+    for name in accumulate(cls.__module__.split("."), "{}.{}".format):
         if name in sys.modules and vars(sys.modules[name]).get(cls.__name__) is cls:
             return f"{name}.{cls.__name__}"
     return f"{cls.__module__}.{cls.__qualname__}"

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, ItemsView, Iterable, Iterator, Mapping, Sequence
 from itertools import compress, groupby
 from operator import attrgetter, is_not, itemgetter
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import mlx.nn as nn
 
@@ -28,9 +28,23 @@ from ._walk import Places, find
 
 # A factory may ask for an `nn.Linear`, so what it is given is not called an `nn.Module` here.
 Factory = Callable[[str, Any], nn.Module]
-# The keys of a Mapping are invariant, hence a variable.
-AnyPattern = TypeVar("AnyPattern", bound=Pattern | tuple[Pattern, ...])
-Rules = Mapping[AnyPattern, Factory | None]
+
+
+_Key = TypeVar("_Key", covariant=True)
+_Value = TypeVar("_Value", covariant=True)
+
+
+class _Mapping(Protocol[_Key, _Value]):
+    """What a type checker takes for a mapping.
+
+    The keys of a ``Mapping`` are invariant: to a type checker a ``dict`` with keys of ``str`` is
+    not one of patterns. Its items are.
+    """
+
+    def items(self) -> ItemsView[_Key, _Value]: ...
+
+
+Rules = _Mapping[Pattern | tuple[Pattern, ...], Factory | None]
 
 _MODE = attrgetter("_training")
 
@@ -54,7 +68,7 @@ class Plan(NamedTuple):
 
 def make_plan(
     model: nn.Module,
-    pattern: Patterns | Rules[Any],
+    pattern: Patterns | Rules,
     factory: Factory | None,
     where: Where | None,
     exclude: Patterns,

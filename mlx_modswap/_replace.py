@@ -14,7 +14,6 @@ from ._errors import NoMatchError, SelectionError, described, note
 from ._match import Patterns, Where
 from ._pattern import literally
 from ._plan import (
-    AnyPattern,
     Factory,
     Plan,
     Rules,
@@ -31,7 +30,7 @@ from ._walk import Places, find, nest
 @overload
 def replace_layers(
     model: nn.Module,
-    pattern: Rules[AnyPattern],
+    pattern: Rules,
     *,
     where: Where | None = None,
     exclude: Patterns = (),
@@ -53,7 +52,7 @@ def replace_layers(
 
 def replace_layers(
     model: nn.Module,
-    pattern: Patterns | Rules[Any],
+    pattern: Patterns | Rules,
     factory: Factory | None = None,
     *,
     where: Where | None = None,
@@ -123,7 +122,7 @@ def replace_layers(
 @overload
 def swapped(
     model: nn.Module,
-    pattern: Rules[AnyPattern],
+    pattern: Rules,
     *,
     where: Where | None = None,
     exclude: Patterns = (),
@@ -146,7 +145,7 @@ def swapped(
 @contextmanager
 def swapped(
     model: nn.Module,
-    pattern: Patterns | Rules[Any],
+    pattern: Patterns | Rules,
     factory: Factory | None = None,
     *,
     where: Where | None = None,

@@ -180,7 +180,7 @@ class Replacement(Mapping[str, nn.Module]):
         """The cells of each printed line."""
         rows = [_cells(line, _tells_trainable(line)) for line in self._lines[:_MOST_LINES]]
         if (more := len(self._lines) - _MOST_LINES) > 0:
-            rows.append([f"... {more} more"] + [""] * (len(rows[0]) - 1))
+            rows.append([f"... {more} more", *("" for _ in rows[0][1:])])
         if len(self._lines) > 1:
             rows.append(_cells(_total_of(self._lines), any(map(_tells_trainable, self._lines))))
         return rows

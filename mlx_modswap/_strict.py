@@ -1,4 +1,8 @@
-"""Nothing silent: an error for each argument that does nothing."""
+"""Nothing silent: an error for each argument that does nothing.
+
+There are two checks. The first needs no ``where``, so that a typo is found before a function of
+the user's is asked about anything. The second is for what remains once ``where`` was asked.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +64,7 @@ def check_matches(model: nn.Module, request: Request, places: Places) -> None:
 def check_effects(
     model: nn.Module, request: Request, places: Places, passed: Passed | None
 ) -> None:
-    """Judged after ``where``: each pattern, rule and exclude must do something.
+    """Each argument must do something among the modules that ``where`` lets through.
 
     Args:
         model (nn.Module): The model.
@@ -72,22 +76,25 @@ def check_effects(
         NoMatchError: Which of them does nothing.
     """
     if passed is None and len(request.rules) == 1 and not request.excludes:
-        return  # `check_matches` has checked all that there is
+        return  # there is nothing that `check_matches` has not checked
     matched = _Matched(model, request, places, passed)
-    _check_rest(matched)
+    _check_that_something_is_left(matched)
     _check_patterns(matched)
     _check_rules(matched)
     _check_excludes(matched)
 
 
 class _Matched:
-    """The places of a request, judged by their masks: equal masks are judged once.
+    """What the patterns and excludes of a request match.
+
+    A mask says which patterns and excludes match a module, and nothing else of a module
+    matters here. So a few sets of masks stand for all modules: the model may have
+    thousands of layers, and they rarely have more than a few masks.
 
     Attributes:
-        masks (set[int]): The masks of all places.
-        free (set[int]): Those of the places that no exclude removes.
-        live (set[int]): Those of which a place is let through by ``where``, as far as
-            it was asked.
+        masks (set[int]): The masks of all modules.
+        free (set[int]): Those without an exclude.
+        live (set[int]): Those with a module that ``where`` lets through.
     """
 
     def __init__(
@@ -104,8 +111,8 @@ class _Matched:
     def do_something(self, masks: Collection[int]) -> bool:
         """Whether a pattern with these masks, or a rule that decides them, does something.
 
-        It does if ``where`` lets one of its modules through, excluded or not. It may also
-        be excluded as a whole: a list of patterns can serve models with and without a part.
+        It does if ``where`` lets a module through, be it excluded or not. It may also be
+        excluded as a whole: one list of patterns can serve several models.
         """
         if any(mask in self.live for mask in masks):
             return True
@@ -114,16 +121,14 @@ class _Matched:
         return self._asked_late(masks)
 
     def _asked_late(self, masks: Collection[int]) -> bool:
-        # A function is not asked about most of the excluded modules, and its answer for
-        # one of them may be what stands between a pattern and an error.
-        where: Any = self.request.where
-        places = self.places
+        # A function was asked about few of the excluded modules. Before its answers lead to an
+        # error it is asked about the others, so that it means the same as a class.
+        places, answers = self.places, self.passed or []
         return any(
-            passes_or_fails(where, path, module)
+            answer is None and mask in masks and passes_or_fails(self.request.where, path, module)
             for path, module, mask, answer in zip(
-                places.paths, places.modules, places.masks, self.passed or ()
+                places.paths, places.modules, places.masks, answers
             )
-            if answer is None and mask in masks
         )
 
     def modules(self, bits: int, others: int = -1) -> list[nn.Module]:
@@ -132,8 +137,7 @@ class _Matched:
         return [module for module, mask in pairs if mask & bits and mask & others]
 
 
-def _check_rest(matched: _Matched) -> None:
-    """Something must be left to select."""
+def _check_that_something_is_left(matched: _Matched) -> None:
     if not matched.free:
         raise NoMatchError(_all_excluded(matched))
     if not matched.live & matched.free:
@@ -141,12 +145,12 @@ def _check_rest(matched: _Matched) -> None:
 
 
 def _check_patterns(matched: _Matched) -> None:
-    idle = matched.request.included & ~reduce(or_, matched.live, 0)
-    while idle:
-        number = first_pattern(idle)
+    live = reduce(or_, matched.live, 0)
+    for number in range(len(matched.request.patterns)):
+        if live >> number & 1:
+            continue
         if not matched.do_something([mask for mask in matched.masks if mask >> number & 1]):
             raise NoMatchError(_rejected(matched, number))
-        idle &= idle - 1
 
 
 def _check_rules(matched: _Matched) -> None:
@@ -177,12 +181,11 @@ def _check_excludes(matched: _Matched) -> None:
 
 def _all_excluded(matched: _Matched) -> str:
     request = matched.request
-    leave = (
-        "leave nothing: they remove" if len(request.excludes) > 1 else "leaves nothing: it removes"
-    )
+    removed, several = matched.modules(request.included), len(request.excludes) > 1
     message = (
-        f"exclude {_union(request.excludes)} {leave} {_all_of(matched.modules(request.included))} "
-        f"{_union(request.patterns)} matches"
+        f"exclude {_union(request.excludes)} "
+        f"{'leave nothing: they remove' if several else 'leaves nothing: it removes'} "
+        f"{_all_of(removed)} {_union(request.patterns)} matches"
     )
     if any(_reaches_inside(matched.model, exclude) for exclude in request.excludes):
         message += ", because what is inside an excluded place is excluded too"
@@ -203,6 +206,7 @@ def _reaches_inside(model: nn.Module, exclude: Parsed) -> bool:
 
 
 def _all_rejected(matched: _Matched) -> str:
+    """That ``where`` rejects all that is not excluded."""
     request = matched.request
     pairs = zip(matched.places.modules, matched.places.masks)
     rejected = [module for module, mask in pairs if mask in matched.free]

@@ -67,7 +67,9 @@ def make_models(folder: Path) -> None:
     write(folder / "no_json", with_weights=False)
     (folder / "no_json" / "config.json").write_text("{")
     (folder / "empty").mkdir()
-    (folder / "rules.json").write_text('[["**.v_proj", 8], ["**", {"bits": 4, "group_size": 32}]]')
+    (folder / "rules.json").write_text(
+        '[[["**.v_proj", "**.down_proj"], 8], ["**", {"bits": 4, "group_size": 32}]]'
+    )
     (folder / "twice.json").write_text('{"**": 4, "**": 8}')
 
 

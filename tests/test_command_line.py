@@ -156,7 +156,7 @@ def test_every_architecture_is_drawn_without_weights(name, tmp_path):
         ({"dtype": None, "torch_dtype": "torch.float16"}, "float16"),
         ({"text_config": {"dtype": "float16"}}, "float16"),
         ({"text_config": {"torch_dtype": "float16"}}, "float16"),
-        ({"text_config": {}}, "float32"),
+        ({"text_config": "dtype"}, "float32"),
         ({"dtype": "auto", "text_config": {"dtype": "bfloat16"}}, "bfloat16"),
         ({"dtype": "bfloat16", "text_config": {"dtype": "float16"}}, "bfloat16"),
         ({"dtype": "array"}, "float32"),

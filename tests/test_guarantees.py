@@ -460,7 +460,7 @@ class TestOrder:
             "heads.10",
         ]
 
-    def test_nor_does_that_of_rules_or_the_direction_of_a_slice(self):
+    def test_call_order_ignores_rule_order_and_slice_direction(self):
         factory = Recorder()
         replace_layers(Model(), {"layers[::-1].norm": factory, "embed": factory})
         assert factory.paths == ["embed", "layers.0.norm", "layers.1.norm", "layers.2.norm"]
@@ -661,35 +661,35 @@ class TestTies:
 class TestNesting:
     """5. No place that changes lies inside another that changes."""
 
-    def test_both_are_named(self):
+    def test_an_inner_and_an_outer_place_are_both_named(self):
         assert refuses(Model(), ["layers.1", "layers.1.attn"], fresh) == (
             "'layers.1.attn' lies inside 'layers.1', and both would change; exclude the inner one "
             "(exclude='layers.1.attn'), or select only 'layers.1'"
         )
 
-    def test_also_when_the_inner_one_is_many_levels_down(self):
+    def test_nesting_is_found_many_levels_down(self):
         model = build(a=build(b=[{"c": build(d=[nn.ReLU()])}]))
         message = refuses(model, ["a", "a.b.0.c.d.0"], fresh)
         assert message.startswith("'a.b.0.c.d.0' lies inside 'a', and both would change")
 
-    def test_also_by_way_of_an_alias(self):
+    def test_nesting_is_found_through_an_alias(self):
         inner = build(x=nn.ReLU())
         model = build(a=build(inner=inner), b=inner)
         assert "lies inside" in refuses(model, ["a", "**.x"], fresh)
 
-    def test_also_for_partial_modules(self):
+    def test_partial_modules_refuses_a_nested_path(self):
         model = Model()
         with pytest.raises(SelectionError, match=r"'layers\.0\.attn' lies inside 'layers\.0'"):
             partial_modules(model, {"layers.0": nn.ReLU(), "layers.0.attn": nn.ReLU()})
 
     @pytest.mark.parametrize(("outer", "inner"), [("a.x", "b.x.q"), ("b.x", "a.x.q")])
-    def test_also_for_partial_modules_by_way_of_an_alias(self, outer, inner):
+    def test_partial_modules_refuses_a_nested_path_through_an_alias(self, outer, inner):
         shared = build(x=build(q=nn.ReLU()))
         model = build(a=shared, b=shared)
         with pytest.raises(SelectionError, match=f"'{inner}' lies inside '{outer}'"):
             partial_modules(model, {outer: nn.Tanh(), inner: nn.Tanh()})
 
-    def test_also_under_an_empty_name(self):
+    def test_nesting_is_found_under_an_empty_name(self):
         model = build()
         dict.__setitem__(model, "", build(x=nn.ReLU()))
         message = refuses(model, ["**"], fresh)
@@ -720,7 +720,7 @@ class TestNothingSilent:
         model = Model()
         assert misses(model, "attn", fresh) == "'attn' matches nothing; '**.attn' matches 3"
 
-    def test_one_of_several_patterns(self):
+    def test_one_of_several_patterns_that_matches_nothing(self):
         assert misses(Model(), ["embed", "norm"], fresh).startswith("'norm' matches nothing")
 
     def test_an_exclude_that_removes_nothing(self):
@@ -763,7 +763,7 @@ class TestNothingSilent:
     def test_an_index_behind_the_end_of_a_list_matches_nothing(self):
         assert list(select(Model(), "layers.{0,3}")) == ["layers.0"]
 
-    def test_no_pattern_at_all(self):
+    def test_an_empty_list_of_patterns_is_an_error(self):
         assert misses(Model(), [], fresh) == (
             "no pattern was given; '**' matches every module of the model"
         )
@@ -919,7 +919,7 @@ class TestTrainingMode:
 class TestRules:
     """8. The first rule that matches decides, once."""
 
-    def test_the_first_one_decides(self):
+    def test_the_first_rule_that_matches_decides_about_a_place(self):
         model = Model()
         replace_layers(model, {"layers.0.attn": fresh, "layers.*.attn": around})
         assert ["inner" in layer.attn for layer in model.layers] == [False, True, True]
@@ -960,7 +960,7 @@ class TestRules:
         report = replace_layers(Model(), rules, where=is_the_first, strict=False)
         assert list(report) == ["layers.0.attn"]
 
-    def test_not_strict_allows_both(self):
+    def test_rules_that_do_nothing_are_skipped_if_not_strict(self):
         rules = {"layers.*.attn": fresh, "layers[0].attn": fresh, "nothing": fresh}
         assert len(replace_layers(Model(), rules, strict=False)) == 3
 
@@ -1179,7 +1179,7 @@ class TestLimits:
         assert before.differences() == []
         assert list(replace_layers(model, "first", fresh)) == ["first"]
 
-    def test_so_it_is_where_little_of_the_stack_is_left(self):
+    def test_a_swap_with_little_of_the_stack_left_changes_nothing(self):
         model = deep = build(first=nn.ReLU())
         for _ in range(200):
             deep.down = build()

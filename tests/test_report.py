@@ -20,6 +20,7 @@ from models import Llama, build, identity
 from strategies import Leaf, Net, swaps
 
 from mlx_modswap import Replacement, Wrapper, _measure, replace_layers, select, tree
+from mlx_modswap._errors import class_names
 from mlx_modswap._fold import fold, pattern_of, segments
 from mlx_modswap._hints import outline
 from mlx_modswap._report import Change, number, size
@@ -307,6 +308,10 @@ def test_a_report_counts_a_tied_module_once():
     assert str(replace_layers(model, "*", lambda path, layer: nn.Linear(2, 2, bias=False))) == (
         "{a,b}   Linear   x2   6 -> 4 params   24 B -> 16 B   float32"
     )
+    model.a = model.b = frozen(nn.Linear(2, 2))
+    assert str(replace_layers(model, "*", lambda path, layer: nn.Linear(2, 2, bias=False))) == (
+        "{a,b}   Linear   x2   6 -> 4 params   0 -> 4 trainable   24 B -> 16 B   float32"
+    )
 
 
 def test_a_report_says_that_nothing_changed():
@@ -397,6 +402,16 @@ def test_a_report_shows_at_most_a_hundred_lines_and_the_total(lines, end):
     assert len(replacement.changes) == lines
 
 
+def test_a_report_of_more_than_a_hundred_lines_keeps_all_its_columns():
+    model = build(**{f"a{n}.b{n}": Leaf() for n in range(101)})
+    first, *_, rest, total = str(replace_layers(model, "**", identity)).splitlines()
+    assert re.split("   +", first)[1:] == [
+        "Leaf -> Identity", "x1", "1 -> 0 params", "4 B -> 0 B", "float32 -> no arrays"
+    ]  # fmt: skip
+    assert rest == "... 1 more"
+    assert re.split("   +", total) == ["total", "x101", "101 -> 0 params", "404 B -> 0 B"]
+
+
 def test_a_notebook_gets_a_table_with_markup_escaped():
     model = Net()
     setattr(model, "<b>&", Leaf())
@@ -462,6 +477,14 @@ def test_two_classes_of_one_name_read_differently(old, new, text):
     assert " -> ".join(dict.fromkeys([change.old, change.new])) == text
     report = replace_layers(nn.Sequential(old), "layers.0", lambda *_: copy.copy(new))
     assert re.split("   +", str(report))[1] == text
+
+
+def test_a_class_is_named_after_the_outermost_module_that_has_it():
+    one, other = type("Wrapper", (nn.Module,), {}), type("Sequential", (nn.Module,), {})
+    assert list(class_names([Wrapper, one, nn.Sequential, other, nn.ReLU]).values()) == [
+        "mlx_modswap.Wrapper", f"{__name__}.Wrapper", "mlx.nn.Sequential",
+        f"{__name__}.Sequential", "ReLU",
+    ]  # fmt: skip
 
 
 def test_classes_of_one_name_in_different_lines_read_differently():

@@ -86,10 +86,16 @@ def swapping(model: nn.Module) -> None:
     replace_layers(model, {re.compile("a"): None, re.compile("b"): scaled}, where=no_bias)
     mixed: dict[str | re.Pattern[str], Any] = {"a": None, re.compile("b"): scaled}
     replace_layers(model, mixed)
+    replace_layers(model, {("a", "b"): scaled, ("c", "d"): None}, where=nn.Linear)
+    replace_layers(model, {("a", re.compile("b")): scaled, "c": None, re.compile("d"): scaled})
+    several: dict[str | re.Pattern[str] | tuple[str, ...], Any] = {("a", "b"): scaled, "c": None}
+    replace_layers(model, several, exclude="layers[0]")
 
     with swapped(model, "a", scaled, where=nn.Linear, exclude=("b",), strict=False) as changed:
         assert_type(changed, Replacement)
     with swapped(model, {"a": None, "b": scaled}, where=no_bias) as changed:
+        assert_type(changed, Replacement)
+    with swapped(model, {("a", "b"): scaled, "c": None}) as changed:
         assert_type(changed, Replacement)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,8 @@ def _built(folder: Path, config: Config, trust_remote_code: bool) -> nn.Module:
         raise ValueError(
             f"mlx-lm builds no model from {str(folder)!r}: {one_line(error)}"
         ) from error
-    for one in (config, config.get("text_config") or {}):
+    text_config = config.get("text_config")
+    for one in (config, text_config if isinstance(text_config, dict) else {}):
         name = str(one.get("dtype") or one.get("torch_dtype")).removeprefix("torch.")
         if isinstance(dtype := getattr(mx, name, None), mx.Dtype):
             model.set_dtype(dtype)
@@ -94,7 +96,11 @@ def _built(folder: Path, config: Config, trust_remote_code: bool) -> nn.Module:
 
 
 def _classes_without_sanitize(config: Config) -> tuple[type, type]:
-    """The classes of a model; some cannot sanitize weights that are not there."""
-    model_class, args_class = utils._get_classes(config)
+    """The classes of a model, as mlx-lm finds them if it is not told another way to find them.
+
+    Some models cannot sanitize weights that are not there.
+    """
+    parameters = inspect.signature(utils.load_model).parameters
+    model_class, args_class = parameters["get_model_classes"].default(config)
     keep: dict[str, Any] = {"sanitize": lambda self, weights: weights}
     return type(model_class.__name__, (model_class,), keep), args_class

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 pytest.importorskip("mlx_lm", reason="mlx_modswap.lm is made of functions of mlx-lm")
 
 import model_folders
+from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_lm.utils import quantize_model
 
 from mlx_modswap import NoMatchError, PatternError, SelectionError, lm, select
@@ -160,6 +161,13 @@ def test_inputs_are_quantized_where_a_rule_asks_for_it(llama):
         "mode": "nvfp4",
         "quantize_input": True,
     }
+
+
+def test_a_layer_that_cannot_quantize_its_inputs_may_be_told_not_to():
+    model = nn.Sequential(SwitchLinear(64, 64, 2, bias=False))
+    lm.quantize(model, {"**": {"bits": 4, "quantize_input": False}})
+
+    assert settings(model) == {"layers.0": "4 64 affine"}
 
 
 def test_layers_that_are_quantized_stay_when_others_are_quantized(llama):
@@ -409,8 +417,6 @@ def test_a_model_without_quantized_layers_has_no_such_config(llama):
 
 
 def test_the_experts_of_a_tensor_scale_keep_it_in_the_config():
-    from mlx_lm.models.switch_layers import SwitchLinear
-
     model = nn.Sequential(SwitchLinear(64, 64, 2, bias=False))
     lm.quantize(model, {"**": {"mode": "nvfp4", "global_scale": True}})
 

@@ -319,10 +319,11 @@ def with_wrappers_and_without_mlps(model: Any) -> None:
     replace_layers(model, "**.mlp", lambda path, layer: nn.Identity())
 
 
-def with_a_norm_of_its_own(model: Any) -> None:
-    class RMSNorm(nn.RMSNorm):
-        pass
+class RMSNorm(nn.RMSNorm):
+    pass
 
+
+def with_a_norm_of_its_own(model: Any) -> None:
     norm = RMSNorm(64)
     norm.set_dtype(mx.float16)
     model.model.norm = norm
@@ -370,8 +371,7 @@ def with_other_arguments(model: Any) -> None:
         (
             with_a_norm_of_its_own,
             "mlx-lm builds mlx.nn.layers.normalization.RMSNorm at model.norm, the model has "
-            "test_save.with_a_norm_of_its_own.<locals>.RMSNorm: fuse or unwrap it, or give a "
-            "model_file",
+            "test_save.RMSNorm: fuse or unwrap it, or give a model_file",
         ),
         (
             without_a_block,
