@@ -30,31 +30,37 @@ _LOST = (
 )
 
 
+def _open_now() -> list[Block]:
+    # A copy, as other threads and the garbage collector end blocks at any time, and a loop over
+    # a list from which something is removed leaves out what comes next.
+    return _open.copy()
+
+
 class Block:
     """What a ``swapped`` block has put into a model, until the block ends.
 
-    Two token streams on one model may each have a block, and end them in any order. A
-    block that puts back what it has found would then put back the new modules of
-    another one that has ended already, for ever, and without a word. So all open
-    blocks are known here, in the order in which they were entered. They are compared
-    by their locations, and not by the modules there, since a module may be used again
-    by a later block. There are three things to see to:
+    Two token streams on one model may each have a block, and end them in any order. If
+    each block put back what it has found, the second would put back the new modules of
+    the first, which has ended already, and they would stay. So all open blocks are
+    listed here, in the order in which they were entered. They are compared by their
+    locations and not by their modules, since a later block may use a module again.
+    There are three cases:
 
-    * *The same location.* Only what the last of its blocks has put there is in the
-      model. One that ends below it leaves the model alone, and hands the module that
-      it has found to the next block above, which will put that one back.
+    * *The same location.* The model holds what the last of the blocks has put there. A
+      block that ends before it leaves the model alone, and hands the module that it
+      has found to the next block above, which will put that one back.
     * *A module around it.* A block may take away a module that holds a place of another
-      block, or bring it back. The place is put right in its own container, wherever
-      that is: what is in nobody's model now may be back in it later.
-    * *Changes by hand.* They have to be told from those that other blocks have made.
-      Each block therefore notes what others put into the locations that it relies on:
-      its own, and those on the way to them. What is neither this nor what the block
+      block, or bring it back. That place is restored inside its own container, even
+      if the container is in no model now: a later block may bring it back.
+    * *Changes by hand.* They have to be distinguished from those of other blocks. Each
+      block therefore notes what others put into the locations that it relies on: its
+      own, and those on the way to them. What is neither this nor what the block itself
       has left there was put there by hand, and then the block puts back nothing.
 
-    In the common case there is one block, or the last is the first to end: it costs no
-    more than a list of one entry. There is no lock: of blocks in different models none
-    relies on a location of another, and a lock could not be taken in a block that the
-    garbage collector ends, which it does anywhere.
+    In the common case there is one block, or the last is the first to end: then all of
+    this costs no more than a list with one entry. There is no lock. Blocks in different
+    models do not rely on each other's locations, and a block that the garbage collector
+    ends might wait for a lock that its own thread holds.
 
     Attributes:
         places (Places): The places that have changed, with the modules to put back.
@@ -129,7 +135,7 @@ class Block:
 
     def _above(self) -> dict[Location, Block]:
         """The next open block on each of its locations, of those entered after it."""
-        later = list(dropwhile(lambda block: block is not self, _open))[1:]
+        later = list(dropwhile(lambda block: block is not self, _open_now()))[1:]
         above: dict[Location, Block] = {}
         for block in reversed(later):
             above.update(dict.fromkeys(self._own & block._own, block))
@@ -137,7 +143,7 @@ class Block:
 
     def _tell_others(self, modules: Sequence[nn.Module], above: Mapping[Location, Block]) -> None:
         """Tell the other open blocks what is in the places now, but in those of ``above``."""
-        others = [block for block in _open if block is not self]
+        others = [block for block in _open_now() if block is not self]
         if others:
             put = dict(zip(self.locations, modules))
             for block in others:

@@ -66,6 +66,12 @@ def work(owner: str, model: nn.Module, start: threading.Barrier) -> None:
             replace_layers(model, ["parts.0", "parts.0.act"], maker(owner))
         with pytest.raises(ZeroDivisionError):
             replace_layers(model, "**.act", failing_at("parts.2.act"))
+        first, second = (swapped(model, "**.act", maker(owner)) for _ in range(2))
+        first.__enter__()
+        second.__enter__()
+        with pytest.raises(SelectionError, match="by a block that was entered after this one"):
+            first.__exit__(None, None, None)
+        second.__exit__(None, None, None)
         assert before.differences() == []
     replace_layers(model, "**", maker(owner), where=nn.Tanh)
     assert marks(model) == {(owner, path) for path in select(model, "**.1", where=Mark)}

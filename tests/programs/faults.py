@@ -24,7 +24,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[2]
 TESTS = ["guarantees", "leaving_alone", "judged_after_where", "tuple_keys", "untying", "refused"]
 TESTS += ["misuse", "memory", "patterns", "errors", "fuzz", "report", "blocks", "hooks"]
-TESTS += ["wrapper", "stateful"]
+TESTS += ["observe", "wrapper", "wrapper_own", "stateful"]
 AT_ONCE = 2
 TIMES_AS_LONG = 10  # as the unharmed library takes: then a fault has made it hang
 MOST_MEMORY = 4 << 30  # bytes; a walk without an end takes all that there is

@@ -43,7 +43,7 @@ ROOT = Path(__file__).parents[2]
 FILES = (
     "patterns lists errors guarantees properties report tree memory capture wrapper fuzz pitfalls"
 )
-FILES += " command_line"
+FILES += " command_line blocks hooks observe wrapper_own"
 # Left out: what fails for no reason when each function counts its calls, and what is slow.
 SLOW = "hard_pattern or cache_is_recorded"
 AT_ONCE = os.cpu_count() or 2
