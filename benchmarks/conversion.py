@@ -174,7 +174,7 @@ def _load(folder: str) -> dict[str, mx.array]:
 
 CASES = {
     "conversion, SmolLM2": ("conversion", "smollm2", 3),
-    "conversion, 0.26 billion": ("conversion", "random_weights", 3, 2),
-    "conversion, 0.53 billion": ("conversion", "random_weights", 9, 1),
-    "conversion, 1.1 billion": ("conversion", "random_weights", 22, 1),
+    "conversion, 0.26 billion": ("conversion", "random_weights", 3, 3),
+    "conversion, 0.53 billion": ("conversion", "random_weights", 9, 3),
+    "conversion, 1.1 billion": ("conversion", "random_weights", 22, 3),
 }
