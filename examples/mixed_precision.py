@@ -13,9 +13,9 @@ choice, judges it. The search has three steps:
 1. Each layer is rounded alone, in each setting, and put back (``swapped``).
 2. Every layer begins at the smallest setting, and the upgrade that gains most per byte is taken
    until the size is reached. That would be the answer if the losses of layers simply added up.
-3. They do not, so the next rounds measure from where the model is: one or two settings up or down
-   for each layer, the others as chosen. Upgrades that are paid for by downgrades are made as long
-   as the measured KL falls.
+3. They do not, so the next rounds measure from where the model is: one setting up or down for each
+   layer, the others as chosen. Upgrades that are paid for by downgrades are tried one by one, the
+   most promising first, and kept if the measured KL falls.
 
 Without a GPU only a small part is searched, on a short text; ``--layers`` and ``--tokens`` say how
 much.
@@ -64,9 +64,7 @@ class Part(NamedTuple):
 
 
 # From small to large. A group has a scale and a bias of 16 bits each.
-SETTINGS = [
-    Setting(bits, group_size) for bits in (2, 3, 4) for group_size in (64, 32)
-] + [Setting(bits, 64) for bits in (5, 6, 8)]  # fmt: skip
+SETTINGS = [Setting(bits, 64) for bits in (2, 3, 4, 5, 6, 8)]
 FOUR_BITS = SETTINGS.index(Setting(4, 64))
 MOST_MOVES = 60  # in a round
 AT_ONCE = 4096  # tokens, in one call of the model
@@ -106,8 +104,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     size.add_argument("--size", type=float, help="of all weights in MB (default: as with 4 bits)")
     size.add_argument("--bits-per-weight", type=float, help="the same, as an average")
     parser.add_argument("--layers", type=int, default=1 if small else None, help="only so many")
-    parser.add_argument("--tokens", type=int, default=64 if small else 8192, help="of each half")
-    parser.add_argument("--rounds", type=int, default=2 if small else 6)
+    parser.add_argument("--tokens", type=int, default=8 if small else 8192, help="of each half")
+    parser.add_argument("--rounds", type=int, default=1 if small else 6)
     parser.add_argument("--rules", type=Path, default=Path("rules.json"))
     parser.add_argument("--picture", type=Path, default=Path("bits.png"))
     return parser.parse_args(argv)
@@ -234,23 +232,24 @@ class Search:
         near = [
             (at, setting)
             for at, now in enumerate(choice)
-            for setting in range(len(SETTINGS))
-            if 0 < abs(setting - now) <= 2
+            for setting in (now - 1, now + 1)
+            if 0 <= setting < len(SETTINGS)
         ]
         with self.put(choice):
             change = {move: kl - best for move, kl in self.measure(near, title).items()}
-        steps = list(self.exchanges(choice, change, budget - self.size(choice)))
-        while steps:  # too many moves at once may lose: then the first half of them
+        made = 0
+        for step in self.exchanges(choice, change, budget - self.size(choice)):
             new = list(choice)
-            for at, setting in sum(steps, ()):
+            for at, setting in step:
                 new[at] = setting
+            if self.size(new) > budget:  # a downgrade before it was not made
+                continue
             with self.put(new):
                 kl = self.meter()
             if kl < best:
-                tqdm.write(f"{title}: KL {best:.4f} -> {kl:.4f}, {len(steps)} exchanges")
-                return new, kl
-            steps = steps[: len(steps) // 2]
-        return None
+                choice, best, made = new, kl, made + 1
+        tqdm.write(f"{title}: KL {best:.4f} after {made} exchanges")
+        return (choice, best) if made else None
 
     def exchanges(
         self, choice: Choice, change: dict[Move, float], spare: float

@@ -116,7 +116,8 @@ REFUSED: list[tuple[Any, type[Exception], str]] = [
     (
         {("head", re.compile("hea")): one},
         NoMatchError,
-        "re.compile('hea') matches no whole path; re.compile('.*(hea).*') matches 1",
+        "re.compile('hea') does not match any complete path (fullmatch); "
+        're.compile(r".*(hea).*") matches 1',
     ),
     (
         {("embed", "head"): one, "tied": two},
