@@ -1,7 +1,7 @@
 """Run all benchmarks, each case in a process of its own, and print tables in Markdown.
 
 python -m benchmarks                     # everything
-python -m benchmarks --only time         # one part: time, memory, after, gpu or growth
+python -m benchmarks --only time         # one part, of those in PARTS below
 python -m benchmarks --only time llama   # the cases whose names hold a word
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from . import after, gpu, memory, times
+from . import after, conversion, gpu, hooks, memory, times
 from .alone import alone
 from .tables import markdown, missed
 
@@ -26,6 +26,12 @@ PARTS: dict[str, dict[str, Cases]] = {
     "time": {"Time of a swap": times.SWAP_CASES, "Time, other": times.OTHER_CASES},
     "memory": {"Memory": memory.LAZY_CASES, "Memory, Python": memory.PYTHON_CASES},
     "after": {"After the swap": after.CASES},
+    "hooks": {
+        "Hooks, a call": hooks.CALL_CASES,
+        "Hooks, a block": hooks.BLOCK_CASES,
+        "Adapters by request": hooks.SWITCH_CASES,
+    },
+    "conversion": {"Conversion": conversion.CASES},
     "gpu": {"GPU, memory": gpu.MEMORY_CASES, "GPU, LoRA": gpu.LORA_CASES},
     # Models that nobody has, last.
     "growth": {"Growth": times.GROWTH_CASES, "Growth, other": times.OTHER_GROWTH_CASES},

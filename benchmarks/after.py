@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 
-from mlx_modswap import Wrapper, capture, replace_layers
+from mlx_modswap import replace_layers
 
 from .models import Llama, LoRALinear
 from .tables import Row, ms, verdict
@@ -99,58 +99,8 @@ def training_step(model: Llama, compiled: bool) -> Callable[[], object]:
     return lambda: mx.eval(function(tokens), state)
 
 
-# ---------------------------------------------------------------- a wrapped layer
-
-
-class Layer(nn.Module):
-    """Costs nothing, so that the cost of what is around it shows."""
-
-    def __call__(self, x: mx.array) -> mx.array:
-        return x
-
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.layer: Any = Layer()
-
-
-def wrapper_call() -> list[Row]:
-    return [_overhead("a call through a `Wrapper`", Wrapper(Layer()), 0.5)]
-
-
-def captured_call() -> list[Row]:
-    net = Net()
-    with capture(net, "layer"):
-        return [_overhead("a captured call", net.layer, 2)]
-
-
-def _overhead(what: str, layer: Callable[[mx.array], object], most: float) -> Row:
-    """Microseconds that a call of ``layer`` takes more than one of a bare one."""
-    number = 10_000
-    x = mx.zeros((1,))
-
-    def loop(call: Callable[[mx.array], object]) -> float:
-        def repeat() -> None:
-            for _ in range(number):
-                call(x)
-
-        return timed(repeat) / number
-
-    runs = {"bare": partial(loop, Layer()), "layer": partial(loop, layer)}
-    taken = take_turns(runs, seconds=3)
-    more = median(b - a for a, b in zip(taken["bare"], taken["layer"])) * 1e6
-    return {
-        "what": f"{what} / without",
-        "ratio": f"**{ratio(taken['layer'], taken['bare']):.2f}**",
-        "time": f"{more:+.2f} us",
-        "goal": f"{most} us at most",
-        "verdict": verdict(more <= most),
-    }
-
-
 CASES = {
     f"{kind}{', compiled' if compiled else ''}": ("after", "same_cost", kind, compiled)
     for kind in ("forward", "training step")
     for compiled in (False, True)
-} | {name: ("after", name) for name in ("wrapper_call", "captured_call")}
+}
