@@ -159,6 +159,7 @@ def by_heading(document: Path) -> dict[str, list[Block]]:
 
 @pytest.mark.parametrize(("heading", "recipe"), RECIPES, ids=[heading for heading, _ in RECIPES])
 def test_a_recipe_runs_on_its_own_with_the_names_at_the_top_of_the_page(heading, recipe):
+    needs_mlx_lm(COOKBOOK)
     run([*COMMON, *recipe], COOKBOOK, {"__name__": "cookbook"})
 
 
@@ -167,6 +168,7 @@ def test_a_recipe_runs_on_its_own_with_the_names_at_the_top_of_the_page(heading,
     reason="the kernel needs Metal: DEVICE=gpu pytest",
 )
 def test_the_kernel_of_the_cookbook_is_the_norm_of_mlx():
+    needs_mlx_lm(COOKBOOK)
     (kernel,) = [recipe for heading, recipe in RECIPES if "kernel" in heading]
     with mx.stream(mx.gpu):
         names: dict[str, Any] = {"__name__": "cookbook"}
