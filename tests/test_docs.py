@@ -32,6 +32,7 @@ API = ROOT / "docs" / "api.md"
 COOKBOOK = ROOT / "docs" / "cookbook.md"
 GUARANTEES = ROOT / "docs" / "guarantees.md"
 PATTERNS = ROOT / "docs" / "patterns.md"
+PITFALLS = ROOT / "docs" / "pitfalls.md"
 PYTORCH = ROOT / "docs" / "coming-from-pytorch.md"
 
 FENCED = re.compile(r"(?ms)^```(\S*)\n(.*?)^```$")
@@ -178,6 +179,21 @@ def test_the_kernel_of_the_cookbook_is_the_norm_of_mlx():
             norm.weight = mx.random.normal((100,)).astype(dtype)
             x = mx.random.normal((3, 5, 100)).astype(dtype)
             assert mx.allclose(names["KernelNorm"](norm)(x), norm(x), rtol=1e-2, atol=1e-2)
+
+
+# ---------------------------------------------------------------- pitfalls
+
+
+def test_the_modules_that_are_never_called_are_those_that_the_tests_of_the_zoo_find():
+    rows = re.findall(r"(?m)^\| (\w+) \| (`.*`) \|$", PITFALLS.read_text("utf-8"))
+    module = ast.parse((ROOT / "tests" / "test_zoo.py").read_text("utf-8"))
+    (found,) = [
+        ast.literal_eval(node.value)
+        for node in module.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "NEVER_CALLED"
+    ]
+
+    assert {name: re.findall(r"`(.+?)`", cell) for name, cell in rows} == found
 
 
 # ---------------------------------------------------------------- patterns
