@@ -24,7 +24,7 @@ import pytest
 from mlx.utils import tree_unflatten
 
 import mlx_modswap
-from mlx_modswap import replace_layers, swapped
+from mlx_modswap import replace_layers
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
