@@ -7,20 +7,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import minilm
 import mlx.core as mx
-import mlx.nn as nn
 from quantize_minilm import SENTENCES, nearest
 
-from mlx_modswap import select, swapped
+from mlx_modswap import Wrapper, select, swapped
 
 SAMPLE = SENTENCES[:12]
 
 
-class Skip(nn.Module):
-    """No block at all. It takes the mask that a block gets, so `nn.Identity` would not do."""
+class Skip(Wrapper):
+    """Skip a block, whatever else than the hidden states it is given: a mask, a cache."""
 
-    def __call__(self, x: mx.array, mask: mx.array) -> mx.array:
+    def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
         return x
 
 
@@ -36,7 +37,7 @@ def main() -> None:
     similarity: dict[str, float] = {}
     print("without           cosine   neighbours kept")
     for path in select(model, "encoder.layer.*"):
-        with swapped(model, path, lambda path, layer: Skip()):
+        with swapped(model, path, lambda path, block: Skip(block)):
             vectors = embed()
         similarity[path] = float((original * vectors).sum(axis=-1).mean())
         kept = int((nearest(original) == nearest(vectors)).sum())

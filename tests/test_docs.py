@@ -24,6 +24,7 @@ import pytest
 from mlx.utils import tree_unflatten
 
 import mlx_modswap
+from mlx_modswap import replace_layers
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -32,6 +33,7 @@ API = ROOT / "docs" / "api.md"
 COOKBOOK = ROOT / "docs" / "cookbook.md"
 GUARANTEES = ROOT / "docs" / "guarantees.md"
 PATTERNS = ROOT / "docs" / "patterns.md"
+PITFALLS = ROOT / "docs" / "pitfalls.md"
 PYTORCH = ROOT / "docs" / "coming-from-pytorch.md"
 
 FENCED = re.compile(r"(?ms)^```(\S*)\n(.*?)^```$")
@@ -159,6 +161,7 @@ def by_heading(document: Path) -> dict[str, list[Block]]:
 
 @pytest.mark.parametrize(("heading", "recipe"), RECIPES, ids=[heading for heading, _ in RECIPES])
 def test_a_recipe_runs_on_its_own_with_the_names_at_the_top_of_the_page(heading, recipe):
+    needs_mlx_lm(COOKBOOK)
     run([*COMMON, *recipe], COOKBOOK, {"__name__": "cookbook"})
 
 
@@ -167,6 +170,7 @@ def test_a_recipe_runs_on_its_own_with_the_names_at_the_top_of_the_page(heading,
     reason="the kernel needs Metal: DEVICE=gpu pytest",
 )
 def test_the_kernel_of_the_cookbook_is_the_norm_of_mlx():
+    needs_mlx_lm(COOKBOOK)
     (kernel,) = [recipe for heading, recipe in RECIPES if "kernel" in heading]
     with mx.stream(mx.gpu):
         names: dict[str, Any] = {"__name__": "cookbook"}
@@ -176,6 +180,21 @@ def test_the_kernel_of_the_cookbook_is_the_norm_of_mlx():
             norm.weight = mx.random.normal((100,)).astype(dtype)
             x = mx.random.normal((3, 5, 100)).astype(dtype)
             assert mx.allclose(names["KernelNorm"](norm)(x), norm(x), rtol=1e-2, atol=1e-2)
+
+
+# ---------------------------------------------------------------- pitfalls
+
+
+def test_the_modules_that_are_never_called_are_those_that_the_tests_of_the_zoo_find():
+    rows = re.findall(r"(?m)^\| (\w+) \| (`.*`) \|$", PITFALLS.read_text("utf-8"))
+    module = ast.parse((ROOT / "tests" / "test_zoo.py").read_text("utf-8"))
+    (found,) = [
+        ast.literal_eval(node.value)
+        for node in module.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "NEVER_CALLED"
+    ]
+
+    assert {name: re.findall(r"`(.+?)`", cell) for name, cell in rows} == found
 
 
 # ---------------------------------------------------------------- patterns
@@ -221,27 +240,30 @@ def definitions(file: str) -> set[str]:
 
 
 CITED = [
-    (item[1], name)
-    for item in re.finditer(
-        r"(?m)^- `(test_\w+\.py)`: ((?:.+\n)+?)(?=- |\n|\Z)", GUARANTEES.read_text("utf-8")
+    (guarantee, file, name)
+    for guarantee, file, names in re.findall(
+        r"(?m)^\| (.+?) \| `((?:lm/)?test_\w+\.py)` \| (.+) \|$", GUARANTEES.read_text("utf-8")
     )
-    for name in re.findall(r"`([Tt]est\w+)`", item[2])
+    for name in re.findall(r"`([Tt]est\w+)`", names)
 ]
 
 
-@pytest.mark.parametrize(("file", "name"), CITED, ids=[name for _, name in CITED])
+@pytest.mark.parametrize(
+    ("file", "name"), [item[1:] for item in CITED], ids=[item[-1] for item in CITED]
+)
 def test_a_test_that_the_guarantees_cite_exists(file, name):
     assert name in definitions(file)
 
 
-def test_the_guarantees_cite_tests_in_lists_that_are_checked_and_all_that_test_guarantees():
+def test_each_guarantee_has_tests_and_all_that_test_guarantees_are_cited():
     text = GUARANTEES.read_text("utf-8")
     names = re.findall(r"`(Test\w+|test_\w+)`", text)
     classes = {name for name in definitions("test_guarantees.py") if name.startswith("Test")}
+    headings = re.findall(r"(?m)^## (.+)$", text)
 
-    assert sorted(names) == sorted(name for _, name in CITED)
+    assert sorted(names) == sorted(name for *_, name in CITED)
     assert classes <= set(names)
-    assert text.count("\n## ") == len(re.findall(r"\n\n- `test_\w+\.py`: ", text))
+    assert list(dict.fromkeys(guarantee for guarantee, *_ in CITED)) == headings[:-1]
 
 
 # ---------------------------------------------------------------- API reference
@@ -249,8 +271,13 @@ def test_the_guarantees_cite_tests_in_lists_that_are_checked_and_all_that_test_g
 
 def test_the_reference_has_each_public_name_once():
     directives = r"(?m)^\.\. auto(?:function|class|exception):: (\w+)"
+    source = (ROOT / "mlx_modswap" / "lm" / "__init__.py").read_text("utf-8")
+    of_lm = ast.literal_eval(source.partition("__all__ = ")[2])  # importing it needs mlx-lm
+    text = API.read_text("utf-8")
 
-    assert sorted(re.findall(directives, API.read_text("utf-8"))) == sorted(mlx_modswap.__all__)
+    assert sorted(re.findall(directives, text)) == sorted([*mlx_modswap.__all__, *of_lm])
+    in_the_table = set(re.findall(r"(?m)^\| `([\w.]+)[^`]*` \| [a-z]", text))
+    assert in_the_table >= {*mlx_modswap.__all__, *(f"lm.{name}" for name in of_lm)}
 
 
 # ---------------------------------------------------------------- docstrings
@@ -360,6 +387,16 @@ def test_the_line_about_quantization_quantizes_the_linear_layers():
     assert {now[path] for path in linear} == {"QuantizedLinear"}
 
 
+def test_the_line_about_cutting_the_list_of_layers_leaves_as_many():
+    (line,) = [line for line in FINDING if line.theirs.startswith("model.model.layers =")]
+    theirs, ours = names_for_pytorch(), names_for_pytorch()
+    exec(line.theirs, theirs)
+    exec(line.ours, ours)
+
+    assert classes(theirs["model"]) == classes(ours["model"])
+    assert ours["model"](ours["x"]).shape == (1, 3, 32)
+
+
 HOOKS = lines("Hooks")
 
 
@@ -373,7 +410,14 @@ def test_the_line_about_capture_listens_as_a_hook_does():
         assert isinstance(names["model"].model.layers[number].mlp, names["MLP"])
 
 
-@pytest.mark.parametrize(("line", "before", "after"), list(zip(HOOKS[1:], [1, 1, 2], [0, 2, 1])))
+def test_the_line_about_observe_records_the_inputs():
+    names = names_for_pytorch()
+    exec(HOOKS[1].ours, names)
+
+    assert [x.shape for (x,) in names["inputs"]] == [(1, 3, 64)] * names["n"]
+
+
+@pytest.mark.parametrize(("line", "before", "after"), list(zip(HOOKS[2:], [1, 1, 2], [0, 2, 1])))
 def test_a_line_about_a_hook_changes_what_goes_in_or_out(line, before, after):
     names = names_for_pytorch()
     exec(line.ours.replace(": model(x)", ": y = model(x)"), names)
@@ -475,12 +519,51 @@ def test_a_line_about_peft_takes_the_adapters_off(theirs, stays, same_output):
     assert ("LoRALinear" in dict(classes(model)).values()) is stays
 
 
+def peft_line(theirs: str) -> Line:
+    (line,) = [line for line in lines("PEFT") if line.theirs.startswith(theirs)]
+    return line
+
+
+def test_the_line_about_set_adapter_uses_one_of_several():
+    names, poems = names_for_pytorch(), names_for_pytorch()
+    names["adapters"] = {"math": {"**.q_proj": scaled(2)}, "poems": {"**.v_proj": scaled(3)}}
+    replace_layers(poems["model"], "**.v_proj", scaled(3))
+    before = names["model"](names["x"])
+    exec(peft_line("model.set_adapter").ours.replace(": model(x)", ": y = model(x)"), names)
+
+    assert mx.array_equal(names["y"], poems["model"](poems["x"]))
+    assert mx.array_equal(names["model"](names["x"]), before)
+
+
+def scaled(factor: float) -> Any:
+    return lambda path, layer: Hooked(layer, 1, factor)
+
+
+def test_the_lines_about_saved_adapters_write_them_and_read_them(tmp_path):
+    pytest.importorskip("mlx_lm", reason="lm reads and writes the adapters of mlx-lm")
+    from mlx_lm.tuner.lora import LoRALinear
+
+    from mlx_modswap import lm
+
+    names, others = names_for_pytorch(), names_for_pytorch()
+    news: Any = replace_layers(
+        names["model"], "**.q_proj", lambda path, layer: LoRALinear.from_base(layer, r=4)
+    )
+    for adapter in news.values():
+        adapter.lora_b = mx.random.normal(adapter.lora_b.shape)
+    exec(peft_line("model.save_pretrained").ours, {**names, "lm": lm, "folder": tmp_path})
+    exec(peft_line("PeftModel.from_pretrained").ours, {**others, "lm": lm, "folder": tmp_path})
+
+    assert mx.array_equal(others["model"](others["x"]), names["model"](names["x"]))
+    assert not mx.allclose(names["model"](names["x"]), names_for_pytorch()["model"](names["x"]))
+
+
 def test_every_line_of_the_tables_is_run_by_one_of_these_tests():
     in_tables = re.findall(r"(?m)^\| .*`.* \|$", PYTORCH.read_text("utf-8"))
     titles = [line for line in in_tables if line.endswith("| mlx_modswap |")]
 
-    assert len(in_tables) - len(titles) == len(FINDING) + len(HOOKS) + len(CONFIGS) + 3
-    assert len(FINDING) == len(FOUND) + len(REPLACED) + 1
+    assert len(in_tables) - len(titles) == len(FINDING) + len(HOOKS) + len(CONFIGS) + 6
+    assert len(FINDING) == len(FOUND) + len(REPLACED) + 2
 
 
 # ---------------------------------------------------------------- README

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import inspect
 from typing import Any
 from zlib import crc32
 
@@ -10,9 +11,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import pytest
+from mlx.nn.utils import checkpoint
 from mlx.utils import tree_flatten
 
-from mlx_modswap import NoMatchError, SelectionError, replace_layers, select, swapped
+from mlx_modswap import NoMatchError, SelectionError, Wrapper, replace_layers, select, swapped
 
 WIDTH = 512
 WEIGHT = 4 * WIDTH * WIDTH  # bytes
@@ -282,6 +284,33 @@ def test_a_private_layer_is_replaced_but_holds_no_parameters():
     assert list(select(model, "**", exclude="**._*")) == ["head", "head.layer"]
 
 
+# Gradient checkpointing
+
+
+class CheckpointedCall(Wrapper):
+    def __call__(self, *args: Any) -> Any:
+        return mx.checkpoint(super().__call__)(*args)
+
+
+class CheckpointedLayer(Wrapper):
+    def __call__(self, *args: Any) -> Any:
+        return checkpoint(self.__wrapped__)(*args)
+
+
+@pytest.mark.parametrize(("wrapper", "right"), [(CheckpointedCall, 0), (CheckpointedLayer, 4)])
+def test_a_checkpoint_of_a_call_loses_the_gradients_and_one_of_the_layer_does_not(wrapper, right):
+    model = two_layers()
+    step = nn.value_and_grad(model, lambda x: model(x).square().sum())
+    expected: Any = dict(tree_flatten(step(X)[1]))
+    replace_layers(model, "layers.*", lambda path, layer: wrapper(layer))
+    found: Any = dict(tree_flatten(step(X)[1]))
+
+    assert list(found) == list(expected)
+    same = [name for name in expected if mx.allclose(found[name], expected[name], atol=1e-5)]
+    assert len(same) == right
+    assert right or all(not gradient.any() for gradient in found.values())
+
+
 # Random numbers
 
 
@@ -382,3 +411,44 @@ def test_a_weight_that_is_not_computed_yet_keeps_the_one_that_it_is_made_of():
     assert in_use() - before >= WEIGHT
     mx.eval(model.parameters())
     assert in_use() - before < WEIGHT / 4
+
+
+@pytest.mark.parametrize(("inside", "layers_at_the_peak"), [(True, 8), (False, 1)])
+def test_an_eval_inside_the_factory_has_all_old_weights_in_memory(
+    tmp_path, inside, layers_at_the_peak
+):
+    def eight_layers() -> Any:
+        return nn.Sequential(*(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(8)))
+
+    def four_bits(path, layer):
+        new = layer.to_quantized(bits=4)
+        if inside:
+            mx.eval(new.parameters())
+        return new
+
+    file = str(tmp_path / "model.safetensors")
+    eight_layers().save_weights(file)
+    model = eight_layers()
+    model.load_weights(file)  # reads none of them yet
+    before = in_use()
+    mx.reset_peak_memory()
+    for layer in replace_layers(model, "**", four_bits, where=nn.Linear).values():
+        mx.eval(layer.parameters())
+
+    results = 8 * WEIGHT * 5 / 32  # 4 bits, a scale and a bias for 64 weights
+    old = (mx.get_peak_memory() - before - results) / WEIGHT
+    assert layers_at_the_peak - 1 < old < layers_at_the_peak + 1
+
+
+# Saving
+
+
+def test_the_save_function_of_mlx_lm_empties_the_model_unless_it_is_told_not_to(tmp_path):
+    utils = pytest.importorskip("mlx_lm.utils", reason="it is about a function of mlx-lm")
+    given = inspect.signature(utils.save).parameters["donate_model"].default
+    kept, emptied = two_layers(), two_layers()
+    utils.save_model(tmp_path / "kept", kept, donate_model=False)
+    utils.save_model(tmp_path / "emptied", emptied, donate_model=given)
+
+    assert kept.layers[0].weight.size == 16
+    assert emptied.layers[0].weight.size == 0

@@ -34,12 +34,12 @@ _NOT_LITERAL = re.compile(r"[*?\[\]{}]")
 
 
 def adapter_rules(folder: str | Path) -> dict[Any, Factory]:
-    """Read an adapter, as rules for :func:`replace_layers` or :func:`swapped`.
+    """Read an adapter, as rules for ``replace_layers`` or ``swapped``.
 
     ``replace_layers(model, lm.adapter_rules(folder))`` puts the adapters into the
     model, ``swapped`` does so for the length of a ``with`` block. Every adapter of
     the folder gets its place, or nothing changes: a path that the model does not
-    have is a :class:`NoMatchError`, and the factories check the shapes.
+    have is a :class:`~mlx_modswap.NoMatchError`, and the factories check the shapes.
 
     Reads
 
@@ -70,8 +70,7 @@ def adapter_rules(folder: str | Path) -> dict[Any, Factory]:
         ValueError: If a file is damaged, if the files do not fit each other, or if
             the folder holds what an adapter in MLX cannot be: a full fine-tune,
             ``modules_to_save``, biases, or a variant of LoRA such as PEFT's DoRA.
-
-        The factories raise a :class:`ValueError` if an array does not fit the layer.
+            The factories raise one if an array does not fit the layer.
 
     Example:
         >>> import tempfile

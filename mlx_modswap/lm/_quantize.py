@@ -38,7 +38,7 @@ def quantize(
     The same as :func:`mlx.nn.quantize`, but the first pattern that matches the
     path of a layer decides how many bits it gets. Only layers that have a method
     ``to_quantized`` are asked for; those that are quantized already stay as they
-    are. As in :func:`replace_layers`, all of the layers change or none does.
+    are. As in :func:`~mlx_modswap.replace_layers`, all of the layers change or none does.
 
     The catch-all rule, whose key is exactly ``"**"``, does what ``mlx_lm.convert``
     does: it skips layers whose width the group size does not divide, and follows
@@ -57,7 +57,7 @@ def quantize(
             ``"mxfp4"``, ``"nvfp4"`` or ``"mxfp8"``. See
             :func:`mlx.core.quantize`. Default: ``"affine"``.
         strict (bool): If ``True``, a rule that does nothing is an error. See
-            :func:`replace_layers`. Default: ``True``.
+            :func:`~mlx_modswap.replace_layers`. Default: ``True``.
 
     Returns:
         Replacement: A mapping of path to quantized layer. Print it to see the

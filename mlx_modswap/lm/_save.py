@@ -32,7 +32,7 @@ def save(
 
     The folder holds the weights, the config and, as files, the tokenizer and
     whatever else is in the folder that the model came from. It is written under
-    another name, loaded with :func:`mlx_lm.utils.load_model`, which reads no more
+    another name, loaded with ``mlx_lm.utils.load_model``, which reads no more
     of the weights than their names, and compared with the model. It gets its name
     when all of that has worked; otherwise nothing is left of it. The model stays
     as it is.
