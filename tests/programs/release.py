@@ -34,6 +34,7 @@ def main(folder: Path, tag: str = "") -> None:
     name, version, *_ = wheel.name.split("-")
     if tag:
         check_tag(tag, version, (ROOT / "CHANGELOG.md").read_text("utf-8"))
+        check_links((ROOT / "README.md").read_text("utf-8"))
     with zipfile.ZipFile(wheel) as archive:
         about = {f"{name}-{version}.dist-info/{file}" for file in ABOUT_IT}
         check_content(wheel.name, SOURCES | about, archive.namelist())
@@ -51,6 +52,12 @@ def check_tag(tag: str, version: str, changelog: str) -> None:
     heading = re.escape(f"## [{version}] - ") + r"\d{4}-\d\d-\d\d"
     if not re.search(f"(?m)^{heading}$", changelog):
         raise SystemExit(f"CHANGELOG.md has no line like '## [{version}] - 2025-12-31'")
+
+
+def check_links(readme: str) -> None:
+    """Raise unless the links at the end of the README work on PyPI, which has no other files."""
+    if relative := re.findall(r"(?m)^\[[\w-]+\]: (?!https://)(\S+)$", readme):
+        raise SystemExit(f"README.md has links without the address of the repository: {relative}")
 
 
 def check_content(archive: str, expected: set[str], found: list[str]) -> None:
