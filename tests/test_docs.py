@@ -534,17 +534,24 @@ def test_the_traps_of_the_readme_are_as_it_says(names_of_the_readme):
     run(WHY, README, names_of_the_readme)
 
 
+def tied() -> Any:
+    model: Any = nn.Module()
+    model.embed = model.head = nn.Embedding(100, 64)
+    return model.eval()
+
+
 def test_the_other_two_traps_catch_the_loop_and_not_replace_layers(names_of_the_readme):
     run(WHY[:1], README, names_of_the_readme)
-    model = nn.Module()
-    model.embed = model.head = nn.Embedding(100, 64)
-    model.eval()
-    mlx_modswap.replace_layers(model, "{embed,head}", quantized)
-    assert (model.head is model.embed, model.head.training) == (True, False)
+    by_hand = names_of_the_readme["by_hand"]
+    model, ours = tied(), tied()
+    by_hand(model, "embed|head", quantized)
+    assert (model.head is model.embed, model.head.training) == (False, True)
+    mlx_modswap.replace_layers(ours, "{embed,head}", quantized)
+    assert (ours.head is ours.embed, ours.head.training) == (True, False)
 
     model.experts = {"0": nn.Linear(64, 64), "1": nn.Linear(64, 64)}
     with pytest.raises(KeyError, match=r"^0$"):
-        names_of_the_readme["by_hand"](model, r"experts\..*", quantized)
+        by_hand(model, r"experts\..*", quantized)
     report = mlx_modswap.replace_layers(model, "experts.*", quantized)
     assert list(report) == ["experts.0", "experts.1"]
 
