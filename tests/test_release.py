@@ -7,7 +7,7 @@ import sysconfig
 from pathlib import Path
 
 import pytest
-from programs.release import check_content, check_tag
+from programs.release import check_content, check_links, check_tag
 
 import mlx_modswap
 
@@ -43,6 +43,16 @@ def test_a_release_that_does_not_fit_its_tag_is_refused(tag, version, reason):
         check_tag(tag, version, CHANGELOG)
 
     assert str(refusal.value) == reason
+
+
+def test_a_readme_whose_links_would_not_work_on_pypi_is_refused():
+    check_links("See the [tour][tour].\n\n[tour]: https://example.org/blob/v1/docs/tour.md\n")
+    with pytest.raises(SystemExit) as refusal:
+        check_links("[tour]: docs/tour.md\n[tree]: https://example.org/raw/v1/tree.png\n")
+
+    assert str(refusal.value) == (
+        "README.md has links without the address of the repository: ['docs/tour.md']"
+    )
 
 
 def test_an_archive_with_a_file_too_many_or_too_few_is_refused():

@@ -1,4 +1,4 @@
-"""What mlx-lm writes against what is written here: the table in docs/mlx-lm.md, run on the zoo.
+"""What mlx-lm writes against what is written here: the table in docs/parity.md, run on the zoo.
 
 ::
 
@@ -25,7 +25,7 @@ from mlx.utils import tree_flatten
 sys.path.insert(0, str(Path(__file__).parents[1]))  # when it is run as a program
 import zoo
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "mlx-lm.md"
+DOCUMENT = Path(__file__).parents[2] / "docs" / "parity.md"
 
 # What is done to a model, by mlx-lm, before a row of the table is run on it.
 BEFORE = {

@@ -34,6 +34,7 @@ def main(folder: Path, tag: str = "") -> None:
     name, version, *_ = wheel.name.split("-")
     if tag:
         check_tag(tag, version, (ROOT / "CHANGELOG.md").read_text("utf-8"))
+        check_links((ROOT / "README.md").read_text("utf-8"))
     with zipfile.ZipFile(wheel) as archive:
         about = {f"{name}-{version}.dist-info/{file}" for file in ABOUT_IT}
         check_content(wheel.name, SOURCES | about, archive.namelist())
@@ -53,6 +54,12 @@ def check_tag(tag: str, version: str, changelog: str) -> None:
         raise SystemExit(f"CHANGELOG.md has no line like '## [{version}] - 2025-12-31'")
 
 
+def check_links(readme: str) -> None:
+    """Raise unless the links at the end of the README work on PyPI, which has no other files."""
+    if relative := re.findall(r"(?m)^\[[\w-]+\]: (?!https://)(\S+)$", readme):
+        raise SystemExit(f"README.md has links without the address of the repository: {relative}")
+
+
 def check_content(archive: str, expected: set[str], found: list[str]) -> None:
     """Raise unless an archive holds these files and no others."""
     missing, extra = sorted(expected - set(found)), sorted(set(found) - expected)
@@ -61,12 +68,13 @@ def check_content(archive: str, expected: set[str], found: list[str]) -> None:
 
 
 def check_alone(wheel: Path) -> None:
-    """Raise unless the first example of the README prints what stands there.
+    """Raise unless the README's example that needs no files prints what stands there.
 
     It runs in an environment that holds the wheel and what that asks for, far from this folder.
     """
     text = (ROOT / "README.md").read_text("utf-8")
-    (code, expected), *_ = re.findall(r"(?s)```python\n(.*?)```\n+```\n(.*?)```", text)
+    examples = re.findall(r"(?s)```python\n((?:(?!```).)*)```\n+```\n(.*?)```", text)
+    code, expected = next(example for example in examples if "\nmodel = nn." in example[0])
     where = "\nimport mlx_modswap\nprint(mlx_modswap.__file__)"
     extra = "[cpu]" if platform.system() == "Linux" else ""
     with TemporaryDirectory() as folder:
