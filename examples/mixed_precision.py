@@ -68,6 +68,7 @@ SETTINGS = [Setting(bits, 64) for bits in (2, 3, 4, 5, 6, 8)]
 FOUR_BITS = SETTINGS.index(Setting(4, 64))
 MOST_MOVES = 60  # in a round
 AT_ONCE = 4096  # tokens, in one call of the model
+ENOUGH = 2048  # tokens; a choice made on fewer fits them and not the language
 
 Choice = list[int]  # the number of the setting of each part
 Move = tuple[int, int]  # the number of a part, and that of a new setting
@@ -92,6 +93,8 @@ def main(argv: list[str] | None = None) -> None:
     for name, one in (("chosen", choice), ("4 bits", [FOUR_BITS] * len(choice))):
         with search.put(one):
             print(f"{name}: {search.size(one) / 1e6:.1f} MB, KL {judge():.4f} nats per token")
+    if args.tokens < ENOUGH:
+        print(f"{args.tokens} tokens only show how it works: choose on {ENOUGH} or more")
     print(f"\nmlx_modswap convert {source} {args.rules.stem}-model --rules {args.rules}")
 
 
