@@ -25,7 +25,7 @@ SOURCES = {
     for file in (ROOT / "mlx_modswap").rglob("*")
     if file.suffix in {".py", ".typed"}
 }
-ABOUT_IT = {"METADATA", "RECORD", "WHEEL", "licenses/LICENSE"}
+ABOUT_IT = {"METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE"}
 AROUND_IT = {".gitignore", "CHANGELOG.md", "LICENSE", "PKG-INFO", "README.md", "pyproject.toml"}
 
 
