@@ -106,7 +106,7 @@ def read(file: Path) -> tuple[Weights, Metadata]:
 
 
 def dequantized(weights: Weights, dtype: mx.Dtype) -> Weights:
-    """Compute the numbers that the packed weights stand for, in float32, and round them once."""
+    """Unpack the weights in float32, and round them once."""
 
     def plain(name: str, weight: mx.array) -> mx.array:
         place = name.removesuffix(".weight")

@@ -75,7 +75,7 @@ def match(model: nn.Module, request: Request) -> tuple[Places, Visited]:
     """Walk to all places that a pattern or an exclude matches, and set their masks.
 
     To leave a place alone is to leave alone all that is inside it, so an exclude, or a
-    pattern of a rule that keeps, stands for itself and for all paths below.
+    pattern of a rule that keeps, matches all paths inside its matches as well.
     """
     patterns = request.patterns + request.excludes
     matcher = Matcher(patterns)

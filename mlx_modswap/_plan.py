@@ -324,7 +324,7 @@ def check_aliases(places: Places, modules: list[nn.Module]) -> None:
 def _check_names(places: Places) -> None:
     """No other place may print the path of one of these."""
     # Two paths that print alike part at a container that is around both places, where one of
-    # two keys is no str or holds a dot.
+    # two keys is not a str or contains a dot.
     if any(type(key) is not str or "." in key for key in places.dict_keys()):
         check_different(find(places.model, literally(places.paths)).paths)
 

@@ -88,7 +88,7 @@ class _Matched:
     """What the patterns and excludes of a request match.
 
     A mask says which patterns and excludes match a module, and nothing else of a module
-    matters here. So a few sets of masks stand for all modules: the model may have
+    matters here. So a few sets of masks represent all modules: the model may have
     thousands of layers, and they rarely have more than a few masks.
 
     Attributes:
