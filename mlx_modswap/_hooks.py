@@ -63,10 +63,10 @@ def observe(
         hook (Callable): Called as ``hook(path, output, *args, **kwargs)`` with the
             arguments of the layer's call. What it returns is ignored; an error that
             it raises goes through the model to the caller.
-        where (type, tuple of types or Callable, optional): The modules to take
-            of these. See :func:`select`. Default: ``None``.
+        where (type, tuple of types or Callable, optional): Which of these
+            layers to hook. See :func:`select`. Default: ``None``.
         exclude (str, re.Pattern or an iterable of them): The paths to leave
-            out. Default: ``()``.
+            out, with all that is inside them. Default: ``()``.
         strict (bool): If ``True``, a pattern, ``exclude`` or ``where`` that does
             nothing is an error, and so is a pattern none of whose layers is called
             inside the block. Default: ``True``.
@@ -137,10 +137,10 @@ def capture(
         pattern (str, re.Pattern or an iterable of them): The paths of the
             layers. Layers inside selected layers may be selected too. See
             :func:`select`.
-        where (type, tuple of types or Callable, optional): The modules to take
-            of these. See :func:`select`. Default: ``None``.
+        where (type, tuple of types or Callable, optional): Which of these
+            layers to hook. See :func:`select`. Default: ``None``.
         exclude (str, re.Pattern or an iterable of them): The paths to leave
-            out. Default: ``()``.
+            out, with all that is inside them. Default: ``()``.
         strict (bool): If ``True``, a pattern, ``exclude`` or ``where`` that does
             nothing is an error, and so is a pattern none of whose layers is called
             inside the block. Default: ``True``.
@@ -198,10 +198,10 @@ def patch(
         change (Callable): Called as ``change(path, output)`` after each call of
             a layer, returns the output to use instead. For a layer in several
             places the path is its first.
-        where (type, tuple of types or Callable, optional): The modules to take
-            of these. See :func:`select`. Default: ``None``.
+        where (type, tuple of types or Callable, optional): Which of these
+            layers to hook. See :func:`select`. Default: ``None``.
         exclude (str, re.Pattern or an iterable of them): The paths to leave
-            out. Default: ``()``.
+            out, with all that is inside them. Default: ``()``.
         strict (bool): If ``True``, a pattern, ``exclude`` or ``where`` that does
             nothing is an error, and so is a pattern none of whose layers is called
             inside the block. Default: ``True``.

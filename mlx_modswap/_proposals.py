@@ -81,7 +81,7 @@ def widened(proposal: Proposal) -> Iterator[Proposal]:
     elif isinstance(proposal, list):
         yield [f"**.{text}" for text in proposal]
     else:
-        inner = _INLINE_FLAGS.sub("", proposal.pattern)  # they may stand at the beginning only
+        inner = _INLINE_FLAGS.sub("", proposal.pattern)  # only valid at the start
         inner = inner.removeprefix("^")
         inner = inner if inner.endswith(r"\$") else inner.removesuffix("$")
         yield from _compiled(rf"(.*\.)?({inner})", proposal.flags)

@@ -1,4 +1,4 @@
-"""A module that stands in for a layer."""
+"""A module that takes the place of a layer and keeps its names and attributes."""
 
 from __future__ import annotations
 
