@@ -1,7 +1,8 @@
 """What bits cost: mlx-lm's recipes, and the rules that examples/mixed_precision.py chooses, at
 the same size. Needs a GPU, mlx-lm, and the folder that examples/smollm2.py makes:
 
-python -m benchmarks.quality smollm2
+python -m benchmarks.quality smollm2                         # all of them, about half an hour
+python -m benchmarks.quality smollm2 mixed_3_4 dynamic_quant # these
 """
 
 from __future__ import annotations
@@ -27,20 +28,21 @@ sys.path.append(str(Path(__file__).parent.parent / "examples"))
 mixed: Any = importlib.import_module("mixed_precision")
 
 TOKENS = 24_576  # of each half of the text
-CHOOSING = 16  # of the sequences are used to choose; all of the other half judge
-ROUNDS = 3
+ROUNDS = 8
 MIXED = ("mixed_3_4", "mixed_3_6", "mixed_4_6")
 
 
-def main(folder: str) -> None:
+def main(folder: str, *names: str) -> None:
     model, tokenizer, *_ = mlx_lm.load(folder)
     first, second = mixed.halves(tokenizer, None, TOKENS)
-    search = mixed.Search(model, first[:: len(first) // CHOOSING])
+    search = mixed.Search(model, first)
     judges = [mixed.Meter(model, half) for half in (second[::2], second[1::2])]
     print(f"Python {platform.python_version()}, MLX {version('mlx')}, mlx-lm {version('mlx-lm')},")
     print(f"{mx.device_info().get('device_name', 'CPU')}, {date.today()}; {second.size:,} tokens")
     rows: list[Row] = []
     for name, recipe in recipes(model, search, first[::4]):
+        if names and name not in names:
+            continue
         budget = search.size(recipe)
         chosen = search.choose(budget + 1, ROUNDS)
         row = {"recipe": name, "MB": f"{budget / 1e6:.1f}"}

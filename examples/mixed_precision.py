@@ -11,11 +11,15 @@ of the original model, on the first half of a text. The second half, which had n
 choice, judges it. The search has three steps:
 
 1. Each layer is rounded alone, in each setting, and put back (``swapped``).
-2. Every layer begins at the smallest setting, and the upgrade that gains most per byte is taken
-   until the size is reached. That would be the answer if the losses of layers simply added up.
-3. They do not, so the next rounds measure from where the model is: one setting up or down for each
-   layer, the others as chosen. Upgrades that are paid for by downgrades are tried one by one, the
-   most promising first, and kept if the measured KL falls.
+2. Every layer begins at the same setting, and the upgrade that gains most per byte is taken until
+   the size is reached, for each setting that fits. The best of these choices would be the answer if
+   the losses of layers simply added up.
+3. They do not, so the next rounds measure from where the model is: up to two settings up or down
+   for each layer, the others as chosen. Upgrades that are paid for by downgrades are tried one by
+   one, the most promising first, and kept if the measured KL falls.
+
+A round measures its layers on a third of the sequences, each time another one, which is fast. All
+of them decide what is kept: a choice made on little text fits that text and not the language.
 
 Without a GPU only a small part is searched, on a short text; ``--layers`` and ``--tokens`` say how
 much.
@@ -28,7 +32,7 @@ import copy
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -66,12 +70,16 @@ class Part(NamedTuple):
 # From small to large. A group has a scale and a bias of 16 bits each.
 SETTINGS = [Setting(bits, 64) for bits in (2, 3, 4, 5, 6, 8)]
 FOUR_BITS = SETTINGS.index(Setting(4, 64))
-MOST_MOVES = 60  # in a round
+REACH = 2  # settings up or down, in a round
+PROMISING = 60  # upgrades, and downgrades; of these the exchanges are made
+MOST_TRIES = 60  # in a round
+SAMPLES = 3  # of the text; each round measures on one of them
 AT_ONCE = 4096  # tokens, in one call of the model
 ENOUGH = 2048  # tokens; a choice made on fewer fits them and not the language
 
 Choice = list[int]  # the number of the setting of each part
 Move = tuple[int, int]  # the number of a part, and that of a new setting
+Exchange = tuple[Move, ...]  # one move, or an upgrade and a downgrade that pays for it
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -107,8 +115,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     size.add_argument("--size", type=float, help="of all weights in MB (default: as with 4 bits)")
     size.add_argument("--bits-per-weight", type=float, help="the same, as an average")
     parser.add_argument("--layers", type=int, default=1 if small else None, help="only so many")
-    parser.add_argument("--tokens", type=int, default=8 if small else 8192, help="of each half")
-    parser.add_argument("--rounds", type=int, default=1 if small else 6)
+    parser.add_argument("--tokens", type=int, default=8 if small else 24_576, help="of each half")
+    parser.add_argument("--rounds", type=int, default=1 if small else 8)
     parser.add_argument("--rules", type=Path, default=Path("rules.json"))
     parser.add_argument("--picture", type=Path, default=Path("bits.png"))
     return parser.parse_args(argv)
@@ -161,7 +169,8 @@ class Search:
         self.other_bytes = sum(array.nbytes for _, array in arrays) - sum(
             part.layer.weight.nbytes for part in self.parts
         )
-        self.meter = Meter(model, sequences)
+        samples = range(min(SAMPLES, len(sequences)))
+        self.meters = [Meter(model, sequences[at::SAMPLES]) for at in samples]
         self.alone: dict[Move, float] | None = None
 
     def size(self, choice: Choice) -> float:
@@ -186,34 +195,47 @@ class Search:
 
     def choose(self, budget: float, rounds: int) -> Choice:
         """Find the choice with the least KL that fits into the budget."""
-        smallest = self.size([0] * len(self.parts))
-        if smallest > budget:
+        if not self.fitting(budget):
+            smallest = self.size([0] * len(self.parts))
             sys.exit(f"{budget / 1e6:.1f} MB is too small: the least is {smallest / 1e6:.1f} MB")
         if self.alone is None:
             places = range(len(self.parts))
             moves = [(at, setting) for at in places for setting in range(len(SETTINGS))]
-            self.alone = self.measure(moves, "each layer alone")
-        choice = self.fill(self.alone, budget)
-        with self.put(choice):
-            best = self.meter()
+            self.alone = self.measure(moves, self.meters[0], "each layer alone")
+        starts = [self.fill(self.alone, lowest, budget) for lowest in self.fitting(budget)]
+        best, choice = min((self.loss(start), start) for start in starts)
+        idle = 0
         for number in range(rounds):
-            better = self.improve(choice, best, budget, f"round {number + 1}")
-            if better is None:
+            meter = self.meters[number % len(self.meters)]
+            choice, best, made = self.improve(choice, best, budget, meter)
+            tqdm.write(f"round {number + 1}: KL {best:.4f} after {made} exchanges")
+            idle = 0 if made else idle + 1
+            if idle == len(self.meters):
                 break
-            choice, best = better
         return choice
 
-    def measure(self, moves: list[Move], title: str) -> dict[Move, float]:
+    def loss(self, choice: Choice) -> float:
+        """The KL of a choice, on all of the text."""
+        with self.put(choice):
+            total = sum(meter() * meter.tokens for meter in self.meters)
+        return total / sum(meter.tokens for meter in self.meters)
+
+    def measure(self, moves: list[Move], meter: Meter, title: str) -> dict[Move, float]:
         """The KL after each move, alone, from where the model is."""
         found: dict[Move, float] = {}
         for at, setting in tqdm(moves, title, disable=None, leave=False):
             with swapped(self.model, self.parts[at].paths, rounded(setting)):
-                found[at, setting] = self.meter()
+                found[at, setting] = meter()
         return found
 
-    def fill(self, alone: dict[Move, float], budget: float) -> Choice:
-        """Upgrade what gains most per byte, from the smallest settings on."""
-        choice = [0] * len(self.parts)
+    def fitting(self, budget: float) -> list[int]:
+        """The settings that fit into the budget if every part gets them."""
+        settings = range(len(SETTINGS))
+        return [one for one in settings if self.size([one] * len(self.parts)) <= budget]
+
+    def fill(self, alone: dict[Move, float], lowest: int, budget: float) -> Choice:
+        """Upgrade what gains most per byte, from the same setting for every part on."""
+        choice = [lowest] * len(self.parts)
         spare = budget - self.size(choice)
         while True:
             best: tuple[float, Move] = (0.0, (-1, -1))
@@ -229,56 +251,53 @@ class Search:
             choice[at] = setting
 
     def improve(
-        self, choice: Choice, best: float, budget: float, title: str
-    ) -> tuple[Choice, float] | None:
-        """A better choice and its KL, or ``None`` if this round finds none."""
+        self, choice: Choice, best: float, budget: float, meter: Meter
+    ) -> tuple[Choice, float, int]:
+        """The choice after a round, its KL, and how many exchanges were made."""
         near = [
             (at, setting)
             for at, now in enumerate(choice)
-            for setting in (now - 1, now + 1)
-            if 0 <= setting < len(SETTINGS)
+            for setting in range(len(SETTINGS))
+            if 0 < abs(setting - now) <= REACH
         ]
         with self.put(choice):
-            change = {move: kl - best for move, kl in self.measure(near, title).items()}
+            here = meter()
+            measured = self.measure(near, meter, "each layer, the others as chosen")
+        change = {move: kl - here for move, kl in measured.items()}
+        more = {move: self.more(choice, move) for move in near}
         made = 0
-        for step in self.exchanges(choice, change, budget - self.size(choice)):
+        for _ in range(MOST_TRIES):
+            exchange = most_promising(change, more, budget - self.size(choice))
+            promised = sum(change[move] for move in exchange)
+            if promised >= 0:
+                break
             new = list(choice)
-            for at, setting in step:
+            for at, setting in exchange:
                 new[at] = setting
-            if self.size(new) > budget:  # a downgrade before it was not made
-                continue
-            with self.put(new):
-                kl = self.meter()
+            kl = self.loss(new)
             if kl < best:
                 choice, best, made = new, kl, made + 1
-        tqdm.write(f"{title}: KL {best:.4f} after {made} exchanges")
-        return (choice, best) if made else None
-
-    def exchanges(
-        self, choice: Choice, change: dict[Move, float], spare: float
-    ) -> Iterator[tuple[Move, ...]]:
-        """Moves that lower the KL, the best first: an upgrade, and a downgrade that pays for it."""
-        more = {move: self.more(choice, move) for move in change}
-        order = sorted(change, key=lambda move: change[move] / abs(more[move]))
-        ups = [move for move in order if more[move] > 0]
-        downs = [move for move in order if more[move] < 0]
-        for _ in range(MOST_MOVES):
-            alone = [(move,) for move in ups[:40] + downs[:40]]
-            pairs = [(up, down) for up in ups[:40] for down in downs[:40] if up[0] != down[0]]
-            fitting = [step for step in alone + pairs if sum(more[move] for move in step) <= spare]
-            step = min(fitting, key=lambda step: sum(change[move] for move in step), default=())
-            if sum(change[move] for move in step) >= 0:
-                return
-            yield step
-            spare -= sum(more[move] for move in step)
-            moved = {at for at, _ in step}
-            ups = [move for move in ups if move[0] not in moved]
-            downs = [move for move in downs if move[0] not in moved]
+                moved = {at for at, _ in exchange}
+                change = {move: kl for move, kl in change.items() if move[0] not in moved}
+            else:  # its moves promised too much
+                change |= {move: change[move] - promised for move in exchange}
+        return choice, best, made
 
     def more(self, choice: Choice, move: Move) -> float:
         """How many bytes a move adds."""
         at, setting = move
         return self.parts[at].sizes[setting] - self.parts[at].sizes[choice[at]]
+
+
+def most_promising(change: dict[Move, float], more: dict[Move, float], spare: float) -> Exchange:
+    """The exchange that fits and lowers the KL most, if the changes of its moves add up."""
+    order = sorted(change, key=lambda move: change[move] / abs(more[move]))
+    ups = [move for move in order if more[move] > 0][:PROMISING]
+    downs = [move for move in order if more[move] < 0][:PROMISING]
+    exchanges: list[Exchange] = [(move,) for move in ups + downs]
+    exchanges += [(up, down) for up in ups for down in downs if up[0] != down[0]]
+    fitting = [one for one in exchanges if sum(more[move] for move in one) <= spare]
+    return min(fitting, key=lambda one: sum(change[move] for move in one), default=())
 
 
 def parts(model: Any, pattern: str) -> list[Part]:

@@ -340,7 +340,8 @@ def test_processes_that_share_the_layers_compute_what_one_does(launch, count):
     assert figures("processes #", text) == [count]
     assert after == pytest.approx((before - embedding_and_head) / count + embedding_and_head, 0.05)
     assert logit > 1
-    assert 0 < difference < 1e-5 * logit
+    rounding = 1e-5 if mx.default_device() == mx.cpu else 1e-3  # a GPU may multiply in TF32
+    assert 0 < difference < rounding * logit
     assert "Linear -> AllToShardedLinear" in text
     assert "Linear -> ShardedToAllLinear" in text
 

@@ -20,12 +20,12 @@ from mlx_lm.utils import compute_bits_per_weight
 from mlx_modswap import lm
 
 mixed: Any = importlib.import_module("mixed_precision")
-TEXT = mx.arange(64).reshape(2, 32)
+TEXT = mx.arange(96).reshape(3, 32)
 
 
 def build() -> Any:
     mx.random.seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 96}
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "vocab_size": 96}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 2}
     config = {"model_type": "llama", "rms_norm_eps": 1e-5, **sizes, **heads}
     return llama.Model(llama.ModelArgs.from_dict(config))
@@ -43,22 +43,19 @@ def test_what_is_chosen_fits_into_the_budget_and_loses_no_more_than_the_same_bit
     budget = search.budget(None, bits)
     choice = search.choose(budget, rounds=2)
     assert search.size(choice) <= budget
-    fitting = [[setting] * len(choice) for setting in range(len(mixed.SETTINGS))]
-    for same in (same for same in fitting if search.size(same) <= budget):
-        with search.put(same):
-            loss_of_same = search.meter()
-        with search.put(choice):
-            assert search.meter() <= loss_of_same
+    for same in ([setting] * len(choice) for setting in search.fitting(budget)):
+        assert search.loss(choice) <= search.loss(same)
 
 
 def test_a_rounded_layer_computes_what_the_quantized_one_does(search):
     model = build()
     choice = [at % len(mixed.SETTINGS) for at in range(len(search.parts))]
-    with search.put(choice):
-        rounded = search.model(TEXT)
-        mx.eval(rounded)
-    lm.quantize(model, rules_of(search, choice))
-    assert mx.allclose(model(TEXT), rounded, atol=1e-4)
+    with mx.stream(mx.cpu):  # a GPU may multiply in TF32
+        with search.put(choice):
+            rounded = search.model(TEXT)
+            mx.eval(rounded)
+        lm.quantize(model, rules_of(search, choice))
+        assert mx.allclose(model(TEXT), rounded, atol=1e-4)
 
 
 def test_the_size_is_that_of_the_quantized_model(search):
@@ -72,7 +69,7 @@ def test_the_size_is_that_of_the_quantized_model(search):
 def test_a_budget_that_is_too_small_is_one_line(search):
     with pytest.raises(SystemExit) as error:
         search.choose(1000, rounds=0)
-    assert str(error.value) == "0.0 MB is too small: the least is 0.0 MB"
+    assert str(error.value) == "0.0 MB is too small: the least is 0.1 MB"
 
 
 def rules_of(search: Any, choice: list[int]) -> dict[tuple[str, ...], Any]:

@@ -86,7 +86,8 @@ def own_folder(folder: Path, tmp_path: Path) -> Path:
 def generated(folder: Path, **keywords: Any) -> str:
     """What the model says in this process."""
     model, tokenizer = mlx_lm.load(str(folder), **keywords)[:2]
-    return mlx_lm.generate(model, tokenizer, PROMPT, max_tokens=WORDS)
+    stream = mx.default_stream(mx.cpu)
+    return mlx_lm.generate(model, tokenizer, PROMPT, max_tokens=WORDS, stream=stream)
 
 
 # Every command runs on the CPU: there is one device on which a text is the same for all of them.
