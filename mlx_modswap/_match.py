@@ -34,14 +34,24 @@ class Rule(NamedTuple):
 
     Attributes:
         patterns (list[Parsed]): A path is the rule's if one of them matches it.
-        text (str): What to call the rule in a message; empty if the patterns were not
+        key (str, re.Pattern or tuple): The rule's key; ``None`` if the patterns were not
             given as rules.
         keeps (bool): Whether it leaves alone what it decides, and so all that is inside.
     """
 
     patterns: list[Parsed]
-    text: str = ""
+    key: Any = None
     keeps: bool = False
+
+    @property
+    def text(self) -> str:
+        """What to call the rule in a message; empty if the patterns were not given as rules."""
+        if self.key is None:
+            return ""
+        text = ", ".join(pattern.text for pattern in self.patterns)
+        if isinstance(self.key, tuple):
+            return f"({text},)" if len(self.patterns) == 1 else f"({text})"
+        return text
 
 
 class Request(NamedTuple):

@@ -14,7 +14,9 @@ from ._containers import is_private, own_values, unwrapped
 
 _ARRAY = mx.array
 _CHUNK = 1000
-_SIZE, _DTYPE = attrgetter("size"), attrgetter("dtype")
+_SIZE: Any = mx.array.size
+_DTYPE: Any = mx.array.dtype
+_SIZE, _DTYPE = _SIZE.fget, _DTYPE.fget  # half of the time of an `attrgetter`
 _FROZEN = attrgetter("_no_grad")
 
 

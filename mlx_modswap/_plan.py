@@ -115,19 +115,17 @@ def _rules(model: nn.Module, pattern: Any, factory: Any) -> tuple[list[Rule], li
     rules: list[Rule] = []
     for key, made_by in pattern.items():
         patterns = parse_argument(model, "pattern", key if isinstance(key, tuple) else (key,))
-        text = ", ".join(one.text for one in patterns)
-        if isinstance(key, tuple):
-            text = f"({text},)" if len(key) == 1 else f"({text})"
-        rules.append(Rule(patterns, text, keeps=made_by is None))
+        rule = Rule(patterns, key, made_by is None)
+        rules.append(rule)
         if made_by is not None:
-            _check_factory(made_by, text)
+            _check_factory(made_by, rule)
     return rules, list(pattern.values())
 
 
-def _check_factory(factory: Any, rule: str = "") -> None:
+def _check_factory(factory: Any, rule: Rule | None = None) -> None:
     # A module is callable, but it takes arrays and returns arrays.
     if not callable(factory) or isinstance(factory, nn.Module):
-        name = f"the factory of rule {rule}" if rule else "factory"
+        name = f"the factory of rule {rule.text}" if rule else "factory"
         what = described(factory)
         raise TypeError(f"{name} must be a function of path and module, not {what}")
 

@@ -39,7 +39,7 @@ def check_matches(model: nn.Module, request: Request, places: Places) -> None:
     """
     patterns, included = request.patterns, request.included
     for rule in request.rules:
-        if rule.text and not rule.patterns:
+        if not rule.patterns and rule.key is not None:
             raise NoMatchError(f"rule {rule.text} holds no pattern; remove it")
     if not patterns:
         raise NoMatchError("no pattern was given; '**' matches every module of the model")
@@ -75,13 +75,18 @@ def check_effects(
     Raises:
         NoMatchError: Which of them does nothing.
     """
-    if passed is None and len(request.rules) == 1 and not request.excludes:
-        return  # there is nothing that `check_matches` has not checked
+    # What is left out of these checks is what `check_matches` has checked: most calls need none.
+    alone, excludes = len(request.patterns) == 1, request.excludes
+    if alone and not excludes and (passed is None or any(passed)):
+        return
     matched = _Matched(model, request, places, passed)
-    _check_that_something_is_left(matched)
-    _check_patterns(matched)
-    _check_rules(matched)
-    _check_excludes(matched)
+    if excludes or passed is not None:
+        _check_that_something_is_left(matched)
+        _check_patterns(matched)
+    if len(request.rules) > 1:
+        _check_rules(matched)
+    if excludes:
+        _check_excludes(matched)
 
 
 class _Matched:
@@ -156,12 +161,12 @@ def _check_patterns(matched: _Matched) -> None:
 
 def _check_rules(matched: _Matched) -> None:
     included, owners = matched.request.included, matched.request.owners
-    decided: dict[int, set[int]] = {}
-    for mask in matched.masks:
-        if mask & included:
-            decided.setdefault(owners[first_pattern(mask)], set()).add(mask)
+    rule_of = {mask: owners[first_pattern(mask)] for mask in matched.masks if mask & included}
+    deciding = {rule for mask, rule in rule_of.items() if mask in matched.live}
     for number in range(len(matched.request.rules)):
-        if not matched.do_something(decided.get(number, set())):
+        if number in deciding:  # the common case
+            continue
+        if not matched.do_something([mask for mask, rule in rule_of.items() if rule == number]):
             raise NoMatchError(_never_applies(matched, number))
 
 
@@ -228,7 +233,7 @@ def _rejected(matched: _Matched, number: int) -> str:
     rejected = matched.modules(1 << number)
     where, all_of_them = _where(request, rejected), _all_of(rejected)
     there = _classes(request, rejected)
-    if not rule.text:
+    if rule.key is None:
         message = f"{where} rejects {all_of_them} {pattern.text} matches: {there}"
         return message + _works_inside(matched, number)
     name = f"rule {rule.text}"
