@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from html import escape
 
@@ -19,7 +18,6 @@ _LONGEST_PATTERN = 32  # in a note
 _DEEPEST = 100  # browsers nest elements some hundreds deep, and no deeper
 
 
-@dataclass(eq=False)
 class Row:
     """A line of the picture: places that look the same.
 
@@ -44,27 +42,31 @@ class Row:
             places, because this line or one that contains it is private.
     """
 
-    parent: Row | None
-    product: Product
-    count: int
-    text: str
-    form: Form | None = None
-    tied: bool = False
-    marked: bool = False
-    private: bool = False
-    note: str = ""
-    measure: Measure = NOTHING
-    children: list[Row] = field(default_factory=list)
-
-    def __post_init__(self):
-        parent = self.parent
-        self.modules = self.form.modules * self.count if self.form else 0
-        self.selected = self.count * self.marked
-        self.uncounted: bool = self.private or (parent is not None and parent.uncounted)
-        self.whole: Product = parent.whole + self.product if parent else self.product
-        self.is_plain: bool = is_plain(self.product) and (parent is None or parent.is_plain)
+    def __init__(
+        self,
+        parent: Row | None,
+        product: Product,
+        count: int,
+        text: str,
+        form: Form | None = None,
+        tied: bool = False,
+        marked: bool = False,
+        private: bool = False,
+        note: str = "",
+        measure: Measure = NOTHING,
+    ):
+        self.parent, self.product, self.count = parent, product, count
+        self.text, self.form, self.tied = text, form, tied
+        self.marked, self.private, self.note = marked, private, note
+        self.measure = measure
+        self.children: list[Row] = []
+        self.modules = form.modules * count if form else 0
+        self.selected = count * marked
+        self.uncounted: bool = private or (parent is not None and parent.uncounted)
+        self.whole: Product = parent.whole + product if parent else product
+        self.is_plain: bool = is_plain(product) and (parent is None or parent.is_plain)
         if parent and self.is_plain:  # or else a deep model would take quadratic time
-            self.pattern = f"{parent.pattern}.{pattern_of(self.product)}".removeprefix(".")
+            self.pattern = f"{parent.pattern}.{pattern_of(product)}".removeprefix(".")
         else:
             self.pattern = pattern_of(self.whole)
         if parent:
