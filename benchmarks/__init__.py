@@ -1,1 +1,1 @@
-"""What a swap costs, against what people write by hand. ``python -m benchmarks`` prints tables."""
+"""The cost of a swap, against loops written by hand. ``python -m benchmarks`` prints the tables."""

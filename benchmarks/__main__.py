@@ -1,8 +1,8 @@
 """Run all benchmarks, each case in a process of its own, and print tables in Markdown.
 
 python -m benchmarks                     # everything
-python -m benchmarks --only time         # one part, of those in PARTS below
-python -m benchmarks --only time llama   # the cases whose names hold a word
+python -m benchmarks --only time         # one of the PARTS below
+python -m benchmarks --only time llama   # the cases whose names contain a word
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from . import after, conversion, gpu, hooks, memory, times
 from .alone import alone
 from .tables import markdown, missed
 
-Cases = dict[str, tuple[Any, ...]]  # by name: what to call in a process of its own
+Cases = dict[str, tuple[Any, ...]]  # name -> module, function, arguments
 
 PARTS: dict[str, dict[str, Cases]] = {
     "time": {"Time of a swap": times.SWAP_CASES, "Time, other": times.OTHER_CASES},
@@ -33,10 +33,10 @@ PARTS: dict[str, dict[str, Cases]] = {
     },
     "conversion": {"Conversion": conversion.CASES},
     "gpu": {"GPU, memory": gpu.MEMORY_CASES, "GPU, LoRA": gpu.LORA_CASES},
-    # Models that nobody has, last.
+    # Last, since nobody has such models.
     "growth": {"Growth": times.GROWTH_CASES, "Growth, other": times.OTHER_GROWTH_CASES},
 }
-IN_SHORT = {"Time of a swap", "Growth"}  # what is summed up in a table of its own, too
+IN_SHORT = {"Time of a swap", "Growth"}  # tables that are followed by a summary
 
 
 def main() -> None:
@@ -58,7 +58,7 @@ def _able_parts() -> list[str]:
 
 
 def _print_part(part: str, words: list[str]) -> int:
-    """Print the tables of a part, return how many goals were missed."""
+    """Print the tables of a part, and return how many goals were missed."""
     count = 0
     for title, cases in PARTS[part].items():
         chosen = [name for name in cases if not words or any(word in name for word in words)]

@@ -1,4 +1,4 @@
-"""What a model costs after the swap."""
+"""The speed of a model after a swap."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from .turns import ratio, take_turns, timed
 
 
 def same_cost(kind: str, compiled: bool) -> list[Row]:
-    """A swapped model against one that was built by hand with the same layers."""
+    """Time a swapped model, and a model that was built by hand with the same layers."""
     call = {"forward": forward, "training step": training_step}[kind]
     calls = {
         "swapped": call(_swapped(), compiled),
         "by hand": call(_by_hand(), compiled),
-        "by hand, again": call(_by_hand(), compiled),  # shows what is noise
+        "by hand, again": call(_by_hand(), compiled),  # to measure the noise
     }
     taken = take_turns({name: partial(_loop, work) for name, work in calls.items()}, seconds=10)
     much = ratio(taken["swapped"], taken["by hand"])

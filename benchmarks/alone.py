@@ -1,4 +1,4 @@
-"""Call a function of this package in a process of its own."""
+"""Call a function of this package in its own process."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 def alone(module: str, function: str, *arguments: Any) -> Any:
-    """What the function returns, which has to be JSON, like its arguments."""
+    """Return what the function returns. Its arguments and its result have to be JSON."""
     call = json.dumps([module, function, *arguments])
     command = [sys.executable, "-m", "benchmarks.alone", call]
     return json.loads(subprocess.check_output(command, text=True))

@@ -1,4 +1,4 @@
-"""A model from folder to folder, quantized: ``lm.convert`` against ``mlx_lm.convert``."""
+"""Quantize a model from one folder to another: ``lm.convert`` against ``mlx_lm.convert``."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ SHAPE = {
     "tie_word_embeddings": False,
     "torch_dtype": "bfloat16",
 }
-LEAST = {3: 2.0, 22: 5.0}  # blocks, and how many times less memory ours has to take
+LEAST = {3: 2.0, 22: 5.0}  # blocks -> the least ratio of the peaks, mlx-lm / ours
 
-# In JSON, which a process hands on: the peak in bytes, and the seconds.
+# The result of `convert`: the peak in bytes, and the seconds.
 Found = tuple[int, float]
 
 
 def random_weights(blocks: int, rounds: int) -> list[Row]:
-    """Convert a llama that is made here."""
+    """Convert a llama with random weights."""
     with TemporaryDirectory() as folder:
         source = Path(folder, "source")
         size, largest = alone("conversion", "make", str(source), blocks)
@@ -48,7 +48,7 @@ def random_weights(blocks: int, rounds: int) -> list[Row]:
 
 
 def smollm2(rounds: int) -> list[Row]:
-    """Convert SmolLM2, made by the example of that name."""
+    """Convert SmolLM2, which examples/smollm2.py makes."""
     with TemporaryDirectory() as folder:
         source = Path(folder, "source")
         size, largest = alone("conversion", "make_smollm2", str(source))
@@ -58,7 +58,7 @@ def smollm2(rounds: int) -> list[Row]:
 def _compare(
     what: str, source: Path, size: int, largest: int, rounds: int, least: float | None
 ) -> Row:
-    """Convert in both ways, alternately, each time in a process of its own."""
+    """Convert in both ways, alternately, each time in a new process."""
     ways = ["ours", "mlx_lm"]
     found: dict[str, list[Found]] = {way: [] for way in ways}
     targets = {way: source.parent / way for way in ways}
@@ -66,7 +66,7 @@ def _compare(
         for way in ways:
             _remove(targets[way])
             found[way].append(alone("conversion", "convert", way, str(source), str(targets[way])))
-        ways.reverse()  # the other one begins the next round
+        ways.reverse()  # the other way goes first in the next round
     count = alone("conversion", "count_equal", *map(str, targets.values()))
     peaks = {way: max(peak for peak, _ in found[way]) for way in ways}
     most = SHARD * 10**6 + 1.5 * largest
@@ -98,11 +98,11 @@ def _remove(folder: Path) -> None:
         folder.rmdir()
 
 
-# ---------------------------------------------------------------- in a process of its own
+# ---------------------------------------------------------------- called in a new process
 
 
 def make(folder: str, blocks: int) -> tuple[int, int]:
-    """Write a llama with random weights; the bytes of them all, and of the largest layer."""
+    """Write a llama with random weights. Return their bytes, and those of the largest layer."""
     from mlx_lm import utils
     from mlx_lm.models import llama
 
@@ -124,13 +124,13 @@ def make_smollm2(folder: str) -> tuple[int, int]:
 
 
 def _sizes(folder: str) -> tuple[int, int]:
-    """The bytes of all weights, and of the largest, which is all that its layer has."""
+    """The bytes of all weights, and of the largest one, which is the only one in its layer."""
     sizes = [array.nbytes for array in _load(folder).values()]
     return sum(sizes), max(sizes)
 
 
 def _write_tokenizer(folder: Path) -> None:
-    """One word is enough: `mlx_lm.convert` wants to load a tokenizer and save it."""
+    """Write a tokenizer with one word, because `mlx_lm.convert` loads and saves a tokenizer."""
     from tokenizers import Tokenizer, models
 
     Tokenizer(models.WordLevel({"a": 0}, unk_token="a")).save(str(folder / "tokenizer.json"))
@@ -139,7 +139,7 @@ def _write_tokenizer(folder: Path) -> None:
 
 
 def convert(way: str, source: str, target: str) -> Found:
-    """Quantize all layers to 4 bits, in one of the two ways."""
+    """Quantize all layers to 4 bits with `lm.convert` or `mlx_lm.convert`."""
     from mlx_modswap import lm
 
     # `mlx_lm.convert` is the function or the module, depending on what was imported before.
@@ -149,14 +149,14 @@ def convert(way: str, source: str, target: str) -> Found:
     if way == "ours":
         lm.convert(source, target, {"**": 4}, max_shard_mb=SHARD)
     else:
-        with redirect_stdout(sys.stderr):  # what this process prints is its result
+        with redirect_stdout(sys.stderr):  # stdout holds the result of this process
             theirs(source, target, quantize=True, q_bits=4)
     mx.synchronize()
     return mx.get_peak_memory(), perf_counter() - start
 
 
 def count_equal(ours: str, theirs: str) -> int:
-    """How many arrays there are, all of which must be equal."""
+    """Check that all arrays are equal, and return how many there are."""
     a, b = _load(ours), _load(theirs)
     assert a.keys() == b.keys(), "the names differ"
     for name in list(a):

@@ -1,4 +1,4 @@
-"""Memory and time on a GPU, with layers and a model of a real size."""
+"""Memory and time on a GPU, with layers and a model of realistic size."""
 
 from __future__ import annotations
 
@@ -50,13 +50,13 @@ def _llama(layers: int, dims: int, hidden: int, words: int) -> Llama:
     model = Llama(layers, dims, hidden, dims // 64, words, partial(nn.Linear, bias=False))
     model.set_dtype(mx.bfloat16)
     model.freeze()
-    for _, module in model.named_modules():  # one by one: in float32 it is twice as large
+    for _, module in model.named_modules():  # one by one: in float32 the model is twice as large
         mx.eval([value for value in module.values() if isinstance(value, mx.array)])
     return model
 
 
 def _round(model: nn.Module, tokens: mx.array) -> tuple[float, float, float, float]:
-    """Seconds to attach, those of them in the factory, to train a step, and to detach."""
+    """The seconds to attach, in the factory alone, for a training step, and to detach."""
     originals = select(model, ADAPTED)
     making: list[float] = []
     attach = timed(lambda: _attach(model, making))
@@ -69,7 +69,7 @@ def _round(model: nn.Module, tokens: mx.array) -> tuple[float, float, float, flo
 
 
 def _attach(model: nn.Module, making: list[float]) -> None:
-    """Put adapters in; their arrays are made when they are needed."""
+    """Attach the adapters. Their arrays are lazy, and are computed later."""
 
     def factory(path: str, layer: nn.Module) -> nn.Module:
         start = perf_counter()
@@ -100,6 +100,6 @@ def _size(model: nn.Module) -> str:
     return f"{sum(array.size for _, array in arrays) / 1e9:.2f} billion parameters"
 
 
-# No goal for the ratio: with layers of 16 bits, which shrink less, 3.8 is all there is to gain.
+# No goal for the ratio: 16-bit layers shrink less than 32-bit ones, so 3.8 is the most to gain.
 MEMORY_CASES = {"gpu memory": ("memory", "lazy", 32, 4096, "float16", 0)}
 LORA_CASES = {"gpu LoRA": ("gpu", "lora")}

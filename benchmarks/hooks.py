@@ -1,4 +1,4 @@
-"""What hooks and wrapped layers cost: a call, and to enter and leave a block."""
+"""The cost of hooks and wrappers: for each call, and to enter and leave a block."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from .tables import Row, ms, verdict
 from .turns import ratio, take_turns, timed
 
 Call = Callable[[mx.array], object]
-NUMBER = 500  # calls in a loop: so few that most loops are not interrupted on a busy machine
+NUMBER = 500  # calls in a loop: few enough that a busy machine does not interrupt most loops
 
 # ---------------------------------------------------------------- a call
 
 
 class Layer(nn.Module):
-    """Costs nothing, so that the cost of what is around it shows."""
+    """Does nothing, so that only the cost of the code around it is measured."""
 
     def __call__(self, x: mx.array) -> mx.array:
         return x
@@ -39,7 +39,7 @@ class Net(nn.Module):
 
 
 def see(path: str, output: mx.array, *args: Any) -> mx.array:
-    """A hook, and a change, that does nothing."""
+    """A hook for `observe`, and a change for `patch`, that does nothing."""
     return output
 
 
@@ -78,7 +78,7 @@ def patched_call() -> list[Row]:
 
 
 def _overhead(what: str, layer: Call, bare: Call, most: float | None) -> Row:
-    """Microseconds that a call takes more than one of something bare."""
+    """By how many microseconds a call of ``layer`` takes longer than one of ``bare``."""
     x = mx.zeros((1,))
 
     def loop(call: Call) -> float:
@@ -105,7 +105,7 @@ def _overhead(what: str, layer: Call, bare: Call, most: float | None) -> Row:
 
 
 class Caller(nn.Module):
-    """What people write for want of a hook, such as mlx-lm's GPTQ: a module around a layer."""
+    """What people write if they have no hooks, such as mlx-lm's GPTQ: a module around a layer."""
 
     def __init__(self, layer: Any):
         super().__init__()
@@ -120,11 +120,11 @@ BLOCKS: dict[str, Callable[[nn.Module, str], AbstractContextManager[Any]]] = {
     "capture": lambda model, pattern: capture(model, pattern, where=nn.Linear),
     "patch": lambda model, pattern: patch(model, pattern, see, where=nn.Linear),
 }
-LAYERS = {"**": 225, "lm_head": 1}  # of a llama, and how many each pattern matches
+LAYERS = {"**": 225, "lm_head": 1}  # pattern -> how many layers of a llama it matches
 
 
 def block(name: str, pattern: str) -> list[Row]:
-    """Enter and leave a block around one call of one layer."""
+    """Time a block with one call of one layer inside."""
     model, x = Llama(), mx.zeros((1, 8))
 
     def ours() -> None:
@@ -161,7 +161,7 @@ ADAPTED = "**.{q,v}_proj"
 
 
 class Switch(Wrapper):
-    """Computes what the adapter of the current context does, or the layer itself."""
+    """Calls the adapter that the current context names, or the layer if it names none."""
 
     def __init__(self, layer: nn.Module, adapters: Mapping[str | None, nn.Module]):
         super().__init__(layer)
@@ -178,7 +178,7 @@ def switched_call() -> list[Row]:
 
 
 def switch() -> list[Row]:
-    """Choose an adapter for a request: set a variable, or swap the layers in and out."""
+    """Choose an adapter for a request: set a variable, or swap the layers."""
     model, other = Llama(), Llama()
     ready = {path: LoRALinear(layer) for path, layer in _linear(model).items()}
     found = replace_layers(

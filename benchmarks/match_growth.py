@@ -1,4 +1,4 @@
-"""How the time of one match grows with the length of a path, for patterns made to be hard.
+"""How the time of one match grows with the length of the path, for patterns that are hard to match.
 
 python benchmarks/match_growth.py
 """
@@ -23,7 +23,7 @@ DEPTH = 2000
 
 
 def seconds(model: nn.Module, pattern: str) -> float:
-    """The least time that one match took."""
+    """The shortest time of one match in seven runs."""
     return min(turns.timed(lambda: select(model, pattern, strict=False)) for _ in range(7))
 
 

@@ -1,4 +1,4 @@
-"""What a swap holds in memory, and what it lets go."""
+"""The memory that a swap needs, and the old layers that it releases."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ LAZY = {
 
 
 def lazy(layers: int = 16, dims: int = 2048, dtype: str = "float32", goal: float = 4) -> list[Row]:
-    """Weights loaded lazily, swapped to 4 bit, evaluated: the peak, in a process for each way."""
+    """Load weights lazily, quantize to 4 bits, evaluate: the peak of each way, in a new process."""
     weight = mx.random.normal((dims, dims)).astype(getattr(mx, dtype))
     with TemporaryDirectory() as folder:
         path = str(Path(folder, "weights.safetensors"))
@@ -67,14 +67,14 @@ def lazy(layers: int = 16, dims: int = 2048, dtype: str = "float32", goal: float
 
 
 def peak(path: str, layers: int, dims: int, way: str) -> tuple[int, int]:
-    """The peak in bytes, and what the model holds in the end."""
+    """The peak in bytes, and the bytes of the model at the end."""
     by_ours, one_by_one = LAZY[way]
     mx.reset_peak_memory()
     model = Stack(layers, dims)
     model.load_weights(path)
     if by_ours:
         report = replace_layers(model, "layers.*", _to_4_bits)
-        assert len(report) == layers  # it is kept until the end, as a caller might do
+        assert len(report) == layers  # the report is kept until the end, as a caller might do
     else:
         nn.quantize(model, bits=4)
     if one_by_one:
@@ -113,7 +113,7 @@ def traced_peak(way: str, name: str) -> float:
     asked = SUBJECTS["mixture"].swaps[name]
     bench = Bench(SUBJECTS["mixture"].build(), asked)
     work = {"ours": ours, "idiom": idiom}[way]
-    bench.run(work, asked)  # caches that are filled once
+    bench.run(work, asked)  # fill the caches
     return bench.run(work, asked, measure=traced)
 
 
@@ -126,11 +126,11 @@ def traced(work: Callable[[], object]) -> float:
     return most
 
 
-# ---------------------------------------------------------------- what survives
+# ---------------------------------------------------------------- old layers
 
 
 def survivors() -> list[Row]:
-    """Old layers that live on after a swap, by the reference counts alone."""
+    """Old layers that are alive after a swap, without a garbage collection."""
     return [_survivors("a llama", tie=False), _survivors("a llama with a tied layer", tie=True)]
 
 

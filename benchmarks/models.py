@@ -1,4 +1,4 @@
-"""Models to swap layers in: the shapes of real ones, with few numbers inside."""
+"""Models with the modules of real ones, but with small arrays, whose layers are swapped."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-ready: list[nn.Module] = []  # what every factory and every `to_quantized` here hands out
+ready: list[nn.Module] = []  # the modules that factories and `to_quantized` return, made beforehand
 
 
 class Leaf(nn.Module):
@@ -36,7 +36,7 @@ class Linear(nn.Linear):
 
 
 class LoRALinear(nn.Module):
-    """A frozen linear layer, and a small one beside it that is trained."""
+    """A linear layer with a low-rank adapter."""
 
     def __init__(self, linear: Any, rank: int = 8):
         super().__init__()
@@ -118,7 +118,7 @@ class LlamaModel(nn.Module):
 
 
 class Llama(nn.Module):
-    """The modules of a llama, by their usual names: 453 of them with 32 layers."""
+    """A llama with the usual module names: 453 modules if it has 32 layers."""
 
     def __init__(
         self,
@@ -161,7 +161,7 @@ class MixtureBlock(nn.Module):
 
 
 class Mixture(nn.Module):
-    """A mixture of experts in lists: 61,561 modules, as large as they come."""
+    """A mixture of experts, with the experts in lists: 61,561 modules, an extreme number."""
 
     def __init__(self, layers: int = 60, experts: int = 256, leaf: Callable[[], nn.Module] = Leaf):
         super().__init__()
@@ -169,7 +169,7 @@ class Mixture(nn.Module):
 
 
 class Chain(nn.Module):
-    """A module in a module in a module, with a leaf at each level."""
+    """Deeply nested modules, with a leaf at each level."""
 
     def __init__(self, inner: Chain | None):
         super().__init__()

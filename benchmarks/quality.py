@@ -1,8 +1,8 @@
-"""What bits cost: mlx-lm's recipes, and the rules that examples/mixed_precision.py chooses, at
+"""The quality of mlx-lm's recipes, and of the rules that examples/mixed_precision.py chooses, at
 the same size. Needs a GPU, mlx-lm, and the folder that examples/smollm2.py makes:
 
-python -m benchmarks.quality smollm2                         # all of them, about half an hour
-python -m benchmarks.quality smollm2 mixed_3_4 dynamic_quant # these
+python -m benchmarks.quality smollm2                         # all recipes, about half an hour
+python -m benchmarks.quality smollm2 mixed_3_4 dynamic_quant # these recipes
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def main(folder: str, *names: str) -> None:
 
 
 def recipes(model: Any, search: Any, sequences: mx.array) -> Iterator[tuple[str, list[int]]]:
-    """The number of the setting that each recipe gives to each layer."""
+    """Each recipe, with the index in `SETTINGS` that it gives to each layer."""
 
     def setting(bits: int) -> int:
         return mixed.SETTINGS.index(mixed.Setting(bits, 64))
@@ -72,7 +72,7 @@ def recipes(model: Any, search: Any, sequences: mx.array) -> Iterator[tuple[str,
         yield name, [setting(answer["bits"]) for answer in answers]
     for bits in (4, 5, 3):
         yield f"{bits} bits everywhere", [setting(bits)] * len(search.parts)
-    # mlx-lm's dynamic_quant with its own defaults: 4 and 5 bits, 5 bits per weight in all
+    # mlx-lm's dynamic_quant with its own defaults: 4 and 5 bits, 5 bits per weight in total
     gradients = dict(estimate_sensitivities(model, sequences, 4, 64, 5, 64, batch_size=2))
     threshold = estimate_threshold(model, gradients, 5.0, 4, 64, 5, 64)
     sensitive = [gradients[part.paths[0]] > threshold for part in search.parts]

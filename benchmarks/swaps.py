@@ -1,4 +1,4 @@
-"""What is swapped in which model, said for the library and as regular expressions."""
+"""The swaps of each model, as patterns for the library and as regular expressions."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from .ways import Swap
 
 
 class Subject(NamedTuple):
-    """A model, the swaps to time on it, and what is asked of them.
+    """A model, the swaps to time on it, and the goals for them.
 
     Attributes:
-        title: What to call the model.
-        build: Makes a fresh one.
+        title: The name of the model in the tables.
+        build: Makes a new model.
         swaps: The swaps, by name.
         goal: The speed-up over the idiom that a swap must reach; 0 for no goal.
-        goal_exact: The same for one exact path.
-        union: One pattern for all that the ten rules take.
+        goal_exact: The goal for a swap of one exact path.
+        union: One pattern that matches the same layers as the ten rules.
     """
 
     title: str
@@ -94,7 +94,7 @@ SUBJECTS = {
         goal_exact=1.5,
         union="**.{q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj,lm_head}",
     ),
-    # Models that nobody has. They show how the time of a swap grows.
+    # Nobody has such models. They show how the time of a swap grows.
     "mixture": Subject(
         "mixture, 61,561 modules",
         models.Mixture,

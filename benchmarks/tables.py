@@ -1,10 +1,10 @@
-"""Rows of text to Markdown."""
+"""Format rows of text as Markdown tables."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-Row = dict[str, str]  # a cell for each column
+Row = dict[str, str]  # column -> cell
 
 
 def markdown(rows: list[Row]) -> str:

@@ -1,4 +1,4 @@
-"""What a whole ``replace_layers`` costs, with all of its checks."""
+"""The time of a whole ``replace_layers``, with all of its checks."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from .tables import Row, ms, verdict
 from .turns import ratio, take_turns, timed
 from .ways import Bench, Swap, Way, idiom, ours, quantize
 
-# Where `nn.quantize` does not come to the leaves: it goes by `leaf_modules`, which takes a module
-# whose inner modules hold no arrays for a leaf, and recurses.
+# The models whose leaves `nn.quantize` does not reach. It uses `leaf_modules`, which is recursive,
+# and which treats a module as a leaf if its inner modules hold no arrays.
 UNSEEN = ("mixture", "chain")
 
 
 def swap(subject: str, name: str) -> list[Row]:
-    """One swap in each way."""
+    """Time one swap in each way."""
     title, build, swaps, goal, goal_exact, _ = SUBJECTS[subject]
     asked = swaps[name]
     bench = Bench(build(), asked)
@@ -44,7 +44,7 @@ def swap(subject: str, name: str) -> list[Row]:
 
 
 def _times(taken: dict[str, list[float]]) -> Row:
-    """The ratios first: they are what is claimed."""
+    """The ratios come first, since they are the claim."""
     row = {"idiom / ours": f"**{ratio(taken['idiom'], taken['ours']):.1f}**"}
     for text, slow, fast in (
         ("quantize / ours", "quantize", "ours"),
@@ -58,8 +58,8 @@ def _times(taken: dict[str, list[float]]) -> Row:
 
 
 def single() -> list[Row]:
-    """One layer in one model: too short to be timed one by one."""
-    number = 50  # short enough that the median is one of a loop that was not interrupted
+    """Swap the only layer of a model, in a loop, because one swap is too short to be timed."""
+    number = 50  # few enough that the median loop is not interrupted
     model, other = models.Single(), models.Linear()
     layers = [model.linear, other]
     asked = Swap("linear", "linear")
@@ -77,7 +77,7 @@ def single() -> list[Row]:
 
 
 def ten_rules(subject: str) -> list[Row]:
-    """Ten rules, against one that takes the same layers."""
+    """Time ten rules, and one rule that selects the same layers."""
     title, build, swaps, *_, union = SUBJECTS[subject]
     ten = swaps["ten rules"]
     one = Swap([union], ten.regex)
@@ -96,7 +96,7 @@ def ten_rules(subject: str) -> list[Row]:
 
 
 def in_short(rows: list[Row]) -> list[Row]:
-    """A line for each model: the least and the greatest speed-up over the others."""
+    """For each model, the least and the greatest speed-up over the other ways."""
     short: list[Row] = []
     for model in dict.fromkeys(row["model"] for row in rows):
         line = {"model": model}
@@ -116,11 +116,11 @@ def in_short(rows: list[Row]) -> list[Row]:
 # ---------------------------------------------------------------- growth
 
 
-SIZES = {1: "1,003", 10: "10,021", 100: "100,201"}  # blocks, and modules of that
+SIZES = {1: "1,003", 10: "10,021", 100: "100,201"}  # blocks -> modules
 
 
 def growth() -> list[Row]:
-    """Microseconds a module in models of three sizes, each in processes of its own."""
+    """The microseconds per module in models of three sizes, each in its own processes."""
     rounds = [{size: alone("times", "growth_at", size) for size in SIZES} for _ in range(11)]
     rows: list[Row] = []
     for size, modules in SIZES.items():
@@ -137,7 +137,7 @@ def growth() -> list[Row]:
 
 
 def growth_at(blocks: int) -> float:
-    """Microseconds a module, in this process."""
+    """The microseconds per module, in this process."""
     asked = Swap("**.*_proj", r".*_proj")
     bench = Bench(models.Mixture(blocks, 250), asked)
     taken = take_turns({"ours": lambda: bench.run(ours, asked)}, seconds=0.6, least=5)
@@ -158,7 +158,7 @@ print(perf_counter() - start)
 def import_time() -> list[Row]:
     """What ``import mlx_modswap`` adds to ``import mlx.nn``, in fresh processes."""
     with TemporaryDirectory() as folder:
-        # Compiled to bytecode before, as it is when pip has installed it.
+        # The first import compiles to bytecode, as pip does when it installs the library.
         environment = os.environ | {"PYTHONPYCACHEPREFIX": folder, "PYTHONDONTWRITEBYTECODE": ""}
         command = [sys.executable, "-c", _IMPORT]
 

@@ -1,4 +1,4 @@
-"""Several ways to do one thing take turns, so that a busy machine is busy for all of them."""
+"""Time several ways to do one thing alternately, so that a busy machine slows them all."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from statistics import median
 from time import perf_counter
 
 Work = Callable[[], object]
-Run = Callable[[], float]  # does the thing once, returns what it took in seconds
+Run = Callable[[], float]  # does the thing once, and returns the seconds that it took
 
 
 def timed(work: Work) -> float:
-    """The seconds that ``work`` takes, with the garbage of others collected before."""
+    """The seconds that ``work`` takes, after a garbage collection."""
     gc.collect()
     start = perf_counter()
     work()
@@ -22,7 +22,7 @@ def timed(work: Work) -> float:
 def take_turns(
     runs: Mapping[str, Run], seconds: float = 6.0, least: int = 9, most: int = 101
 ) -> dict[str, list[float]]:
-    """What each way took, round for round, after a round to warm up."""
+    """The seconds that each way took in each round, after a round to warm up."""
     for run in runs.values():
         run()
     taken: dict[str, list[float]] = {name: [] for name in runs}
@@ -32,11 +32,11 @@ def take_turns(
     while rounds < least or (rounds < most and perf_counter() < end):
         for name in names:
             taken[name].append(runs[name]())
-        names.append(names.pop(0))  # another one begins the next round
+        names.append(names.pop(0))  # another way goes first in the next round
         rounds += 1
     return taken
 
 
 def ratio(slow: list[float], fast: list[float]) -> float:
-    """How many times as long the first takes: the median over the rounds."""
+    """How many times as long ``slow`` takes as ``fast``: the median over the rounds."""
     return median(a / b for a, b in zip(slow, fast))

@@ -1,4 +1,4 @@
-"""A llama of about 4 billion parameters on one GPU and on two, by examples/tensor_parallel.py:
+"""Time a llama of about 4 billion parameters on one GPU, and on two by examples/tensor_parallel.py:
 
 mlx.launch -n 2 python benchmarks/two_gpus.py
 """
@@ -30,7 +30,7 @@ def main() -> None:
     mx.random.seed(0)
     model = example.build()
     model.set_dtype(mx.bfloat16)
-    for block in model.layers:  # one by one: in float32 it is twice as large
+    for block in model.layers:  # one by one: in float32 the model is twice as large
         mx.eval(block.parameters())
     texts = [mx.random.randint(0, SIZES["WORDS"], shape) for shape in SHAPES]
     whole, whole_memory = steps(model, texts), memory()
@@ -70,8 +70,10 @@ def milliseconds(step: Callable[[], Any]) -> float:
 
 @contextmanager
 def no_sums() -> Iterator[None]:
-    """The layers of a process compute their part, and nothing is sent: what is left is a step of
-    half of the model, which means nothing but takes its time."""
+    """Replace each sum over the processes with the part of this process, so that nothing is sent.
+
+    The outputs are wrong, but a step takes as long as to compute half of the model.
+    """
     all_sum = mx.distributed.all_sum
     mx.distributed.all_sum = lambda x, *args, **kwargs: x
     try:
@@ -81,7 +83,7 @@ def no_sums() -> Iterator[None]:
 
 
 def sum_step(group: mx.distributed.Group, shape: tuple[int, int]) -> float:
-    """The sums of a step alone: two a block."""
+    """The milliseconds for the sums of a step alone: two sums for each block."""
 
     def step() -> mx.array:
         x = mx.ones((*shape, SIZES["WIDTH"]), mx.bfloat16)

@@ -1,4 +1,4 @@
-"""The ways to swap the layers of a model that are compared."""
+"""The ways to swap layers that the benchmarks compare."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from .turns import Work, timed
 
 
 class Swap(NamedTuple):
-    """One swap, said in the words of each way.
+    """One swap, in the terms of each way.
 
     Attributes:
-        pattern: For ours: a pattern, or a list of them to make rules of.
-        regex: The same for the others: one regular expression, or a list.
-        where: A class, for all of them.
+        pattern: For `ours`: a pattern, or a list of patterns, each of which becomes a rule.
+        regex: For the other ways: one regular expression, or a list of them.
+        where: For all ways: the class of the layers to swap.
     """
 
     pattern: Any
@@ -35,7 +35,7 @@ Way = Callable[[nn.Module, Swap], None]
 
 
 def take(path: str, module: nn.Module) -> nn.Module:
-    """The factory of all ways: hands out a module that is ready."""
+    """The factory of all ways: returns a module that was made beforehand."""
     return ready.pop()
 
 
@@ -47,7 +47,7 @@ def ours(model: nn.Module, swap: Swap) -> None:
 
 
 def idiom(model: nn.Module, swap: Swap) -> None:
-    """What people write."""
+    """The code that people write by hand."""
     cls = swap.where
     if isinstance(swap.regex, list):
         rules = dict.fromkeys(swap.regex, take)
@@ -67,7 +67,7 @@ def idiom(model: nn.Module, swap: Swap) -> None:
 
 
 def quantize(model: nn.Module, swap: Swap) -> None:
-    """The traversal of ``nn.quantize``: the layers' ``to_quantized`` is as trivial as ``take``."""
+    """The traversal of ``nn.quantize``: ``to_quantized`` here is as trivial as ``take``."""
     regexes = [swap.regex] if isinstance(swap.regex, str) else swap.regex
     cls = swap.where
 
@@ -91,7 +91,7 @@ def walk(model: nn.Module) -> None:
 
 
 class Bench:
-    """A model and two sets of layers for the places of a swap; a run puts in the other set.
+    """A model, and two sets of layers for the places of a swap; each run swaps one for the other.
 
     Attributes:
         paths (list[str]): The places.
@@ -106,14 +106,14 @@ class Bench:
         mx.eval(self._sets)  # not `model.parameters()`, which recurses
 
     def run(self, way: Way, swap: Swap, measure: Callable[[Work], float] = timed) -> float:
-        """The seconds that one of the ways takes, or another measure of it."""
+        """The seconds that a way takes, or another measure of it."""
         ready[:] = self._flip()
         found = measure(lambda: way(self.model, swap))
         self._check()
         return found
 
     def run_limit(self) -> float:
-        """The seconds that a bare walk takes, and the native call on a dict that is ready."""
+        """The seconds for a bare walk, and ``update_modules`` with a dict that was built before."""
         partial = _partial(self.model, zip(self.paths, self._flip()))
         seconds = timed(lambda: (walk(self.model), self.model.update_modules(partial)))
         self._check()
@@ -129,7 +129,7 @@ class Bench:
 
 
 def _partial(model: nn.Module, modules: Iterable[tuple[str, nn.Module]]) -> Any:
-    """What ``update_modules`` takes, without looking for anything that may be wrong."""
+    """The nested dict for ``update_modules``, built without any checks."""
     partial: Any = {}
     for path, module in modules:
         container: Any = model
@@ -143,7 +143,7 @@ def _partial(model: nn.Module, modules: Iterable[tuple[str, nn.Module]]) -> Any:
 
 
 def _slot(inside: Any, key: Any, new: Any) -> Any:
-    """What a partial dict or list holds at a key: ``new`` if there was nothing."""
+    """The value at a key of the nested dict or list, which is set to ``new`` if it is missing."""
     if isinstance(inside, dict):
         return inside.setdefault(key, new)
     inside.extend([{}] * (key + 1 - len(inside)))
@@ -153,7 +153,7 @@ def _slot(inside: Any, key: Any, new: Any) -> Any:
 
 
 def _entry(container: Any, name: str) -> tuple[Any, Any]:
-    """What a container holds by that name in a path, and its key there."""
+    """The value that a segment of a path names in a container, and its key there."""
     key: Any = int(name) if isinstance(container, list) else name
     return container[key], key
 
