@@ -1,4 +1,4 @@
-"""Hooks for the length of a ``with`` block: ``observe``, ``capture`` and ``patch``."""
+"""Hooks inside a ``with`` block: ``observe``, ``capture`` and ``patch``."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Hook(Protocol):
     """A function of path, output and the arguments of the call."""
 
     def __call__(self, path: str, output: Any, /, *args: Any, **kwargs: Any) -> Any:
-        """See the call of a layer."""
+        """Look at one call of a layer. The result is ignored."""
 
 
 See = Callable[[str, Any, tuple[Any, ...], dict[str, Any]], Any]
@@ -45,14 +45,15 @@ def observe(
     exclude: Patterns = (),
     strict: bool = True,
 ) -> Iterator[dict[str, int]]:
-    """Call a function after each call of a layer inside a ``with`` block.
+    """Call a function after each call of a selected layer inside a ``with`` block.
 
-    It sees the output and the arguments of the call and changes nothing: use it for
-    calibration, running statistics, or to look at inputs, without keeping every
-    array. After the block the model has its own layers back, and nothing is held.
-    A layer in several places is seen once a call, by its first path.
+    The function sees the output and the arguments of each call, and changes nothing:
+    use it for calibration, for running statistics or to look at inputs, without
+    keeping every array. After the block the model has its own layers back, and no
+    layer refers to ``hook`` any more. For a layer in several places, ``hook`` is
+    called once per call of the layer, with the first of its paths.
 
-    In a function that is compiled inside the block, ``hook`` is called once, while
+    If a function is compiled inside the block, ``hook`` is called only once, while
     the function is traced, with arrays that must not be kept.
 
     Args:
@@ -61,14 +62,14 @@ def observe(
             layers. Layers inside selected layers may be selected too. See
             :func:`select`.
         hook (Callable): Called as ``hook(path, output, *args, **kwargs)`` with the
-            arguments of the layer's call. What it returns is ignored; an error that
-            it raises goes through the model to the caller.
+            arguments of the layer's call. Its result is ignored; an error that it
+            raises propagates through the model to the caller.
         where (type, tuple of types or Callable, optional): Which of these
             layers to hook. See :func:`select`. Default: ``None``.
         exclude (str, re.Pattern or an iterable of them): The paths to leave
-            out, with all that is inside them. Default: ``()``.
+            out, with everything inside them. Default: ``()``.
         strict (bool): If ``True``, a pattern, ``exclude`` or ``where`` that does
-            nothing is an error, and so is a pattern none of whose layers is called
+            nothing is an error, and so is a pattern if none of its layers is called
             inside the block. Default: ``True``.
 
     Yields:
@@ -76,8 +77,8 @@ def observe(
 
     Raises:
         PatternError: If the text of a pattern is wrong.
-        NoMatchError: If a pattern, ``exclude`` or ``where`` does nothing; at the
-            end of the block, if no layer of a pattern was called inside it.
+        NoMatchError: If a pattern, ``exclude`` or ``where`` does nothing. Also at the
+            end of the block, if no layer of some pattern was called inside it.
         SelectionError: As in :func:`swapped`.
         TypeError: If an argument is of the wrong type.
 
@@ -123,14 +124,14 @@ def capture(
 ) -> Iterator[Outputs]:
     """Record the outputs of layers inside a ``with`` block.
 
-    Each call of a selected layer appends its output to the list under its path.
-    After the block the model has its own layers back; the lists stay. A layer in
-    several places has one list, which is under each of its paths.
+    Each call of a selected layer appends the output to the list under the layer's
+    path. After the block the model has its own layers back; the lists stay. A layer
+    in several places has one list, which is under each of its paths.
 
-    A function made by :func:`mlx.core.compile` calls the layers once, to trace
-    them, with arrays that are never computed. With the yielded dict as its
-    ``outputs=`` the lists hold the outputs of its last call; compile a new function
-    for inputs of another shape.
+    A function compiled by :func:`mlx.core.compile` calls the layers only once, to
+    trace them, with arrays that are never computed. If the yielded dict is passed to
+    ``compile`` as ``outputs=``, the lists hold the outputs of the function's last
+    call. Compile a new function for inputs of another shape.
 
     Args:
         model (mlx.nn.Module): The model to record.
@@ -140,9 +141,9 @@ def capture(
         where (type, tuple of types or Callable, optional): Which of these
             layers to hook. See :func:`select`. Default: ``None``.
         exclude (str, re.Pattern or an iterable of them): The paths to leave
-            out, with all that is inside them. Default: ``()``.
+            out, with everything inside them. Default: ``()``.
         strict (bool): If ``True``, a pattern, ``exclude`` or ``where`` that does
-            nothing is an error, and so is a pattern none of whose layers is called
+            nothing is an error, and so is a pattern if none of its layers is called
             inside the block. Default: ``True``.
 
     Yields:
@@ -151,8 +152,8 @@ def capture(
 
     Raises:
         PatternError: If the text of a pattern is wrong.
-        NoMatchError: If a pattern, ``exclude`` or ``where`` does nothing; at the
-            end of the block, if no layer of a pattern was called inside it.
+        NoMatchError: If a pattern, ``exclude`` or ``where`` does nothing. Also at the
+            end of the block, if no layer of some pattern was called inside it.
         SelectionError: As in :func:`swapped`.
         TypeError: If an argument is of the wrong type.
 
@@ -196,14 +197,14 @@ def patch(
             layers. Layers inside selected layers may be selected too. See
             :func:`select`.
         change (Callable): Called as ``change(path, output)`` after each call of
-            a layer, returns the output to use instead. For a layer in several
-            places the path is its first.
+            a layer; returns the output to use instead. For a layer in several
+            places, ``path`` is the first of its paths.
         where (type, tuple of types or Callable, optional): Which of these
             layers to hook. See :func:`select`. Default: ``None``.
         exclude (str, re.Pattern or an iterable of them): The paths to leave
-            out, with all that is inside them. Default: ``()``.
+            out, with everything inside them. Default: ``()``.
         strict (bool): If ``True``, a pattern, ``exclude`` or ``where`` that does
-            nothing is an error, and so is a pattern none of whose layers is called
+            nothing is an error, and so is a pattern if none of its layers is called
             inside the block. Default: ``True``.
 
     Yields:
@@ -211,8 +212,8 @@ def patch(
 
     Raises:
         PatternError: If the text of a pattern is wrong.
-        NoMatchError: If a pattern, ``exclude`` or ``where`` does nothing; at the
-            end of the block, if no layer of a pattern was called inside it.
+        NoMatchError: If a pattern, ``exclude`` or ``where`` does nothing. Also at the
+            end of the block, if no layer of some pattern was called inside it.
         SelectionError: As in :func:`swapped`.
         TypeError: If an argument is of the wrong type, or if ``change`` returns
             ``None`` for an output that is not ``None``.

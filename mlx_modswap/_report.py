@@ -1,4 +1,4 @@
-"""What a swap has changed, and its folded picture."""
+"""The report of a swap: what has changed, folded into a few lines."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ class Change(NamedTuple):
     """A line of a :class:`Replacement`: places that changed in the same way.
 
     Attributes:
-        pattern (Pattern): What ``select`` takes to find them.
-        old (str): The class of the old modules, as it is printed.
-        new (str): That of the new ones.
-        count (int): How many places there are.
+        pattern (Pattern): The pattern with which ``select`` finds the places.
+        old (str): The class of the old modules, as printed.
+        new (str): The class of the new modules, as printed.
+        count (int): The number of places.
         old_params (int): The parameters of all old modules together, before quantization.
-        new_params (int): Those of the new ones.
-        old_nbytes (int): The size of their arrays in bytes.
-        new_nbytes (int): That of the new ones.
-        old_dtypes (frozenset[mx.Dtype]): The dtypes of their arrays.
-        new_dtypes (frozenset[mx.Dtype]): Those of the new ones.
+        new_params (int): The parameters of all new modules together, before quantization.
+        old_nbytes (int): The size of the arrays of all old modules, in bytes.
+        new_nbytes (int): The size of the arrays of all new modules, in bytes.
+        old_dtypes (frozenset[mx.Dtype]): The dtypes of the arrays of the old modules.
+        new_dtypes (frozenset[mx.Dtype]): The dtypes of the arrays of the new modules.
     """
 
     pattern: Pattern
@@ -58,32 +58,32 @@ class _Line(NamedTuple):
 
 
 class Replacement(Mapping[str, nn.Module]):
-    """What a swap has changed: a mapping of path to *new* module, in definition order.
+    """What a swap has changed: a mapping from path to *new* module, in definition order.
 
-    Only the places that changed are in it, and it keeps no replaced module alive.
-    ``str()`` of it shows them in few lines, and each line starts with a pattern that
+    It contains only the places that changed, and keeps no replaced module alive. Its
+    ``str()`` shows these places in a few lines. Each line starts with a pattern that
     selects exactly the places of the line::
 
         model.layers[0:32].self_attn.{q,v}_proj   Linear -> LoRALinear   x64   ...
 
-    Places that different rules decided never share a line. If there are several
-    lines, the last one is the total. A notebook shows them as a table.
+    Places that were decided by different rules never share a line. If there are several
+    lines, the last one is the total. A notebook shows the lines as a table.
 
-    ``changes`` is the same as data: a list with a named tuple for each line but the
-    total, whose fields are
+    ``changes`` has the same content as data: a list with a named tuple for each line
+    except the total. The fields of a tuple are
 
-    * ``pattern``: What :func:`select` takes to find the places, a compiled regular
-      expression where no text can say it.
-    * ``old`` and ``new``: The names of the classes as they are printed: with the bits
-      of a quantized layer, and with the module if two classes have one name.
+    * ``pattern``: The pattern with which :func:`select` finds the places: a ``str``, or
+      a compiled regular expression if no ``str`` matches exactly these places.
+    * ``old`` and ``new``: The names of the classes as printed: with the bits of a
+      quantized layer, and with the Python module if two classes have the same name.
     * ``count``: The number of places.
     * ``old_params`` and ``new_params``: The number of parameters, before quantization.
     * ``old_nbytes`` and ``new_nbytes``: The size of the arrays in bytes.
     * ``old_dtypes`` and ``new_dtypes``: A ``frozenset`` of :class:`mlx.core.Dtype`.
 
     ``old_nbytes`` and ``new_nbytes`` of the replacement itself are the sums over all
-    lines. A module in several places is counted in the first of them only. All figures
-    are read when one of them is asked for the first time, and stay as they were then.
+    lines. A module in several places is counted only at the first of them. All figures
+    are determined when one of them is first read, and do not change afterwards.
 
     Example:
         >>> import mlx.nn as nn

@@ -39,23 +39,23 @@ class _Sealing(type):
 
 
 class Wrapper(nn.Module, metaclass=_Sealing):
-    """Represents a layer, to which it adds what a subclass defines.
+    """The base class for a module that represents a layer and changes what it does.
 
     Attributes, parameters and their names, frozen state, training mode and
-    ``isinstance`` are those of the layer, whichever way they are read or set. A
-    subclass overrides ``__call__`` to see or change what goes in and out.
-    ``__wrapped__`` is the layer.
+    ``isinstance`` are those of the layer, however they are read or set. A subclass
+    overrides ``__call__`` to see or change the inputs and outputs. ``__wrapped__``
+    is the layer.
 
-    What ``__init__`` sets on ``self`` belongs to the wrapper, and so does what is
-    set later under a name that the layer does not have. It is not a parameter: it
-    is neither trained nor saved nor cast. To set a public array there, or a module
-    that holds arrays, is a mistake and an error: give a constant a name that
-    begins with ``_``, and for what is to be trained write a plain
-    :class:`mlx.nn.Module` that holds the layer.
+    An attribute that ``__init__`` sets on ``self`` belongs to the wrapper. So does
+    an attribute that is set later, unless the layer has one of that name. Such an
+    attribute is not a parameter: it is neither trained nor saved nor cast. It is
+    therefore an error if ``__init__`` sets a public attribute to an array or to a
+    module that holds arrays. Give a constant a name that starts with ``_``; if the
+    array is to be trained, write a plain :class:`mlx.nn.Module` that holds the layer.
 
-    :func:`mlx.nn.quantize` keeps the wrapper: its ``to_quantized`` returns one of
-    the same class with the same attributes around the quantized layer. Override it
-    if some of them were computed from the layer.
+    :func:`mlx.nn.quantize` keeps the wrapper: ``to_quantized`` returns a wrapper of
+    the same class, with the same attributes, around the quantized layer. Override
+    ``to_quantized`` if some of the attributes were computed from the layer.
 
     Args:
         layer (mlx.nn.Module): The layer to represent.
@@ -83,11 +83,11 @@ class Wrapper(nn.Module, metaclass=_Sealing):
         (True, (2, 4))
     """
 
-    # There is one copy of everything, in the layer. The raw dict of the wrapper holds
-    # nothing but the layer, for the code that reads raw dicts: `mx.eval` and `mx.compile`
-    # find the arrays there. All other code asks through the methods below, which are the
-    # layer's, so no name gets a segment more. A copy of the layer's entries would have
-    # the same names too, but goes stale when the layer sets one itself (`BatchNorm` does).
+    # Everything exists once, in the layer. The wrapper's own dict holds only the layer:
+    # `mx.eval` and `mx.compile` read raw dicts, and find the arrays through it. All other
+    # code calls the methods below, which pass the call on to the layer, so no parameter
+    # name gets an additional segment. A copy of the layer's entries would have the same
+    # names, but would go stale when the layer sets an entry itself, as `BatchNorm` does.
 
     __wrapped__: nn.Module
 
@@ -100,11 +100,11 @@ class Wrapper(nn.Module, metaclass=_Sealing):
         return dict.__getitem__(self, WRAPPED)(*args, **kwargs)
 
     def to_quantized(self, *args: Any, **kwargs: Any) -> nn.Module:
-        """Wrap the quantized layer in the same way. Exists if the layer can be quantized.
+        """Quantize the layer, and wrap the result. Exists only if the layer can be quantized.
 
         Args:
-            *args: The arguments of the layer's ``to_quantized``.
-            **kwargs: The same by keyword.
+            *args: Positional arguments for the layer's ``to_quantized``.
+            **kwargs: Keyword arguments for the layer's ``to_quantized``.
 
         Returns:
             mlx.nn.Module: A wrapper of the same class, with a copy of its attributes.

@@ -1,4 +1,4 @@
-"""A folder of weights -> a quantized one, without holding the model in memory."""
+"""Convert a folder of weights to a quantized one, without holding the model in memory."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ def convert(
     max_shard_mb: float = 1000,
     trust_remote_code: bool = False,
 ) -> Replacement:
-    """Quantize a model by rules from folder to folder, even one larger than memory.
+    """Quantize a model by rules, from folder to folder, even if it is larger than memory.
 
-    Reads, quantizes and writes one array after the other. The memory it takes
-    is at most one shard and one and a half times the largest layer that is
-    quantized, however large the model is; or twice that layer where the model
-    puts it together of several arrays of its files, as it does with experts that
-    are stored one by one. For the same settings the arrays are those that
-    ``mlx_lm.convert`` writes. On a terminal a bar shows the progress.
+    The arrays are read, quantized and written one after the other. However large
+    the model is, this takes at most the memory of one shard plus one and a half
+    times the largest layer that is quantized, or plus twice that layer if the model
+    assembles it from several arrays of its files, as with experts that are stored
+    one by one. With the same settings, the arrays are those that ``mlx_lm.convert``
+    writes. On a terminal, a bar shows the progress.
 
-    The folder is written under another name and loaded by mlx-lm, as in
-    :func:`save`, before it gets its own. If anything fails, or is interrupted,
-    nothing is left of it.
+    As in :func:`save`, the folder is written under another name and loaded by
+    mlx-lm before it gets its own name. If anything fails or is interrupted,
+    nothing is left of the folder.
 
     Args:
         source (str or pathlib.Path): The folder of a model, or its name on the
@@ -57,24 +57,24 @@ def convert(
             :func:`quantize`.
         group_size (int, optional): See :func:`quantize`. Default: ``None``.
         mode (str): See :func:`quantize`. Default: ``"affine"``.
-        dtype (str or mlx.core.Dtype, optional): The dtype of what is not quantized,
-            ``"float16"``, ``"bfloat16"`` or ``"float32"``. Default: ``None``,
-            what the config says, as for ``mlx_lm.convert``.
+        dtype (str or mlx.core.Dtype, optional): The dtype of arrays that are not
+            quantized: ``"float16"``, ``"bfloat16"`` or ``"float32"``. Default:
+            ``None``, the dtype in the config, as for ``mlx_lm.convert``.
         strict (bool): See :func:`quantize`. Default: ``True``.
-        max_shard_mb (float): The size of a file of weights in megabytes (10**6
+        max_shard_mb (float): The largest size of a weights file, in megabytes (10**6
             bytes). A larger array gets a file of its own. Default: ``1000``.
         trust_remote_code (bool): Whether to run the ``model_file`` that the config
             names. Default: ``False``.
 
     Returns:
-        Replacement: What was quantized. Its figures are valid, but its layers hold no
-        weights any more.
+        Replacement: What was quantized. Its figures are valid, but its layers no
+        longer hold weights.
 
     Raises:
         PatternError, NoMatchError, SelectionError: As in :func:`quantize`.
         ValueError: As in :func:`quantize`, or if mlx-lm cannot load the source, or
             would not build the converted model from the folder.
-        FileNotFoundError: If the source cannot be had.
+        FileNotFoundError: If the source is not a folder here and cannot be downloaded.
         FileExistsError: If the folder exists.
         OSError: If the disk has too little space.
         TypeError: If an argument is of the wrong type.

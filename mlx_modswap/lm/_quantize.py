@@ -35,25 +35,26 @@ def quantize(
 ) -> Replacement:
     """Quantize the layers of a model by rules, in place.
 
-    The same as :func:`mlx.nn.quantize`, but the first pattern that matches the
-    path of a layer decides how many bits it gets. Only layers that have a method
-    ``to_quantized`` are asked for; those that are quantized already stay as they
+    This is like :func:`mlx.nn.quantize`, but the first pattern that matches the path
+    of a layer decides how many bits the layer gets. Only layers with a method
+    ``to_quantized`` are considered; layers that are quantized already stay as they
     are. As in :func:`~mlx_modswap.replace_layers`, all of the layers change or none does.
 
     The catch-all rule, whose key is exactly ``"**"``, does what ``mlx_lm.convert``
     does: it skips layers whose width the group size does not divide, and follows
-    the model's own ``quant_predicate``. Any other rule decides by itself.
+    the model's own ``quant_predicate``. Any other rule ignores the predicate, and
+    raises an error if the group size does not divide a width.
 
     Args:
         model (mlx.nn.Module): The model to change in place.
-        rules (Mapping): For a pattern, or a tuple of patterns, what to do with the
-            layers it matches: an ``int`` is the number of bits per weight, a
+        rules (Mapping): What to do with the layers that a pattern, or a tuple of
+            patterns, matches: an ``int`` is the number of bits per weight, a
             mapping holds keywords of ``to_quantized`` (``bits``, ``group_size``,
-            ``mode``), and ``None`` leaves the layer alone and all that is inside it.
-        group_size (int, optional): How many weights share a scale, where a rule
-            does not say it. Default: ``None``, MLX's default for the mode, which
-            is 64 for ``"affine"``.
-        mode (str): How to quantize, where a rule does not say it: ``"affine"``,
+            ``mode``), and ``None`` leaves a layer alone, with everything inside it.
+        group_size (int, optional): How many weights share a scale, unless the rule
+            says it. Default: ``None``, MLX's default for the mode, which is 64 for
+            ``"affine"``.
+        mode (str): How to quantize, unless the rule says it: ``"affine"``,
             ``"mxfp4"``, ``"nvfp4"`` or ``"mxfp8"``. See
             :func:`mlx.core.quantize`. Default: ``"affine"``.
         strict (bool): If ``True``, a rule that does nothing is an error. See
@@ -105,15 +106,15 @@ def quantize(
 def quantization_config(model: nn.Module) -> Settings:
     """Describe the quantized layers of a model, as the config of an mlx-lm folder does.
 
-    Belongs into the config under ``"quantization"``, and, as mlx-lm writes both,
-    under ``"quantization_config"``.
+    The result belongs in the config under ``"quantization"`` and, since mlx-lm
+    writes both, also under ``"quantization_config"``.
 
     Args:
         model (mlx.nn.Module): A model with quantized layers.
 
     Returns:
-        dict: ``"group_size"``, ``"bits"`` and ``"mode"`` of most layers, and the
-        settings of each quantized layer under its path.
+        dict: The ``"group_size"``, ``"bits"`` and ``"mode"`` that are most frequent,
+        and the settings of each quantized layer under its path.
 
     Raises:
         ValueError: If no layer of the model is quantized.

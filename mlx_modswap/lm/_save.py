@@ -1,4 +1,4 @@
-"""A model in memory -> a folder that mlx-lm loads, checked before it gets its name."""
+"""Save a model as a folder that mlx-lm loads, checked before it gets its name."""
 
 from __future__ import annotations
 
@@ -28,34 +28,32 @@ def save(
     config: Mapping[str, Any] | None = None,
     trust_remote_code: bool = False,
 ) -> None:
-    """Save a model as a folder that ``mlx_lm.load`` turns into this very model.
+    """Save a model as a folder from which ``mlx_lm.load`` builds the same model.
 
-    The folder holds the weights, the config and, as files, the tokenizer and
-    whatever else is in the folder that the model came from. It is written under
-    another name, loaded with ``mlx_lm.utils.load_model``, which reads no more
-    of the weights than their names, and compared with the model. It gets its name
-    when all of that has worked; otherwise nothing is left of it. The model stays
-    as it is.
+    The folder contains the weights, the config, and copies of the tokenizer and the
+    other files of the source folder. It is first written under another name, loaded
+    with ``mlx_lm.utils.load_model``, which reads only the names of the weights, and
+    compared with the model. It gets its own name when all of this has worked;
+    otherwise nothing is left of it. The model is not changed.
 
     Args:
-        model (mlx.nn.Module): The model to save, such as one of ``mlx_lm.load``
-            in which :func:`quantize` has changed layers.
+        model (mlx.nn.Module): The model to save, for example one that ``mlx_lm.load``
+            returned and :func:`quantize` changed.
         folder (str or pathlib.Path): The folder to make. It must not exist.
         source (str or pathlib.Path): The folder, or the name on the hub, from
             which the model was loaded.
         config (Mapping, optional): Entries of the config that differ from those of
             the source, such as ``{"num_hidden_layers": 20}`` after blocks were
-            removed. The quantization is always taken from the model. Under
-            ``"model_file"`` the path of a Python file that builds the model,
-            which is copied. Default: ``None``.
+            removed. The quantization is always taken from the model. An entry
+            ``"model_file"`` is the path of a Python file that builds the model;
+            the file is copied. Default: ``None``.
         trust_remote_code (bool): Whether to run the ``model_file`` that the config
             names. Default: ``False``.
 
     Raises:
-        ValueError: If mlx-lm would not build this model from the folder, with the
-            places where it builds something else; or if the source has no valid
-            config.
-        FileNotFoundError: If the source cannot be had.
+        ValueError: If mlx-lm would build another model from the folder (the message
+            says where it differs), or if the source has no valid config.
+        FileNotFoundError: If the source is not a folder here and cannot be downloaded.
         FileExistsError: If the folder exists.
         OSError: If the disk has too little space.
         TypeError: If an argument is of the wrong type.

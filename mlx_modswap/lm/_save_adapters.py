@@ -1,4 +1,4 @@
-"""A model with adapters -> an adapter folder."""
+"""Write the adapters of a model as an adapter folder."""
 
 from __future__ import annotations
 
@@ -24,26 +24,27 @@ from ._uniform import make_uniform
 
 
 def save_adapters(model: nn.Module, folder: str | Path) -> None:
-    """Write the adapters of a model, for mlx-lm and for :func:`adapter_rules`.
+    """Write the adapters of a model to a folder for mlx-lm and :func:`adapter_rules`.
 
     ``mlx_lm.load(..., adapter_path=folder)``, ``mlx_lm.generate``, ``mlx_lm.server``
-    and ``mlx_lm.fuse`` read the folder. The adapters are those of mlx-lm
+    and ``mlx_lm.fuse`` read the folder. The adapters are of mlx-lm's classes
     (``LoRALinear``, ``LoRASwitchLinear``, ``LoRAEmbedding``, ``DoRALinear``,
-    ``DoRAEmbedding``), in any places and of any ranks and scales. Only they are
-    written: what else was trained is not.
+    ``DoRAEmbedding``), at any paths and with any ranks and scales. Only the adapters
+    are written, and no other parameters that were trained.
 
     mlx-lm reads one rank and one scale for all adapters. So lower ranks are padded
-    with zeros and other scales are folded into ``lora_b``, which changes no output
-    but by rounding, and ``adapter_config.json`` has the true rank and scale of
-    each adapter as well: :func:`adapter_rules` restores them. ``lora_a``, ``m`` and
-    the ranks are then the same bit by bit, and so is ``lora_b`` where all scales are
-    equal or differ by powers of two, or where it is float16 or bfloat16. Otherwise
-    it differs by at most one unit in the last place of float32.
+    with zeros, and other scales are folded into ``lora_b``, which changes the outputs
+    only by rounding. ``adapter_config.json`` also contains the true rank and scale of
+    each adapter, which :func:`adapter_rules` restores. The restored ranks, ``lora_a``
+    and ``m`` are then the same bit for bit, and so is ``lora_b`` if all scales are
+    equal or differ by powers of two, or if ``lora_b`` is float16 or bfloat16.
+    Otherwise ``lora_b`` differs by at most one unit in the last place of float32.
 
-    The folder may exist, as it does from the second save of a training on. Its two
-    files are replaced and its other files stay. If something fails, the old files
-    stay; a reader finds the old adapter, none, or the new one, never parts of both.
-    A process that is killed may leave a folder ``.unfinished-*`` inside.
+    The folder may exist, as it does when a training saves again. Its two adapter
+    files are replaced, and its other files stay. If something fails, the old files
+    stay. A program that reads the folder meanwhile finds the old adapter, none, or
+    the new one, never parts of both. A process that is killed may leave a folder
+    ``.unfinished-*`` inside.
 
     Args:
         model (mlx.nn.Module): A model with adapters. It is not changed.
@@ -51,9 +52,10 @@ def save_adapters(model: nn.Module, folder: str | Path) -> None:
             ``adapter_config.json`` to.
 
     Raises:
-        ValueError: If the model has no adapters, or such that mlx-lm cannot read
-            together: of another class, one inside another, LoRA and DoRA, several
-            dropouts. If the folder has an adapter of PEFT. Nothing is written then.
+        ValueError: If the model has no adapters; if mlx-lm cannot read its adapters,
+            because they are of another class, one is inside another, some are LoRA
+            and some DoRA, or their dropouts differ; or if the folder contains an
+            adapter of PEFT. Then nothing is written.
 
     Example:
         >>> import os, tempfile
