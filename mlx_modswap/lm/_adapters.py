@@ -113,12 +113,12 @@ def _factory(adapter: Adapter, file: str) -> Factory:
 
 
 def _literal(path: str) -> Any:
-    """A pattern of this path alone."""
+    """Return a pattern that matches only this path."""
     return re.compile(re.escape(path)) if _NOT_LITERAL.search(path) else path
 
 
 def _read_mlx_lm(folder: Path, config: Mapping[str, Any]) -> dict[str, Adapter]:
-    """The adapters of a folder that ``mlx_lm.lora`` or :func:`save_adapters` wrote, by path."""
+    """Read the adapters, by path, of a folder that mlx-lm or :func:`save_adapters` wrote."""
     what = f"in {quoted(folder / CONFIG)}"
     method = config.get("fine_tune_type", "lora")
     if method == "full":
@@ -145,7 +145,7 @@ def _read_mlx_lm(folder: Path, config: Mapping[str, Any]) -> dict[str, Adapter]:
 
 
 def _check_complete(path: str, adapter: Adapter, file: Path) -> None:
-    """The arrays that the method needs must be there, and have the rank of the config."""
+    """Check that all arrays that the method needs are there, and have the rank of the config."""
     arrays, rank = adapter.arrays, adapter.rank
     needed = {"lora_a", "lora_b", "m"} if adapter.method == "dora" else {"lora_a", "lora_b"}
     if set(arrays) != needed:

@@ -61,7 +61,7 @@ def layers_path(model: nn.Module) -> str:
 
 
 def _lists_of(model: nn.Module, block: nn.Module) -> list[str]:
-    """The paths of the lists that hold a block."""
+    """Return the paths of the lists that hold a block."""
     modules = select(model, "**", strict=False)
     paths = [path for path, module in modules.items() if module is block]
     holders = dict.fromkeys(path.rpartition(".")[0] for path in paths)

@@ -116,7 +116,7 @@ def convert(
 
 
 class Plan(NamedTuple):
-    """What will be written. No array in it is computed yet.
+    """What will be written. None of its arrays is computed yet.
 
     Attributes:
         origin (Path): The folder of the source.
@@ -143,7 +143,7 @@ def plan(
     strict: bool = True,
     trust_remote_code: bool = False,
 ) -> Plan:
-    """Load and quantize a model without computing any of it. Takes arguments of `convert`."""
+    """Load and quantize a model lazily, with the arguments of ``convert``; return the plan."""
     wanted = _parsed(dtype)
     origin = _folders.find(source)
     _folders.check_trust(_folders.read_config(origin), trust_remote_code)
@@ -168,7 +168,7 @@ def _parsed(dtype: Any) -> str | None:
 
 
 def _cast(model: nn.Module, config: Config, dtype: str | None) -> None:
-    """Cast what ``mlx_lm.convert`` casts, to what it casts it to."""
+    """Cast the same arrays as ``mlx_lm.convert``, to the same dtype."""
     text_config = config.get("text_config") or {}
     name = dtype or config.get("torch_dtype") or text_config.get("dtype")
     if name not in MODEL_CONVERSION_DTYPES:
@@ -187,7 +187,7 @@ def _cast(model: nn.Module, config: Config, dtype: str | None) -> None:
 
 
 def _shards(arrays: Arrays, most: float) -> Iterator[Arrays]:
-    """The arrays in order, in groups that have no more than ``most`` bytes."""
+    """Yield the arrays in order, in groups of at most ``most`` bytes or of one array."""
     shard: Arrays = {}
     taken = 0
     for name, array in arrays.items():
@@ -200,21 +200,21 @@ def _shards(arrays: Arrays, most: float) -> Iterator[Arrays]:
 
 
 def _drop_arrays(model: nn.Module, report: Replacement) -> None:
-    """Take the arrays from a model, whose report reads its figures first, and keeps them."""
+    """Remove the arrays from a model, after the report has read its figures from them."""
     _ = report.changes
     model.update(tree_map(lambda array: mx.array([]), model.parameters()))
 
 
 def _write(folder: Path, shards: list[Arrays], originals: Arrays, summary: dict[str, Any]) -> None:
-    """Compute and write the shards, each of which is dropped when it is written.
+    """Compute and write the shards one after the other; free each when it is written.
 
-    An array that is computed lets go of what it was made of, so that of the original
-    model no more is in memory than one array needs. That array is computed before it
-    is quantized: MLX would keep what it was cast from until both are done.
+    A computed array releases its inputs, so only as much of the original model is in
+    memory as one array needs. An original array is computed before its quantized array:
+    otherwise MLX would keep the array it was cast from until both are done.
     """
     count = len(shards)
     files: dict[str, str] = {}
-    shards.reverse()  # the next one is taken from the end
+    shards.reverse()  # `pop` takes the next one from the end
     size = summary["total_size"]
     with tqdm(total=size, unit="B", unit_scale=True, disable=None, desc=folder.name) as bar:
         while shards:

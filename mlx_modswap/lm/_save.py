@@ -92,7 +92,7 @@ def save(
 
 
 def finish(staging: Path, origin: Path, config: Config, model: nn.Module) -> None:
-    """Write all that a folder holds but weights."""
+    """Write everything in a folder except the weights."""
     _folders.copy_files(origin, staging)
     _folders.write_config(_with_quantization(config, model), staging, model)
 
@@ -104,7 +104,7 @@ def check(
     original: Outline | None,
     trust_remote_code: bool,
 ) -> None:
-    """Load what was written, and compare it with what it was written from.
+    """Load a folder that was written, and compare the result with the model it was written from.
 
     Raises:
         ValueError: If mlx-lm cannot load it, or builds something else.
@@ -112,7 +112,7 @@ def check(
     try:
         built, _ = _folders.load(staging, trust_remote_code=trust_remote_code)
     except ValueError as error:
-        # Its weights may not fit since mlx-lm builds other layers: that says more.
+        # If the weights do not fit because mlx-lm builds other layers, the message is about these.
         differs = _other_layers(staging, expected, trust_remote_code)
         told = differs or str(error).replace(str(staging), str(target))
         raise ValueError(f"{str(target)!r} was not written: {told}") from error
@@ -129,7 +129,7 @@ def _other_layers(staging: Path, expected: Outline, trust_remote_code: bool) -> 
 
 
 def _original(origin: Path, trust_remote_code: bool) -> Outline | None:
-    """What mlx-lm builds of the source, if it can: there may be no weights any more."""
+    """Return what mlx-lm builds from the source; ``None`` if it cannot, as without weights."""
     try:
         model, _ = _folders.load(origin, trust_remote_code=trust_remote_code, strict=False)
     except ValueError:
@@ -146,7 +146,7 @@ def _check_entries(changes: dict[str, Any]) -> None:
 
 
 def _model_file(changes: dict[str, Any], origin: Path) -> Path | None:
-    """The file that a new ``model_file`` is copied from; leaves its name in the changes."""
+    """Return the file to copy for a new ``model_file``, and leave only its name in ``changes``."""
     if changes.get("model_file") is None:
         return None
     file = Path(changes["model_file"])
@@ -158,11 +158,11 @@ def _model_file(changes: dict[str, Any], origin: Path) -> Path | None:
 
 
 def _with_quantization(config: Config, model: nn.Module) -> Config:
-    """A config that says how the layers of a model are quantized now."""
+    """Return a config that says how the layers of a model are quantized now."""
     if select(model, "**", where=quantized, strict=False):
         return {**config, "quantization": quantization_config(model)}
     if select(model, "**", where=BitLinear, strict=False):
-        return config  # its quantization is another one, and the source's
+        return config  # with another kind of quantization, which is the same as in the source
     left = {key: value for key, value in config.items() if not key.startswith("quantization")}
     if isinstance(text_config := left.get("text_config"), dict):
         kept = {key: one for key, one in text_config.items() if key != "quantization_config"}

@@ -116,7 +116,7 @@ def _has_lora(path: str, module: nn.Module) -> bool:
 
 
 def _read(path: str, module: Any) -> Adapter:
-    """What an adapter computes with, if mlx-lm would build the same."""
+    """Read an adapter from its module, and check that mlx-lm would build the same."""
     name, kind = module.__class__.__name__, kind_of(module)
     if kind is None:
         raise ValueError(
@@ -142,13 +142,13 @@ def _read(path: str, module: Any) -> Adapter:
     if not isinstance(module.dropout, nn.Dropout):
         cls = module.dropout.__class__.__name__
         raise ValueError(f"the dropout of {path!r} must be an mlx.nn.Dropout, not a {cls}")
-    # nn.Dropout keeps 1 - p; for p = 0.1 the difference is 0.09999999999999998.
+    # nn.Dropout stores 1 - p; for p = 0.1, 1 - (1 - p) is 0.09999999999999998.
     dropout = round(1 - module.dropout._p_1, 12)
     return Adapter(arrays, kind.method, rank, float(module.scale), dropout)
 
 
 def _check_same(adapters: Mapping[str, Adapter], field: str, cure: str) -> None:
-    """All adapters must have the same, as mlx-lm reads only one."""
+    """Check that a field is the same for all adapters, since mlx-lm reads only one value."""
     groups: dict[Any, list[str]] = {}
     for path, adapter in adapters.items():
         groups.setdefault(getattr(adapter, field), []).append(path)
@@ -169,12 +169,13 @@ def _listed(paths: list[str]) -> str:
 
 
 def _keys(model: nn.Module, modules: Mapping[str, nn.Module]) -> tuple[list[str], int]:
-    """The ``keys`` and ``num_layers`` with which mlx-lm finds the places of the adapters.
+    """Return the ``keys`` and ``num_layers`` with which mlx-lm finds the places of the adapters.
 
-    mlx-lm adapts the modules whose path is one of the keys, in each of the last
-    ``num_layers`` blocks and then in the whole model. Keys relative to a block are
-    known to other readers too; whole paths can say any places. The search is done
-    here as mlx-lm does it, so what it finds are these places, or it is an error.
+    mlx-lm adapts the modules whose path is one of the keys: first the path from each of
+    the last ``num_layers`` blocks, and then the path from the model. Keys relative to a
+    block are preferred, since other programs can read them too; whole paths can name any
+    places. The search of mlx-lm is repeated here: either it finds exactly these places,
+    or it is an error.
     """
     layers = getattr(model, "layers", ())
     layers = layers if isinstance(layers, (list, tuple)) else ()
@@ -201,7 +202,7 @@ def _keys(model: nn.Module, modules: Mapping[str, nn.Module]) -> tuple[list[str]
 
 @contextmanager
 def _replaced(folder: Path) -> Iterator[Path]:
-    """Give a folder to write the two files to, and then put them into ``folder`` together."""
+    """Yield a folder to write the two files to, and then move both into ``folder``."""
     peft = Path(PEFT_WEIGHTS)
     if any((folder / name).exists() for name in (peft, peft.with_suffix(".bin"))):
         raise ValueError(
@@ -216,15 +217,16 @@ def _replaced(folder: Path) -> Iterator[Path]:
             yield Path(stage)
             _move_in(Path(stage), folder)
     except BaseException:
-        with suppress(OSError):  # somebody else put something there
+        with suppress(OSError):  # another program put something there
             for one in made:
                 one.rmdir()
         raise
 
 
 def _move_in(stage: Path, folder: Path) -> None:
-    # Without a config there is no adapter. It goes first and comes last, so whoever reads
-    # meanwhile, or after a crash, never finds the arrays of one adapter and the config of another.
+    # A folder without a config has no adapter. The old config is moved out first, and the new one
+    # is moved in last. So a program that reads the folder meanwhile, or after a crash, never finds
+    # the arrays of one adapter and the config of another.
     olds = [name for name in (CONFIG, WEIGHTS) if (folder / name).exists()]
     try:
         for name in olds:
