@@ -81,7 +81,7 @@ def tree(
 
 
 def _rows(model: nn.Module, form: Form) -> list[Row]:
-    """Every line of the picture, top-down. A module in several places is counted once."""
+    """Return every line of the picture, top-down. A module in several places is counted once."""
     first_rows: dict[int, Row] = {}  # where each tied module is counted, by `id`
     rows: list[Row] = []
     waiting: list[tuple[Row, Modules]] = [(Row(None, (), 1, form.text, form), [model])]
@@ -113,11 +113,11 @@ def _rows(model: nn.Module, form: Form) -> list[Row]:
     return rows
 
 
-Modules = list[Any]  # at the places of a row
+Modules = list[Any]  # what is at the places of a row
 
 
 def _child_rows(parent: Row, form: Form, modules: Modules) -> list[tuple[Row, Modules]]:
-    """The lines directly below a line, in the order in which their first places come."""
+    """Return the lines directly below a line and their modules, in the order of first places."""
     same: dict[tuple[Look, bool], list[int]] = {}
     for position, child in enumerate(form.children):
         same.setdefault((child.look, is_private(child.path)), []).append(position)
