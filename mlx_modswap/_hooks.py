@@ -255,7 +255,7 @@ def _check_function(name: str, arguments: str, function: Any) -> None:
 
 # ---------------------------------------------------------------- the hooks of a block
 
-_SHARED, _PATHS = "_(shared)", "_(paths)"  # not names of attributes, so they hide none of a layer
+_SHARED, _PATHS = "_(shared)", "_(paths)"  # not identifiers, so they hide no attribute of a layer
 
 _REASONS = (
     "likely reasons: the model was called outside the block (a generator is used up after it) or "
@@ -268,11 +268,11 @@ class _Shared:
     """What the hooked layers of one block share.
 
     Attributes:
-        see (Callable, optional): What gets the path, the output and the arguments of each
-            call, and returns the output to use; ``None`` once the block has ended, since
-            a hooked layer may be held longer, by a module of another block for instance.
+        see (Callable, optional): Called with the path, the output and the arguments of each
+            call; returns the output to use. ``None`` once the block has ended, since a
+            hooked layer may live longer, for example inside a module of another block.
         calls (dict[str, int]): How often the layer at each path was called.
-        firsts (dict[str, str]): For each path the first path of its layer.
+        firsts (dict[str, str]): For each path, the first path of its layer.
     """
 
     def __init__(self, see: See, paths: list[str]):
@@ -282,7 +282,7 @@ class _Shared:
 
 
 class _Hooked(Wrapper):
-    """A layer with the hook of a block. What is set on it is set on the layer."""
+    """A layer with the hook of a block. Setting an attribute sets it on the layer."""
 
     def __init__(self, layer: nn.Module, shared: _Shared):
         super().__init__(layer)
@@ -303,12 +303,12 @@ class _Hooked(Wrapper):
         setattr(self.__wrapped__, name, value)
 
     def to_quantized(self, *args: Any, **kwargs: Any) -> nn.Module:
-        """Quantize the layer, without the hook."""
+        """Return the quantized layer, without the hook."""
         layer: Any = self.__wrapped__
         return layer.to_quantized(*args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """What is copied or saved inside the block is the layer without the hook."""
+        """Copy or pickle the layer, without the hook."""
         return self.__wrapped__.__reduce_ex__(protocol)
 
 
@@ -321,14 +321,14 @@ def _hooking(
     exclude: Patterns,
     strict: bool,
 ) -> Iterator[_Shared]:
-    """Hook the selected layers inside a ``with`` block."""
+    """Hook the selected layers inside a ``with`` block; yield what the hooked layers share."""
     check_model(model)
     patterns = parse_argument(model, "pattern", pattern)
     excludes = parse_argument(model, "exclude", exclude)
     places = choose(model, [Rule(patterns)], where, excludes, strict).places
     masks, depths = dict(zip(places.paths, places.masks)), _depths(places)
     slices = not any(str(key).isdecimal() or "." in str(key) for key in places.dict_keys())
-    del places  # and the layers in them
+    del places  # which holds the layers
     shared = _Shared(see, [*masks])
     try:
         with ExitStack() as stack:
@@ -342,15 +342,15 @@ def _hooking(
 
 
 def _depths(places: Places) -> dict[int, int]:
-    """How deep each layer is, by its ``id``: the dots in the longest of its paths.
+    """Return the depth of each layer by its ``id``: the dots in the longest of its paths.
 
-    A swap refuses places inside one another, since after a change of the outer one the
-    path of the inner one may lead anywhere. Hooked layers are an exception, as they let
-    every path through; without it nobody could hook a block and the attention inside
-    it. So there is one swap for each depth. What is inside a layer is deeper than it by
-    this measure, however many paths either has: to any path of the outer layer there is
-    a longer one of the inner layer. So no swap has two layers inside one another, and
-    each has all paths of a tied layer, which can only change as a whole.
+    A swap does not accept one place inside another, since the path of the inner place may
+    lead anywhere after the outer module has changed. Hooks need such places, for example
+    to hook a block and the attention inside it, and a hooked layer keeps every path
+    valid. So there is one swap for each depth. A layer inside another layer always has
+    the greater depth, however many paths the two have: for each path of the outer layer,
+    there is a longer path of the inner layer. So no swap contains a layer inside another,
+    and each swap contains all paths of a tied layer, which can only change as a whole.
     """
     depths: dict[int, int] = {}
     for path, layer in zip(places.paths, places.modules):
@@ -378,11 +378,11 @@ def _hook_layers_at(
 def _check_calls(
     patterns: list[Parsed], masks: dict[str, int], calls: dict[str, int], slices: bool
 ) -> None:
-    """Of the layers that a pattern matches at least one must have been called.
+    """Check that at least one of the layers that each pattern matches was called.
 
     Args:
         patterns (list[Parsed]): The patterns.
-        masks (dict[str, int]): The patterns that match each path.
+        masks (dict[str, int]): The patterns that match each path: bit ``i`` for pattern ``i``.
         calls (dict[str, int]): How often the layer at each path was called.
         slices (bool): Whether every number in a path is an index of a list.
     """

@@ -259,7 +259,7 @@ def partial_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[
 
 
 def _carry_out(plan: Plan) -> None:
-    """Set the training mode of the modules that are new, and put all new modules into the model."""
+    """Swap, and set the training mode of the modules that the model did not contain before."""
     modes = [(module, getattr(module, "_training", True)) for module, _ in plan.training]
     try:
         _set_modes(plan.training)
@@ -270,7 +270,7 @@ def _carry_out(plan: Plan) -> None:
 
 
 def _set_modes(modes: Iterable[tuple[nn.Module, bool]]) -> None:
-    """Set the mode of each module and not of those inside, as ``train`` does."""
+    """Set the mode of each module itself, with the method that ``train`` calls on each module."""
     for module, mode in modes:
         if hasattr(module, "_set_training_mode"):
             module._set_training_mode(mode)
@@ -279,15 +279,15 @@ def _set_modes(modes: Iterable[tuple[nn.Module, bool]]) -> None:
 
 
 def _update(places: Places, olds: Sequence[nn.Module], news: Sequence[nn.Module]) -> None:
-    """Put ``news`` into the places, which hold ``olds``, with one native call."""
+    """Put ``news`` into the places, which hold ``olds``, with one call of ``update_modules``."""
     model = places.model
     try:
         nn.Module.update_modules(model, nest(places, news))
         if (at := places.first_without(news)) is not None:
             raise SelectionError(f"MLX's update_modules left {places.paths[at]!r} as it was")
     except BaseException as error:
-        # The same partial dict takes the same way through the model and ends where
-        # this one did, so it restores exactly what was replaced.
+        # The same partial dict visits the places in the same order and stops where the first
+        # call stopped, so it restores exactly what was replaced.
         with suppress(Exception):
             nn.Module.update_modules(model, nest(places, olds))
         if not isinstance(error, Exception):
@@ -312,7 +312,7 @@ def _unreachable(places: Places, error: Exception) -> str:
 def _put_back(block: Block) -> None:
     try:
         block.end(_update)
-    except KeyboardInterrupt as interrupt:  # an update that is interrupted leaves the new modules
+    except KeyboardInterrupt as interrupt:  # an interrupted update leaves the new modules
         try:
             block.end(_update)
         except SelectionError as refusal:

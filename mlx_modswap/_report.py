@@ -37,7 +37,7 @@ class Change(NamedTuple):
     pattern: Pattern
     old: str
     new: str
-    count: int  # pyright: ignore[reportIncompatibleMethodOverride]  # nobody counts in a line
+    count: int  # pyright: ignore[reportIncompatibleMethodOverride]  # hides `tuple.count`
     old_params: int
     new_params: int
     old_nbytes: int
@@ -47,7 +47,7 @@ class Change(NamedTuple):
 
 
 class _Line(NamedTuple):
-    """A line before it is printed: it also knows what is trainable."""
+    """A line before it is printed, with all measures of its old and new modules."""
 
     pattern: Pattern
     old_name: str
@@ -177,7 +177,7 @@ class Replacement(Mapping[str, nn.Module]):
         return lines
 
     def _rows(self) -> list[list[str]]:
-        """The cells of each printed line."""
+        """Return the cells of each printed line."""
         rows = [_cells(line, _tells_trainable(line)) for line in self._lines[:_MOST_LINES]]
         if (more := len(self._lines) - _MOST_LINES) > 0:
             rows.append([f"... {more} more", *("" for _ in rows[0][1:])])
@@ -191,7 +191,7 @@ def _name(of: Measure, names: dict[type, str]) -> str:
 
 
 def _total_of(lines: list[_Line]) -> _Line:
-    """The last line of several; it does not say classes and dtypes again."""
+    """Return the line with the totals; it does not repeat classes and dtypes."""
     places = sum(line.places for line in lines)
     old, new = (
         total(measures)._replace(dtypes=frozenset())
@@ -201,9 +201,10 @@ def _total_of(lines: list[_Line]) -> _Line:
 
 
 def _tells_trainable(line: _Line) -> bool:
-    """Whether the trainable parameters are not what one expects.
+    """Return whether a line shows how many parameters are trainable.
 
-    One expects all parameters to be trainable, and those of a quantized layer not to be.
+    It does if their number changes, except in the usual case: all old parameters are trainable,
+    and all new ones are trainable or belong to a quantized layer.
     """
     old, new = line.old, line.new
     if old.trainable == new.trainable:
@@ -225,7 +226,7 @@ def _cells(line: _Line, tells_trainable: bool) -> list[str]:
 
 
 def _change(before: int, after: int, text: Callable[[int], str]) -> str:
-    """``4000, 0`` -> ``'4.0K -> 0'``, and ``8000000, 8000012`` -> ``'8.0M + 12'``."""
+    """Format ``4000, 0`` as ``'4.0K -> 0'``, and ``8000000, 8000012`` as ``'8.0M + 12'``."""
     if before != after and text(before) == text(after):
         return f"{text(before)} {'+' if after > before else '-'} {text(abs(after - before))}"
     return _arrow(text(before), text(after))
@@ -239,12 +240,12 @@ def _arrow(before: str, after: str) -> str:
 
 
 def number(count: int) -> str:
-    """``2100000`` -> ``'2.1M'``."""
+    """Format ``2100000`` as ``'2.1M'``."""
     return _scaled(count, ("", "K", "M", "B", "T"))
 
 
 def size(nbytes: int) -> str:
-    """``2100000`` -> ``'2.1 MB'``."""
+    """Format ``2100000`` as ``'2.1 MB'``."""
     return _scaled(nbytes, (" B", " KB", " MB", " GB", " TB"))
 
 
@@ -256,12 +257,12 @@ def _scaled(count: int, units: tuple[str, ...]) -> str:
 
 
 def dtypes(of: Iterable[mx.Dtype]) -> str:
-    """What to call some dtypes."""
+    """Return the names of some dtypes as text."""
     return ", ".join(sorted(str(one).removeprefix("mlx.core.") for one in of)) or "no arrays"
 
 
 def aligned(rows: list[list[str]]) -> list[str]:
-    """One line for each row, in columns; those that are empty are left out."""
+    """Return a line for each row, with aligned columns; empty columns are left out."""
     columns = [column for column in zip(*rows) if any(column)]
     widths = [max(map(len, column)) for column in columns]
     return ["   ".join(map(str.ljust, row, widths)).rstrip() for row in zip(*columns)]

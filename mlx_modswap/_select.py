@@ -87,14 +87,15 @@ def check_model(model: Any) -> None:
 
 
 class Chosen(NamedTuple):
-    """The places that a request names.
+    """The places that a request selects.
 
     Attributes:
         places (Places): The places, in definition order.
-        rules (list[int]): The number of the rule that decides each.
+        rules (list[int]): The number of the rule that decides each place.
         left_alone (list[tuple[str, nn.Module]]): Path and module of each place that an
-            exclude, or a rule that keeps, leaves alone, whatever ``where`` says of it.
-        visited (Visited): What the walk came by.
+            exclude, or a rule with ``None``, leaves alone, whether or not ``where``
+            accepts it.
+        visited (Visited): The containers that the walk reached.
     """
 
     places: Places
@@ -110,7 +111,7 @@ def choose(
     excludes: list[Parsed],
     strict: bool,
 ) -> Chosen:
-    """Find the places that the arguments of a call name."""
+    """Find the places that the arguments of a call select."""
     check_where(where)
     request = Request(rules, where, excludes)
     places, visited = match(model, request)
@@ -123,7 +124,7 @@ def choose(
 
 
 def narrow(places: Places, visited: Visited, request: Request, passed: Passed | None) -> Chosen:
-    """Keep the places that ``where`` lets through and no exclude leaves alone."""
+    """Keep the places that ``where`` accepts and that no exclude removes, and return them."""
     included, owners = request.included, request.owners
     masks = set(places.masks)
     free = {mask for mask in masks if mask <= included}

@@ -16,12 +16,12 @@ from ._errors import described
 
 T = TypeVar("T")
 
-_SEALED, _SLOTS = "(sealed)", "(slots)"  # not names of attributes, so they hide none of a layer
-_LENT = frozenset(["__call__", "to_quantized"])  # methods of `Wrapper` that are the layer's as well
+_SEALED, _SLOTS = "(sealed)", "(slots)"  # not identifiers, so they hide no attribute of a layer
+_LENT = frozenset(["__call__", "to_quantized"])  # methods of `Wrapper` that call the layer's own
 
 
 class _Sealing(type):
-    """Knows when the ``__init__`` of a wrapper is over, and looks at what it has set."""
+    """A metaclass that checks and seals a wrapper once its ``__init__`` has returned."""
 
     def __init__(cls, name: str, bases: tuple[type, ...], namespace: dict[str, Any]):
         super().__init__(name, bases, namespace)
@@ -112,8 +112,8 @@ class Wrapper(nn.Module, metaclass=_Sealing):
         layer: Any = self.__wrapped__
         return _rebuilt(type(self), layer.to_quantized(*args, **kwargs), _own_attributes(self))
 
-    # The methods of `nn.Module` and `dict` are taken from the layer as well, whose class may
-    # override them, and so is `__class__`, which `isinstance` asks for.
+    # The methods of `nn.Module` and `dict` come from the layer as well, since its class may
+    # override them. So does `__class__`, which `isinstance` reads.
     def __getattribute__(self, name: str) -> Any:
         if name == "__wrapped__":
             return dict.__getitem__(self, WRAPPED)
@@ -122,13 +122,14 @@ class Wrapper(nn.Module, metaclass=_Sealing):
             return _lent(self, name, value) if name in _LENT else value
         return getattr(dict.__getitem__(self, WRAPPED), name)
 
-    # Python asks here when the above raises an AttributeError. The method of `nn.Module` would go
-    # on to look for a method of the wrapper, and find the `to_quantized` that the layer lacks.
+    # Python calls this when `__getattribute__` raises an AttributeError. The `__getattr__` of
+    # `nn.Module` would then look in the wrapper's class, and would find `to_quantized` there
+    # although the layer has none.
     def __getattr__(self, name: str) -> Any:
         return self.__getattribute__(name)
 
-    # A wrapper that notes something in its `__call__` (`self.last = x`) must not make a
-    # parameter of the layer out of it, which would be saved, and stay after unwrapping.
+    # What a wrapper stores in its `__call__` (`self.last = x`) must not become a parameter of
+    # the layer: it would be saved, and would stay after unwrapping.
     def __setattr__(self, name: str, value: Any) -> None:
         is_sealed = _SEALED in _own(self)
         if is_sealed and not _is_own(self, name) and hasattr(unwrapped(self), name):
@@ -142,7 +143,7 @@ class Wrapper(nn.Module, metaclass=_Sealing):
         else:
             delattr(self.__wrapped__, name)
 
-    # Python looks these up in the class.
+    # Python looks these methods up in the class, without `__getattribute__`.
     def __getitem__(self, key: Any) -> Any:
         return self.__wrapped__ if key == WRAPPED else self.__wrapped__[key]
 
@@ -179,7 +180,7 @@ def _own(wrapper: Wrapper) -> dict[str, Any]:
 
 
 def _own_attributes(wrapper: Wrapper) -> dict[str, Any]:
-    """All that was set on the wrapper itself, in slots too."""
+    """Return all attributes that were set on the wrapper itself, including slots."""
     attributes = dict(_own(wrapper))
     for name in vars(type(wrapper))[_SLOTS]:
         with suppress(AttributeError):  # it was not set
@@ -188,7 +189,7 @@ def _own_attributes(wrapper: Wrapper) -> dict[str, Any]:
 
 
 def _is_own(wrapper: Wrapper, name: str) -> bool:
-    """Whether an attribute is the wrapper's: set on it, or defined in its class."""
+    """Return whether an attribute is the wrapper's: set on it, or defined in its class."""
     if name in _own(wrapper):
         return True
     for cls in type(wrapper).__mro__:
@@ -200,7 +201,7 @@ def _is_own(wrapper: Wrapper, name: str) -> bool:
 
 
 def _check_own(wrapper: Wrapper) -> None:
-    """Nothing public that ``__init__`` has set may hold arrays, which MLX would not find."""
+    """Check that no public attribute set in ``__init__`` holds arrays: MLX would not find them."""
     for name, value in _own_attributes(wrapper).items():
         if not name.startswith("_") and _holds_arrays(value):
             what = described(value) + " that holds arrays" * is_container(value)
@@ -219,7 +220,7 @@ def _holds_arrays(value: Any) -> bool:
 
 
 def _lent(wrapper: Wrapper, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
-    """A method of the wrapper with the signature of the layer's, unless it has one of its own.
+    """Return a method of the wrapper, with the layer's signature unless it has its own.
 
     Raises:
         AttributeError: If the layer does not have the method.
@@ -236,7 +237,7 @@ def _lent(wrapper: Wrapper, name: str, method: Callable[..., Any]) -> Callable[.
 
 
 def _rebuilt(cls: type[Wrapper], layer: nn.Module, own: dict[str, Any]) -> Wrapper:
-    """A wrapper from its parts, for ``copy``, ``pickle`` and ``to_quantized``."""
+    """Build a wrapper from its parts, for ``copy``, ``pickle`` and ``to_quantized``."""
     wrapper = cls.__new__(cls)
     dict.__setitem__(wrapper, WRAPPED, layer)
     for name, value in own.items():
