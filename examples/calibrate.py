@@ -5,7 +5,7 @@
     python examples/calibrate.py                              # SmolLM2, see smollm2.py
     python examples/calibrate.py --model FOLDER --text FILE --tokens 16384
 
-Calibration looks at the inputs of layers, batch after batch. To keep all inputs would take more
+Calibration looks at the inputs of layers, batch after batch. Keeping all inputs would take more
 memory than the model, but only a sum of them is needed. ``observe`` passes the inputs to a function
 that adds their second moments, ``x.T @ x``, to the running sum of each layer. These are the sums
 from which mlx-lm's GPTQ starts, bit for bit.

@@ -25,7 +25,7 @@ Exit status: 0, 1 if what was asked for cannot be done, 2 if the arguments are w
 _MODES = ("affine", "mxfp4", "nvfp4", "mxfp8")  # as in mlx_lm.convert, like the dtypes
 _DTYPES = ("float16", "bfloat16", "float32")
 
-# From the words of the library's errors to those of the command line.
+# What the library's errors say -> what the command line says instead.
 _OPTIONS = {
     "trust_remote_code=True": "--trust-remote-code",
     "a group_size": "a --q-group-size",

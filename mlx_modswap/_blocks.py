@@ -56,8 +56,8 @@ class Block:
     * *Changes by hand.* These must be distinguished from the changes of other blocks. So
       each block records what other blocks put into the locations that it relies on: its
       own locations, and those on the way to them. If such a location holds anything
-      else than what the block or another block put there, it was changed by hand, and
-      the block puts nothing back.
+      other than what this block or another one put there, it was changed by hand, and
+      this block puts nothing back.
 
     In the common case there is only one block, or the last block ends first: then all of
     this costs no more than a list with one entry. There is no lock. Blocks in different

@@ -27,7 +27,7 @@ _MOST_TOKENS = 40  # of a pattern that is worth correcting
 
 
 def no_match(model: nn.Module, pattern: Parsed) -> str:
-    """Write that a pattern matches nothing, what is there instead, and a pattern that matches."""
+    """Return the message that a pattern matches nothing, what is there, and what would match."""
     source = pattern.source
     if isinstance(source, re.Pattern):
         works = _first_that_works(model, widened(source))
@@ -44,7 +44,7 @@ def no_match(model: nn.Module, pattern: Parsed) -> str:
 
 
 def no_place(model: nn.Module, path: str) -> str:
-    """Write that there is no module at a path, and what is there instead."""
+    """Return the message that there is no module at a path, and what is there instead."""
     message = f"there is no module at {shorten(repr(path))}"
     names = path.split(".")
     if len(names) > _MOST_TOKENS or re.search(r"[*?\[\]{}]|^$|^\.|\.\.|\.$", path):
@@ -175,7 +175,7 @@ def outline(container: Container) -> list[str]:
 
 
 def _close_patterns(model: nn.Module, source: str) -> Iterator[str]:
-    """Yield patterns close to one that matches nothing, the likeliest first."""
+    """Yield patterns that are similar to one that matches nothing, the likeliest first."""
     for text in dict.fromkeys(reversed(list(spellings(source)))):
         with suppress(PatternError):  # the text may still have a mistake
             parse(text)

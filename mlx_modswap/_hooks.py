@@ -345,12 +345,12 @@ def _depths(places: Places) -> dict[int, int]:
     """Return the depth of each layer by its ``id``: the dots in the longest of its paths.
 
     A swap does not accept one place inside another, since the path of the inner place may
-    lead anywhere after the outer module has changed. Hooks need such places, for example
-    to hook a block and the attention inside it, and a hooked layer keeps every path
-    valid. So there is one swap for each depth. A layer inside another layer always has
-    the greater depth, however many paths the two have: for each path of the outer layer,
-    there is a longer path of the inner layer. So no swap contains a layer inside another,
-    and each swap contains all paths of a tied layer, which can only change as a whole.
+    lead anywhere after the outer module has changed. Hooks need such places, for example a
+    block and the attention inside it; and a hooked layer keeps every path valid. So there
+    is one swap for each depth. A layer inside another layer always has the greater depth,
+    however many paths the two have: for each path of the outer layer, there is a longer
+    path of the inner layer. So no swap contains a layer inside another, and each swap
+    contains all paths of a tied layer, which can only change as a whole.
     """
     depths: dict[int, int] = {}
     for path, layer in zip(places.paths, places.modules):

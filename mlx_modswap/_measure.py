@@ -42,7 +42,7 @@ NOTHING = Measure(nn.Module, 0, 0, 0, 0, frozenset())
 
 
 def measure(modules: Sequence[nn.Module]) -> list[Measure]:
-    """Measure modules with all their descendants. A module that comes again counts as nothing.
+    """Measure modules with all their descendants. A module that occurs again adds nothing.
 
     Equal measures are one object, since there are few different ones, however many modules.
     """

@@ -221,7 +221,7 @@ def _parse_subscript(start: int, found: re.Match[str]) -> _Subscript:
 
 
 def _bracket_mistake(start: int, segment: str) -> Mistake:
-    """Return the mistake if the text in all brackets is right, but not where they are."""
+    """Return the mistake of brackets that are valid themselves, but in the wrong place."""
     stray = re.search(r"[\[\]]", _BRACKETS.sub(lambda found: " " * len(found[0]), segment))
     if stray:
         return Mistake(f"unmatched '{stray[0]}'", start + stray.start(), 1)
@@ -305,7 +305,7 @@ class _Node:
         self.mask = 0
 
     def child(self, item: Any) -> _Node:
-        """Return the node after an item, which is made if there is none."""
+        """Return the node after an item; make one if there is none."""
         if item not in self.children:
             self.children[item] = node = _Node(loops=item is _DEEP)
             if isinstance(item, _Names):

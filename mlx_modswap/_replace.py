@@ -71,8 +71,8 @@ def replace_layers(
       is called once, and the new module is put into all of these places.
     * A new module gets the training mode of the module that it replaces. Frozen
       state is not copied: an adapter in a frozen model is trainable.
-    * A place that is left alone, by ``exclude`` or by a rule whose value is
-      ``None``, is left alone with everything inside it.
+    * If a place is left alone, by ``exclude`` or by a rule whose value is
+      ``None``, everything inside it is left alone, too.
 
     Args:
         model (mlx.nn.Module): The model to change in place.
@@ -156,7 +156,7 @@ def swapped(
     """Replace modules inside a ``with`` block, then put the same modules back.
 
     Takes the arguments of :func:`replace_layers`. At the end of the block the
-    identical modules return to their places, even if the block raises. Setting a
+    old modules return to their places, even if the block raises an error. Setting a
     training mode inside the block, for example with ``model.eval()``, affects only
     the modules that are in the model at that time.
 
@@ -166,7 +166,7 @@ def swapped(
 
     * a block that ends while a later block is still open on one of the same places,
       since its own module was not in use there in the meantime;
-    * a block one of whose places is no longer at its path, because another block
+    * a block with a place that is no longer at its path, because another block
       changed a module around it.
 
     Use one block around both streams instead. The same holds for :func:`observe`,
@@ -179,7 +179,7 @@ def swapped(
         SelectionError: As in :func:`replace_layers`. Also at the end of the block, if
             one of the places was modified by hand inside the block (then nothing is
             put back), or if blocks did not end in the reverse order. If the block
-            itself raises an error, this one is added to that error as a note.
+            itself raises an error, that error is raised, with this one as a note.
 
     Example:
         >>> import mlx.nn as nn

@@ -21,7 +21,7 @@ class RulesError(ValueError):
 
 
 def read_rules(texts: Sequence[str], file: Path | None) -> dict[Key, Value]:
-    """Read the rules of a command line, and after them those of a file.
+    """Read the rules of a command line, and then the rules of a file.
 
     Args:
         texts (Sequence of str): Each is ``PATTERN=BITS``, or ``PATTERN=keep`` to leave what it

@@ -97,8 +97,8 @@ def sort_containers(model: nn.Module, swaps: Swaps | None = None) -> list[Contai
 
     Args:
         model (nn.Module): The model.
-        swaps (dict, optional): Modules that are at some locations instead of those in
-            the model.
+        swaps (dict, optional): Modules to use at some locations instead of those in the
+            model.
 
     Raises:
         SelectionError: If a container holds itself, at any depth.

@@ -32,7 +32,7 @@ from ._walk import Places
 
 
 def check_matches(model: nn.Module, request: Request, places: Places) -> None:
-    """Check that each pattern matches a module, and each exclude one that a pattern matches.
+    """Check that each pattern matches a module, and each exclude a module that a pattern matches.
 
     Raises:
         NoMatchError: If one of them does not. The message says which.
@@ -112,8 +112,8 @@ class _Matched:
     def do_something(self, masks: Collection[int]) -> bool:
         """Return whether a pattern with these masks, or a rule that decides them, does something.
 
-        It does if ``where`` accepts one of its modules, excluded or not. It is also in order
-        if all of its modules are excluded, since one list of patterns can serve several models.
+        It does if ``where`` accepts one of its modules, excluded or not. It also counts if all
+        of its modules are excluded, since one list of patterns can serve several models.
         """
         if any(mask in self.live for mask in masks):
             return True

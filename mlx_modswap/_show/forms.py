@@ -71,8 +71,8 @@ class Form:
         modules (int): How many descendants each of them has.
         has_parameters (bool): Whether each of them, or a descendant that is not private,
             has parameters.
-        is_frozen (bool): Whether each of them has frozen parameters that could be trained;
-            those of a quantized layer could not.
+        is_frozen (bool): Whether each of them, or a descendant, has frozen parameters that
+            could be trained; the parameters of a quantized layer could not.
     """
 
     __slots__ = ("children", "has_parameters", "is_frozen", "measure", "modules", "text")

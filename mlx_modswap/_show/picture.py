@@ -40,8 +40,8 @@ class Row:
         pattern (str): The pattern that selects the places.
         modules (int): How many descendants the places have.
         selected (int): How many places are selected, of this line and all lines below it.
-        uncounted (bool): Whether ``model.parameters()`` leaves out those of the places,
-            because this line or a line that contains it is private.
+        uncounted (bool): Whether ``model.parameters()`` leaves out the parameters of the
+            places, because this line or a line that contains it is private.
     """
 
     parent: Row | None

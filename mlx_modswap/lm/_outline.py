@@ -109,7 +109,7 @@ def other_layers(built: Outline, model: Outline) -> str:
         if _is_same(one, other):
             continue
         seen.add(path)
-        if not any(above in seen for above in _above(path)):  # else that one says enough
+        if not any(above in seen for above in _above(path)):  # the one above says enough
             differing.setdefault((one, other), []).append(path)
     if not differing:
         return ""

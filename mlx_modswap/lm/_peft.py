@@ -105,7 +105,7 @@ def _rank_and_scale(config: Mapping[str, Any], path: str, folder: Path) -> tuple
 def _for(
     path: str, config: Mapping[str, Any], patterns: str, usual: str, folder: Path
 ) -> tuple[Any, str]:
-    """Return the value of the first pattern that matches the end of a path, and its name."""
+    """Return the value of the first pattern that matches the end of a path, and name the value."""
     what = _key(folder, patterns)
     for pattern, value in read_object(config.get(patterns) or {}, what).items():
         try:

@@ -20,7 +20,7 @@ from ._paths import folded
 
 Settings = dict[str, Any]  # keywords of `to_quantized`
 Value = int | Mapping[str, Any] | None
-Rules = Mapping[Any, Value]  # the keys are patterns or tuples of patterns, and invariant: so `Any`
+Rules = Mapping[Any, Value]  # from a pattern or several; not typed, as keys are invariant
 
 _CATCH_ALL = "**"
 
@@ -51,17 +51,17 @@ def quantize(
             patterns, matches: an ``int`` is the number of bits per weight, a
             mapping holds keywords of ``to_quantized`` (``bits``, ``group_size``,
             ``mode``), and ``None`` leaves a layer alone, with everything inside it.
-        group_size (int, optional): How many weights share a scale, unless the rule
-            says it. Default: ``None``, MLX's default for the mode, which is 64 for
+        group_size (int, optional): How many weights share a scale, unless a rule says
+            otherwise. Default: ``None``, MLX's default for the mode, which is 64 for
             ``"affine"``.
-        mode (str): How to quantize, unless the rule says it: ``"affine"``,
+        mode (str): How to quantize, unless a rule says otherwise: ``"affine"``,
             ``"mxfp4"``, ``"nvfp4"`` or ``"mxfp8"``. See
             :func:`mlx.core.quantize`. Default: ``"affine"``.
         strict (bool): If ``True``, a rule that does nothing is an error. See
             :func:`~mlx_modswap.replace_layers`. Default: ``True``.
 
     Returns:
-        Replacement: A mapping of path to quantized layer. Print it to see the
+        Replacement: A mapping from path to quantized layer. Print it to see the
         change.
 
     Raises:

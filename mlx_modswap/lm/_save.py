@@ -129,7 +129,7 @@ def _other_layers(staging: Path, expected: Outline, trust_remote_code: bool) -> 
 
 
 def _original(origin: Path, trust_remote_code: bool) -> Outline | None:
-    """Return what mlx-lm builds from the source; ``None`` if it cannot, as without weights."""
+    """Return what mlx-lm builds from the source; ``None`` if it cannot, say without weights."""
     try:
         model, _ = _folders.load(origin, trust_remote_code=trust_remote_code, strict=False)
     except ValueError:

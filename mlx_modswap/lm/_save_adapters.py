@@ -36,7 +36,7 @@ def save_adapters(model: nn.Module, folder: str | Path) -> None:
     with zeros, and other scales are folded into ``lora_b``, which changes the outputs
     only by rounding. ``adapter_config.json`` also contains the true rank and scale of
     each adapter, which :func:`adapter_rules` restores. The restored ranks, ``lora_a``
-    and ``m`` are then the same bit for bit, and so is ``lora_b`` if all scales are
+    and ``m`` are the same bit for bit, and so is ``lora_b`` if all scales are
     equal or differ by powers of two, or if ``lora_b`` is float16 or bfloat16.
     Otherwise ``lora_b`` differs by at most one unit in the last place of float32.
 
