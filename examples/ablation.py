@@ -1,4 +1,4 @@
-"""Find out which block of all-MiniLM-L6-v2 matters most: take one away at a time.
+"""Find out which block of all-MiniLM-L6-v2 matters most: skip one block at a time.
 
 ::
 
@@ -19,7 +19,7 @@ SAMPLE = SENTENCES[:12]
 
 
 class Skip(Wrapper):
-    """Skip a block, whatever else than the hidden states it is given: a mask, a cache."""
+    """A block that returns its input, and ignores its other arguments: a mask, a cache."""
 
     def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
         return x
@@ -30,7 +30,7 @@ def main() -> None:
 
     def embed() -> mx.array:
         vectors = minilm.embed(model, tokenizer, SAMPLE)
-        mx.eval(vectors)  # now, while the layers that it is about are in the model
+        mx.eval(vectors)  # now, while the layers that compute them are in the model
         return vectors
 
     original = embed()

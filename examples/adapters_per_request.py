@@ -5,9 +5,10 @@
     python examples/adapters_per_request.py         # teaches SmolLM2 two names, and serves both
     python examples/adapters_per_request.py --model MODEL --adapter math=FOLDER --adapter law=FOLDER
 
-The base model is in memory once, the adapters beside it, and to switch is to set a variable: the
-model is not touched. The variable is a ``ContextVar``, so every thread and every asyncio task has
-its own, and two requests that are generated at the same time do not see each other's adapter.
+The base model is in memory once, with the adapters beside it. To switch between them, the program
+sets a variable, and the model does not change. The variable is a ``ContextVar``, so every thread
+and every asyncio task has its own value, and two requests that are generated at the same time do
+not see each other's adapter.
 """
 
 from __future__ import annotations
@@ -36,10 +37,10 @@ CURRENT: ContextVar[str | None] = ContextVar("CURRENT", default=None)  # the ada
 
 
 class Switch(Wrapper):
-    """A layer that computes what the adapter of the current request does, or the layer itself.
+    """A layer that calls the adapter of the current request, or the layer itself if it has none.
 
-    The adapters are the wrapper's own, under a name that begins with ``_``: the parameters of the
-    model and their names stay those of the base model.
+    The adapters belong to the wrapper, under a name that begins with ``_``. So the parameters of
+    the model, and their names, stay those of the base model.
     """
 
     def __init__(self, layer: nn.Module, adapters: Mapping[str | None, nn.Module]):
@@ -66,9 +67,10 @@ class Adapters:
     def use(self, name: str | None) -> Iterator[None]:
         """Use one of the adapters in this thread or task, or the base model for ``None``.
 
-        A generator has no context of its own: use it up inside the block, or give it one with
-        ``context = copy_context()`` and ``context.run(next, generator)``. A batch has one adapter.
-        A prompt cache and a compiled function belong to the adapter with which they were made.
+        A generator has no context of its own: use it up inside the block, or give it a context
+        with ``context = copy_context()`` and ``context.run(next, generator)``. All requests in a
+        batch have the same adapter. A prompt cache or a compiled function is only valid for the
+        adapter with which it was made.
         """
         if name is not None and name not in self.names:
             raise KeyError(f"there is no adapter {name!r}: there are {', '.join(self.names)}")
@@ -92,11 +94,11 @@ def serving(model: nn.Module, folders: Mapping[str, str | Path]) -> Iterator[Ada
     """
     by_path: dict[str, dict[str | None, nn.Module]] = {}
     for name, folder in folders.items():
-        # Each adapter goes around the layers of the base model, which it shares with the others.
+        # Each adapter goes around the layers of the base model, which all adapters share.
         with swapped(model, lm.adapter_rules(folder)) as adapted:
             for path, layer in adapted.items():
                 by_path.setdefault(path, {})[name] = layer
-                mx.eval(layer.parameters())  # in this thread: another one could not read the file
+                mx.eval(layer.parameters())  # here, since another thread could not read the file
     with swapped(
         model,
         "**",
@@ -145,7 +147,7 @@ def main(argv: list[str] | None = None) -> None:
                 text = ""
                 for part in mlx_lm.stream_generate(model, tokenizer, args.prompt, max_tokens=4):
                     text += part.text
-                    await asyncio.sleep(0)  # now it is the turn of the other tasks
+                    await asyncio.sleep(0)  # let the other tasks run
                 return text
 
         async def answer_all() -> list[str]:
@@ -158,7 +160,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def teach(model: Any, tokenizer: Any, name: str) -> Path:
-    """Train an adapter for one sentence, and save it."""
+    """Train an adapter on one sentence, save it, and return its folder."""
     folder = Path(f"smollm2-{name}")
     print(f"{name}: {CAT} {NAMES[name]}.")
     mx.random.seed(0)

@@ -1,4 +1,4 @@
-"""How much each block of all-MiniLM-L6-v2 moves the embedding of a sentence.
+"""Measure how much each block of all-MiniLM-L6-v2 moves the embedding of a sentence.
 
 ::
 
@@ -6,8 +6,8 @@
     python examples/block_study.py
     python examples/block_study.py --model DIR --out FILE
 
-After each block the embedding is read off early: what the block puts out is taken for the
-output of the last one. And each block is skipped once: what went in is taken for what comes out.
+The embedding after a block is computed with the output of that block in place of the output of the
+last block. Also, each block is skipped once: its input takes the place of its output.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SENTENCES = quantize_minilm.SENTENCES[::2]
 
 
 class Effect(NamedTuple):
-    """What a block does, as angles in degrees, the mean over all sentences."""
+    """What a block does, as angles in degrees. Each is the mean over all sentences."""
 
     block: str
     moves: float  # from the embedding before the block to the one after it
@@ -60,8 +60,8 @@ def study(model: minilm.Bert, tokenizer: Tokenizer) -> list[Effect]:
 
 
 def angle(a: mx.array, b: mx.array) -> float:
-    """The mean angle between vectors of length one, in degrees."""
-    # For small angles arccos(a @ b) would be mostly rounding.
+    """Return the mean angle between vectors of length one, in degrees."""
+    # For small angles arccos(a @ b) would be mostly rounding error.
     angles = 2 * mx.arcsin(mx.minimum(mx.linalg.norm(a - b, axis=-1) / 2, 1))
     return float(mx.degrees(angles).mean())
 

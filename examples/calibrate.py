@@ -1,18 +1,18 @@
-"""Find out which layers of a language model lose most at 4 bits, on the inputs that they get.
+"""Find out which layers of a language model lose most at 4 bits, on real inputs.
 
 ::
 
     python examples/calibrate.py                              # SmolLM2, see smollm2.py
     python examples/calibrate.py --model FOLDER --text FILE --tokens 16384
 
-Calibration looks at the inputs of layers, batch after batch. To keep them all would take more
-memory than the model has; what is needed of them is a sum. ``observe`` shows the inputs to a
-function that adds their second moments, ``x.T @ x``, to the running sum of each layer. These are
-the sums from which mlx-lm's GPTQ starts, bit for bit.
+Calibration looks at the inputs of layers, batch after batch. Keeping all inputs would take more
+memory than the model, but only a sum of them is needed. ``observe`` passes the inputs to a function
+that adds their second moments, ``x.T @ x``, to the running sum of each layer. These are the sums
+from which mlx-lm's GPTQ starts, bit for bit.
 
-With ``D = W - W4``, what 4 bits do to a weight, the sum ``H`` over all inputs gives the error of
-the outputs, ``(x @ D.T).square().sum()``, as ``((D @ H) * D).sum()``. Inputs are larger in some
-directions than in others, so a layer may lose much more, or less, than its weights do.
+Let ``D = W - W4`` be the error of a weight at 4 bits, and ``H`` the sum over all inputs. Then the
+error of the outputs, ``(x @ D.T).square().sum()``, is ``((D @ H) * D).sum()``. Inputs are larger in
+some directions than in others, so the outputs may lose much more, or less, than the weights do.
 
 Without a GPU only the first blocks are calibrated, on a short text; ``--blocks`` and ``--tokens``
 say how much.
@@ -49,11 +49,11 @@ Moments = dict[str, mx.array]
 
 
 class Loss(NamedTuple):
-    """What a layer loses, relative to what it has: the root of a ratio of sums of squares.
+    """The relative error of a layer after quantization: the root of a ratio of sums of squares.
 
     Attributes:
-        weights (float): Of its weights.
-        outputs (float): Of its outputs on the inputs that it got.
+        weights (float): The error of its weights.
+        outputs (float): The error of its outputs, on the inputs that it got.
     """
 
     path: str
@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     model, tokenizer, *_ = mlx_lm.load(args.model or str(smollm2.make("smollm2")))
     if mx.default_device() == mx.cpu:
-        model.set_dtype(mx.float32)  # in which the CPU is fastest
+        model.set_dtype(mx.float32)  # the fastest dtype on a CPU
     pattern = "**" if args.blocks is None else f"{lm.layers_path(model)}[:{args.blocks}].**"
     batches = read(tokenizer, args.text, args.tokens)
 
@@ -83,7 +83,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Show which layers lose most when quantized.")
     parser.add_argument("--model", help="a folder or hub id (default: smollm2, made if new)")
     parser.add_argument("--text", type=Path, help="a text to calibrate on (default: Python's help)")
-    parser.add_argument("--blocks", type=int, default=4 if small else None, help="the first only")
+    parser.add_argument("--blocks", type=int, default=4 if small else None, help="how many blocks")
     parser.add_argument("--tokens", type=int, default=128 if small else 16_384)
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--top", type=int, default=12, help="how many layers to show")
@@ -91,7 +91,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def read(tokenizer: Any, text: Path | None, tokens: int) -> list[mx.array]:
-    """Batches of sequences: arrays of sequences x length."""
+    """Return batches of sequences: arrays of sequences x length."""
     words = text.read_text() if text else "\n\n".join(topics[name] for name in sorted(topics))
     ids: list[int] = tokenizer.encode(words[: 10 * tokens])[:tokens]  # of about 4 characters each
     length = min(512, len(ids))
@@ -121,17 +121,17 @@ def collect(model: Any, pattern: str, batches: Iterable[mx.array]) -> Moments:
     with observe(model, pattern, add, where=is_linear):
         for batch in batches:
             model(batch)
-            mx.eval(moments)  # or the inputs of all batches are held until the end
+            mx.eval(moments)  # otherwise the inputs of all batches stay in memory until the end
     return moments
 
 
 def is_linear(path: str, layer: nn.Module) -> bool:
-    """The layers that mlx-lm's GPTQ takes. What inherits from them may compute something else."""
+    """Return whether mlx-lm's GPTQ takes a layer. A subclass may compute something else."""
     return type(layer) in (nn.Linear, SwitchLinear)
 
 
 def fitting(model: Any, moments: Moments) -> dict[str, Any]:
-    """The layers that were observed and whose width the size of a group divides."""
+    """Return the observed layers whose width the group size divides."""
 
     def fits(path: str, layer: Any) -> bool:
         return path in moments and layer.weight.shape[-1] % GROUP_SIZE == 0
@@ -140,14 +140,14 @@ def fitting(model: Any, moments: Moments) -> dict[str, Any]:
 
 
 def loss(path: str, layer: Any, moment: mx.array, bits: int) -> Loss:
-    """What a layer would lose by quantization."""
+    """Return what a layer would lose by quantization."""
     packed = mx.quantize(layer.weight, group_size=GROUP_SIZE, bits=bits)
     rounded = mx.dequantize(*packed, group_size=GROUP_SIZE, bits=bits)
     weight = layer.weight.astype(mx.float32)
     change = weight - rounded.astype(mx.float32)
 
     def energy(w: mx.array) -> mx.array:
-        return ((w @ moment) * w).sum()  # of the outputs
+        return ((w @ moment) * w).sum()  # the sum of squares of the outputs with these weights
 
     weights = mx.sqrt(change.square().sum() / weight.square().sum())
     outputs = mx.sqrt(energy(change) / energy(weight))

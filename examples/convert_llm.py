@@ -1,4 +1,4 @@
-"""Quantize a language model by rules into a folder that mlx-lm loads, and see what that costs.
+"""Quantize a language model by rules into a folder that mlx-lm loads, and measure the loss.
 
 ::
 
@@ -6,7 +6,7 @@
     python examples/convert_llm.py --model mlx-community/Qwen3-0.6B-bf16 --folder qwen-mixed
 
 The conversion never holds the whole model in memory: each file is written as soon as its layers are
-quantized. The result is an ordinary folder, which needs nothing of this library.
+quantized. The result is an ordinary folder, which does not need this library.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ try:
 except ImportError:
     sys.exit("mlx-lm is not installed: pip install 'mlx-modswap[lm]'")
 
-# The first rule that matches a layer decides; None leaves it alone, and all that is inside it.
+# The first rule that matches a layer decides; None leaves it alone, with everything inside it.
 RULES = {
     "**.embed_tokens": 8,
     "**.layers[0]": None,
@@ -48,7 +48,7 @@ the steps for themselves.
 
 
 class Study(NamedTuple):
-    """What is measured before and after."""
+    """What is measured before the conversion and after it."""
 
     answer: str
     log_probs: mx.array  # of each next token of the text, tokens x vocabulary
@@ -103,7 +103,7 @@ def study(folder: str, draw: bool = False) -> Study:
 
 
 def load(folder: str) -> tuple[Any, Any]:
-    """Load a model and its tokenizer as everyone does, or end with one line."""
+    """Load a model and its tokenizer with mlx-lm; on failure, exit with a message of one line."""
     try:
         model, tokenizer, *_ = mlx_lm.load(folder)
     except Exception as error:  # a folder may be wrong in many ways
@@ -121,15 +121,15 @@ def ask(model: Any, tokenizer: Any) -> str:
 
 
 def read(model: Any, tokenizer: Any) -> mx.array:
-    """What the model expects next at each token of the text."""
+    """Return the log-probabilities of the next token, at each token of the text."""
     logits = model(mx.array(tokenizer.encode(TEXT))[None])[0].astype(mx.float32)
     log_probs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-    mx.eval(log_probs)  # now, or its graph keeps the weights alive
+    mx.eval(log_probs)  # now, since its graph would keep the weights alive
     return log_probs
 
 
 def convert(source: str, folder: Path) -> float:
-    """Convert, and return the peak of the memory that this took, in MB."""
+    """Convert the model, and return the peak of the memory that this took, in MB."""
     # Without Metal or CUDA, quantized layers are thirty times slower with float16 scales.
     dtype = "float32" if mx.default_device() == mx.cpu else None
     mx.clear_cache()
@@ -143,7 +143,7 @@ def convert(source: str, folder: Path) -> float:
 
 
 def divergence(p: mx.array, q: mx.array) -> mx.array:
-    """The Kullback-Leibler divergence of the expectations at each token, in nats."""
+    """Return the Kullback-Leibler divergence of the two distributions at each token, in nats."""
     return (mx.exp(p) * (p - q)).sum(axis=-1)
 
 

@@ -6,7 +6,7 @@
     python examples/finetune_lora.py --model mlx-community/Qwen3-0.6B-bf16 --folder qwen-lora
 
 mlx-lm has one rank for all adapters. Here the attention of the last blocks gets rank 8 and the MLP
-rank 4, and the folder is one that ``mlx_lm.generate --adapter-path`` reads all the same.
+rank 4, but ``mlx_lm.generate --adapter-path`` can still read the folder.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def lora(r: int):
 
 
 def add_adapters(model: nn.Module) -> Replacement:
-    model.freeze()  # before the swap: what is new stays trainable
+    model.freeze()  # before the swap, so that the new layers stay trainable
     last = f"{lm.layers_path(model)}[-8:]"
     rules = {f"{last}.self_attn.{{q,v}}_proj": lora(8), f"{last}.mlp.down_proj": lora(4)}
     return replace_layers(model, rules)
@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
     difference = mx.abs(loaded(tokens) - model(tokens)).max().item()
     print(f"""
 before the training     {PROMPT} {before}
-after it                {PROMPT} {after}
+after the training      {PROMPT} {after}
 loaded by mlx_lm.load   {PROMPT} {say(loaded, tokenizer)}
 largest difference between the logits of the last two   {difference:.2g}
 
@@ -92,7 +92,7 @@ def say(model: Any, tokenizer: Any) -> str:
 
 
 def print_trainable(model: nn.Module) -> None:
-    """What the optimizer will change: look at it before every training."""
+    """Print which parameters the optimizer will change. Check this before every training."""
     arrays: Any = tree_flatten(model.trainable_parameters())
     names = sorted({name.rpartition(".")[2] for name, _ in arrays})
     print(f"trainable: {len(arrays)} arrays, all of them {' or '.join(names)}\n")

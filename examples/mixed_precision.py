@@ -6,23 +6,24 @@
     python examples/mixed_precision.py --model FOLDER --text FILE --bits-per-weight 4.5
     mlx_modswap convert smollm2 smollm2-chosen --rules rules.json
 
-What is measured is the Kullback-Leibler divergence (KL) of the next-token distributions from those
-of the original model, on the first half of a text. The second half, which had no part in the
-choice, judges it. The search has three steps:
+The loss is measured as the Kullback-Leibler divergence (KL) of the next-token distributions from
+those of the original model, on the first half of a text. The choice is judged on the second half,
+which had no part in it. The search has three steps:
 
-1. Each layer is rounded alone, in each setting, and put back (``swapped``).
-2. Every layer begins at the same setting, and the upgrade that gains most per byte is taken until
-   the size is reached, for each setting that fits. The best of these choices would be the answer if
-   the losses of layers simply added up.
-3. They do not, so the next rounds measure from where the model is: up to two settings up or down
-   for each layer, the others as chosen. Upgrades that are paid for by downgrades are tried one by
+1. Each layer alone is rounded to each setting, and put back (``swapped``).
+2. All layers start at the same setting. Again and again the upgrade that gains most per byte is
+   made, until the size is reached. This is done from each setting that fits. The best of these
+   choices would be the answer if the losses of the layers simply added up.
+3. They do not. So the next rounds measure each layer again, up to two settings up or down, while
+   the other layers are as chosen. Upgrades, with downgrades that pay for them, are tried one by
    one, the most promising first, and kept if the measured KL falls.
 
-A round measures its layers on a third of the sequences, each time another one, which is fast. All
-of them decide what is kept: a choice made on little text fits that text and not the language.
+To be fast, a round measures its layers on a third of the sequences, and the next round on another
+third. But all sequences decide what is kept: a choice made on little text fits that text and not
+the language.
 
-Without a GPU only a small part is searched, on a short text; ``--layers`` and ``--tokens`` say how
-much.
+Without a GPU, only a small part of the model is searched, on a short text; ``--layers`` and
+``--tokens`` say how much.
 """
 
 from __future__ import annotations
@@ -71,14 +72,14 @@ class Part(NamedTuple):
 SETTINGS = [Setting(bits, 64) for bits in (2, 3, 4, 5, 6, 8)]
 FOUR_BITS = SETTINGS.index(Setting(4, 64))
 REACH = 2  # settings up or down, in a round
-PROMISING = 60  # upgrades, and downgrades; of these the exchanges are made
+PROMISING = 60  # upgrades, and as many downgrades, from which the exchanges are made
 MOST_TRIES = 60  # in a round
 SAMPLES = 3  # of the text; each round measures on one of them
 AT_ONCE = 4096  # tokens, in one call of the model
-ENOUGH = 2048  # tokens; a choice made on fewer fits them and not the language
+ENOUGH = 2048  # tokens; a choice made on fewer fits these tokens and not the language
 
 Choice = list[int]  # the number of the setting of each part
-Move = tuple[int, int]  # the number of a part, and that of a new setting
+Move = tuple[int, int]  # the number of a part, and the number of a new setting
 Exchange = tuple[Move, ...]  # one move, or an upgrade and a downgrade that pays for it
 
 
@@ -87,7 +88,7 @@ def main(argv: list[str] | None = None) -> None:
     source = args.model or str(smollm2.make("smollm2"))
     model, tokenizer, *_ = mlx_lm.load(source)
     if mx.default_device() == mx.cpu:
-        model.set_dtype(mx.float32)  # in which the CPU is fastest
+        model.set_dtype(mx.float32)  # the fastest dtype on a CPU
     first, second = halves(tokenizer, args.text, args.tokens)
     search = Search(model, first, args.layers)
 
@@ -102,7 +103,7 @@ def main(argv: list[str] | None = None) -> None:
         with search.put(one):
             print(f"{name}: {search.size(one) / 1e6:.1f} MB, KL {judge():.4f} nats per token")
     if args.tokens < ENOUGH:
-        print(f"{args.tokens} tokens only show how it works: choose on {ENOUGH} or more")
+        print(f"{args.tokens} tokens only show how it works: use --tokens {ENOUGH} or more")
     print(f"\nmlx_modswap convert {source} {args.rules.stem}-model --rules {args.rules}")
 
 
@@ -114,7 +115,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--size", type=float, help="of all weights in MB (default: as with 4 bits)")
     size.add_argument("--bits-per-weight", type=float, help="the same, as an average")
-    parser.add_argument("--layers", type=int, default=1 if small else None, help="only so many")
+    parser.add_argument("--layers", type=int, default=1 if small else None, help="how many blocks")
     parser.add_argument("--tokens", type=int, default=8 if small else 24_576, help="of each half")
     parser.add_argument("--rounds", type=int, default=1 if small else 8)
     parser.add_argument("--rules", type=Path, default=Path("rules.json"))
@@ -123,7 +124,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def halves(tokenizer: Any, text: Path | None, tokens: int) -> tuple[mx.array, mx.array]:
-    """Sequences from each half of a text, evenly spread: arrays of sequences x length."""
+    """Return evenly spread sequences from each half of a text: arrays of sequences x length."""
     words = text.read_text() if text else "\n\n".join(topics[name] for name in sorted(topics))
     ids: list[int] = tokenizer.encode(words)
     length = min(512, tokens)
@@ -136,7 +137,7 @@ def halves(tokenizer: Any, text: Path | None, tokens: int) -> tuple[mx.array, mx
 
 
 class Meter:
-    """Measures how far a model is from what it was when the meter was made."""
+    """Measures how far a model is from the model as it was when the meter was made."""
 
     def __init__(self, model: Any, sequences: mx.array):
         self.model = model
@@ -151,7 +152,7 @@ class Meter:
         return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
 
     def __call__(self) -> float:
-        """The KL divergence from the original in nats, the mean over all tokens."""
+        """Return the KL divergence from the original, in nats, as the mean over all tokens."""
         total = 0.0
         for p, batch in zip(self.original, self.batches):
             total += float((mx.exp(p) * (p - self.log_probs(batch))).sum())
@@ -174,13 +175,13 @@ class Search:
         self.alone: dict[Move, float] | None = None
 
     def size(self, choice: Choice) -> float:
-        """The bytes of the whole model."""
+        """Return the bytes of the whole model."""
         return self.other_bytes + sum(
             part.sizes[setting] for part, setting in zip(self.parts, choice)
         )
 
     def budget(self, megabytes: float | None, bits_per_weight: float | None) -> float:
-        """The bytes that were asked for, or those of 4 bits everywhere."""
+        """Return the bytes that were asked for, or the bytes of 4 bits everywhere."""
         if megabytes is not None:
             return 1e6 * megabytes
         if bits_per_weight is not None:
@@ -189,7 +190,7 @@ class Search:
         return self.size([FOUR_BITS] * len(self.parts))
 
     def put(self, choice: Choice) -> AbstractContextManager[Replacement]:
-        """A block in which every part is rounded as chosen."""
+        """Return a context manager inside which every part is rounded as chosen."""
         factories = zip(self.parts, map(rounded, choice))
         return swapped(self.model, {part.paths: factory for part, factory in factories})
 
@@ -215,13 +216,13 @@ class Search:
         return choice
 
     def loss(self, choice: Choice) -> float:
-        """The KL of a choice, on all of the text."""
+        """Return the KL of a choice, on all of the text."""
         with self.put(choice):
             total = sum(meter() * meter.tokens for meter in self.meters)
         return total / sum(meter.tokens for meter in self.meters)
 
     def measure(self, moves: list[Move], meter: Meter, title: str) -> dict[Move, float]:
-        """The KL after each move, alone, from where the model is."""
+        """Return the KL after each move alone, starting from the model as it is."""
         found: dict[Move, float] = {}
         for at, setting in tqdm(moves, title, disable=None, leave=False):
             with swapped(self.model, self.parts[at].paths, rounded(setting)):
@@ -229,12 +230,12 @@ class Search:
         return found
 
     def fitting(self, budget: float) -> list[int]:
-        """The settings that fit into the budget if every part gets them."""
+        """Return the settings that fit into the budget if every part gets the same one."""
         settings = range(len(SETTINGS))
         return [one for one in settings if self.size([one] * len(self.parts)) <= budget]
 
     def fill(self, alone: dict[Move, float], lowest: int, budget: float) -> Choice:
-        """Upgrade what gains most per byte, from the same setting for every part on."""
+        """Start with one setting for every part, then upgrade what gains most per byte."""
         choice = [lowest] * len(self.parts)
         spare = budget - self.size(choice)
         while True:
@@ -253,7 +254,7 @@ class Search:
     def improve(
         self, choice: Choice, best: float, budget: float, meter: Meter
     ) -> tuple[Choice, float, int]:
-        """The choice after a round, its KL, and how many exchanges were made."""
+        """Run a round; return the choice after it, its KL, and how many exchanges were made."""
         near = [
             (at, setting)
             for at, now in enumerate(choice)
@@ -279,18 +280,18 @@ class Search:
                 choice, best, made = new, kl, made + 1
                 moved = {at for at, _ in exchange}
                 change = {move: kl for move, kl in change.items() if move[0] not in moved}
-            else:  # its moves promised too much
+            else:  # the moves of the exchange promised too much
                 change |= {move: change[move] - promised for move in exchange}
         return choice, best, made
 
     def more(self, choice: Choice, move: Move) -> float:
-        """How many bytes a move adds."""
+        """Return how many bytes a move adds."""
         at, setting = move
         return self.parts[at].sizes[setting] - self.parts[at].sizes[choice[at]]
 
 
 def most_promising(change: dict[Move, float], more: dict[Move, float], spare: float) -> Exchange:
-    """The exchange that fits and lowers the KL most, if the changes of its moves add up."""
+    """Return the exchange that fits and would lower the KL most if the changes added up."""
     order = sorted(change, key=lambda move: change[move] / abs(more[move]))
     ups = [move for move in order if more[move] > 0][:PROMISING]
     downs = [move for move in order if more[move] < 0][:PROMISING]
@@ -301,7 +302,7 @@ def most_promising(change: dict[Move, float], more: dict[Move, float], spare: fl
 
 
 def parts(model: Any, pattern: str) -> list[Part]:
-    """The layers to quantize: those that ``mlx_lm.convert`` would."""
+    """Return the layers to quantize: those that ``mlx_lm.convert`` would quantize."""
     wanted: Callable[..., Any] = getattr(model, "quant_predicate", None) or (lambda *_: True)
 
     def quantizable(path: str, layer: Any) -> bool:
@@ -318,14 +319,14 @@ def parts(model: Any, pattern: str) -> list[Part]:
 
 
 def sizes(weight: mx.array) -> list[float]:
-    scale = 2 * weight.dtype.size  # and bias, of a group
+    scale = 2 * weight.dtype.size  # bytes of the scale and the bias of a group
     return [weight.size * (bits / 8 + scale / group_size) for bits, group_size in SETTINGS]
 
 
 def rounded(setting: int) -> Callable[[str, Any], nn.Module]:
-    """A factory of layers whose weights are what they would be after quantization.
+    """Return a factory of layers whose weights have the values of quantized weights.
 
-    They compute what quantized layers do, at the speed of plain ones.
+    The layers compute what quantized layers do, at the speed of plain layers.
     """
     bits, group_size = SETTINGS[setting]
 
@@ -342,7 +343,7 @@ def rounded(setting: int) -> Callable[[str, Any], nn.Module]:
 
 
 def rules(parts: list[Part], choice: Choice) -> list[Any]:
-    """What ``mlx_modswap convert --rules`` takes: patterns and keywords of ``to_quantized``."""
+    """Return the rules for ``mlx_modswap convert``: patterns and keywords of ``to_quantized``."""
     return [
         [
             [path for part, one in zip(parts, choice) if one == number for path in part.paths],
@@ -354,7 +355,7 @@ def rules(parts: list[Part], choice: Choice) -> list[Any]:
 
 
 def print_table(parts: list[Part], choice: Choice) -> None:
-    """How many layers of each name got how many bits."""
+    """Print how many layers of each name got how many bits."""
     counts = Counter((name_of(part), setting) for part, setting in zip(parts, choice))
     used = sorted(set(choice))
     titles = [f"{SETTINGS[at].bits} bits, {SETTINGS[at].group_size}" for at in used]
@@ -365,7 +366,7 @@ def print_table(parts: list[Part], choice: Choice) -> None:
 
 
 def draw(parts: list[Part], choice: Choice, file: Path) -> None:
-    """A picture: a row for each name of a layer, a column for each block."""
+    """Draw a picture with a row for each name of a layer and a column for each block."""
     from matplotlib.figure import Figure
 
     names = list(dict.fromkeys(map(name_of, parts)))

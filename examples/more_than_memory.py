@@ -1,8 +1,9 @@
 """Quantize a model that does not fit into memory, one layer at a time.
 
-MLX is lazy: a swap to 4 bits computes nothing yet. Evaluated in one go, all of the old weights are
-in memory at once; layer by layer, as `replace_layers` hands out the new layers, those of one are.
-Both ways, each in a process of its own::
+MLX is lazy: a swap to 4 bits computes nothing yet. If the new layers are evaluated in one go, all
+of the old weights are in memory at once. If the layers that `replace_layers` returns are evaluated
+one by one, only the old weights of one layer are. This program does both, each in a process of its
+own::
 
     python examples/more_than_memory.py
 """
@@ -61,8 +62,8 @@ def layer_by_layer(folder: str) -> tuple[int, float]:
     model = load(folder)
     replaced = replace_layers(model, "layers.**", to_4_bits, where=nn.Linear)
     for layer in progress(list(replaced.values())):
-        mx.eval(layer.parameters())  # reads the old weights, and lets them go
-    mx.eval(model.parameters())  # the little that is left
+        mx.eval(layer.parameters())  # reads the old weights of this layer, and frees them
+    mx.eval(model.parameters())  # the few weights that are left
     return mx.get_peak_memory(), run(model)
 
 
@@ -73,8 +74,8 @@ def to_4_bits(path: str, layer: Any) -> nn.Module:
 def load(folder: str) -> nn.Module:
     """Load lazily: no array is read before it is needed.
 
-    The arrays have no name left when this returns. One that is still referred to, by a dict of
-    all weights or by an old layer, would stay in memory once it has been read.
+    When this returns, only the model refers to the arrays. An array that is also referred to by a
+    dict of all weights, or by an old layer, would stay in memory once it has been read.
     """
     model = nn.Sequential(*[Block() for _ in range(BLOCKS)])
     for file in sorted(Path(folder).glob("*.safetensors")):
@@ -83,12 +84,12 @@ def load(folder: str) -> nn.Module:
 
 
 def run(model: nn.Module) -> float:
-    """One number that stands for all that the model computes."""
+    """Return one number that depends on everything that the model computes."""
     return model(mx.linspace(-1, 1, WIDTH)[None]).square().mean().item()
 
 
 def progress(layers: list[nn.Module]) -> Iterator[nn.Module]:
-    """Draw a bar on stderr while the layers are worked on."""
+    """Yield the layers, and draw a progress bar on stderr meanwhile."""
     count = len(layers)
     for done, layer in enumerate(layers):
         bar = "#" * done + "." * (count - done)
@@ -98,13 +99,13 @@ def progress(layers: list[nn.Module]) -> Iterator[nn.Module]:
 
 
 def alone(work: Callable[[str], tuple[int, float]], folder: str) -> tuple[int, float]:
-    """Call a function in a new process, whose peak is its own."""
+    """Call a function in a new process, which has a peak memory of its own."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(work, (folder,))
 
 
 def write(folder: Path) -> None:
-    """Write random weights, as large models come: in several files."""
+    """Write random weights in several files, like those of large models."""
     mx.random.seed(0)
     for number in range(BLOCKS):
         weights = dict(tree_flatten({"layers": {number: Block().parameters()}}))

@@ -1,4 +1,4 @@
-"""Quantize all-MiniLM-L6-v2 by rules, and see what that does to its embeddings.
+"""Quantize all-MiniLM-L6-v2 by rules, and measure how much its embeddings change.
 
 ::
 
@@ -51,11 +51,11 @@ def main(argv: list[str] | None = None) -> None:
     model, tokenizer = minilm.load(args.model)
     size = megabytes(model)
     original = minilm.embed(model, tokenizer, SENTENCES)
-    mx.eval(original)  # now, or its graph keeps the old weights alive
+    mx.eval(original)  # now, since its graph would keep the old weights alive
 
     try:
         print(quantize(model))
-    except (NoMatchError, ValueError) as error:  # it has two blocks only, or a width such as 312
+    except (NoMatchError, ValueError) as error:  # such as only two blocks, or a width of 312
         raise SystemExit(f"the rules do not fit this model: {error}") from None
 
     quantized = minilm.embed(model, tokenizer, SENTENCES)
@@ -73,7 +73,7 @@ def megabytes(model: nn.Module) -> float:
 
 
 def nearest(embeddings: mx.array) -> mx.array:
-    """For each sentence, the index of the other sentence that is most similar."""
+    """Return, for each sentence, the index of the other sentence that is most similar."""
     itself = 2 * mx.eye(len(embeddings))
     return mx.argmax(embeddings @ embeddings.T - itself, axis=-1)
 

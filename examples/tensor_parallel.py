@@ -1,11 +1,11 @@
-"""Share the layers of a llama-like model among several processes, by rules.
+"""Shard the layers of a llama-like model over several processes, by rules.
 
-On one machine, or alone, where there is nobody to share with::
+In two processes on one machine, or in a single process, where nothing is sharded::
 
     mlx.launch -n 2 python examples/tensor_parallel.py
     python examples/tensor_parallel.py
 
-Across machines, which a file lists::
+On several machines, which a file lists::
 
     mlx.launch --hostfile hosts.json python examples/tensor_parallel.py
 """
@@ -76,17 +76,17 @@ def build() -> nn.Module:
 
 
 def shard(model: nn.Module, group: mx.distributed.Group) -> Replacement:
-    """Leave each process its part of every block."""
+    """Shard every block, so that each process keeps its part, and return what was replaced."""
 
-    def outputs(path: str, layer: nn.Module) -> nn.Module:  # each makes some of the heads or units
+    def outputs(path: str, layer: nn.Module) -> nn.Module:  # each computes some heads or units
         return shard_linear(layer, "all-to-sharded", group=group)
 
-    def inputs(path: str, layer: nn.Module) -> nn.Module:  # each takes its own; the sums are sent
+    def inputs(path: str, layer: nn.Module) -> nn.Module:  # each takes its part; the results add up
         return shard_linear(layer, "sharded-to-all", group=group)
 
     rules = {"layers.*.*.{q,k,v,gate,up}_proj": outputs, "layers.*.*.{o,down}_proj": inputs}
     replaced = replace_layers(model, rules)
-    # How many heads there are is no module: it is set, not swapped, once the swap has worked.
+    # The number of heads is not a module: it is set, not swapped, after the swap has worked.
     attentions: dict[str, Any] = select(model, "**.self_attn")
     for attention in attentions.values():
         attention.heads //= group.size()
@@ -100,13 +100,13 @@ def main() -> None:
     if HEADS % size or KV_HEADS % size:
         raise SystemExit(f"{HEADS} and {KV_HEADS} heads cannot be shared by {size} processes")
 
-    mx.random.seed(0)  # each process begins with the same model and the same text
+    mx.random.seed(0)  # each process starts with the same model and the same text
     model, text = build(), mx.random.randint(0, WORDS, (1, 32))
     whole, weights = model(text), megabytes(model)
-    mx.eval(whole)  # now, or its graph keeps the whole layers alive
+    mx.eval(whole)  # now, since its graph would keep the whole layers alive
     replaced = shard(model, group)
     shared = model(text)
-    mx.eval(shared)  # all processes together
+    mx.eval(shared)  # in all processes, which exchange their results
 
     if group.rank() == 0:
         print(replaced)

@@ -22,10 +22,10 @@ A PATTERN is matched with the whole path of a module; put it in quotes.
 
 Exit status: 0, 1 if what was asked for cannot be done, 2 if the arguments are wrong.
 """
-_MODES = ("affine", "mxfp4", "nvfp4", "mxfp8")  # of mlx_lm.convert, and so are the dtypes
+_MODES = ("affine", "mxfp4", "nvfp4", "mxfp8")  # as in mlx_lm.convert, like the dtypes
 _DTYPES = ("float16", "bfloat16", "float32")
 
-# What errors of the library call them.
+# What the library's errors say -> what the command line says instead.
 _OPTIONS = {
     "trust_remote_code=True": "--trust-remote-code",
     "a group_size": "a --q-group-size",
@@ -34,7 +34,7 @@ _OPTIONS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
+    """Run the command line, and return the exit status."""
     given = _parse(arguments)
     try:
         _print(given.run(given))
@@ -59,9 +59,9 @@ def _print(text: str) -> None:
     try:
         print(text, flush=True)
     except OSError as error:
-        # Python flushes once more when it ends, and would complain again.
+        # Python flushes stdout again when it exits, and would print another error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if not isinstance(error, BrokenPipeError):  # `| head` has read what it wants
+        if not isinstance(error, BrokenPipeError):  # `| head` has read enough
             raise OSError(f"cannot print: {error.strerror}") from None
 
 
@@ -74,7 +74,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     _add_tree(commands)
     _add_convert(commands)
     given, left = parser.parse_known_args(arguments)
-    # argparse takes no rules after an option: `convert MODEL FOLDER --dtype float16 '**=4'`.
+    # argparse refuses rules after an option: `convert MODEL FOLDER --dtype float16 '**=4'`.
     if left and ("rules" not in given or any(text.startswith("-") for text in left)):
         parser.error(f"unrecognized arguments: {' '.join(left)}")
     if left:

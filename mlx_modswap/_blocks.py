@@ -1,4 +1,4 @@
-"""The blocks that have not ended, and how one of them ends among the others."""
+"""The ``swapped`` blocks that are open, and how one of them ends while others are open."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ _LOST = (
 
 
 def _open_now() -> list[Block]:
-    # A copy, as other threads and the garbage collector end blocks at any time, and a loop over
-    # a list from which something is removed leaves out what comes next.
+    # A copy: other threads and the garbage collector may end a block at any time, and a loop over
+    # a list skips an item when another item is removed.
     return _open.copy()
 
 
@@ -40,33 +40,35 @@ class Block:
     """What a ``swapped`` block has put into a model, until the block ends.
 
     Two token streams on one model may each have a block, and end them in any order. If
-    each block put back what it has found, the second would put back the new modules of
-    the first, which has ended already, and they would stay. So all open blocks are
-    listed here, in the order in which they were entered. They are compared by their
-    locations and not by their modules, since a later block may use a module again.
-    There are three cases:
+    each block simply put back what it found, the second block could put back the new
+    modules of the first after the first has ended, and these would stay in the model.
+    So all open blocks are listed in this file, in the order in which they were entered.
+    Blocks are compared by location and not by module, since a later block may use a
+    module again. There are three cases:
 
-    * *The same location.* The model holds what the last of the blocks has put there. A
-      block that ends before it leaves the model alone, and hands the module that it
-      has found to the next block above, which will put that one back.
-    * *A module around it.* A block may take away a module that holds a place of another
-      block, or bring it back. That place is restored inside its own container, even
-      if the container is in no model now: a later block may bring it back.
-    * *Changes by hand.* They have to be distinguished from those of other blocks. Each
-      block therefore notes what others put into the locations that it relies on: its
-      own, and those on the way to them. What is neither this nor what the block itself
-      has left there was put there by hand, and then the block puts back nothing.
+    * *The same location.* The model holds the module that the last block put there. If
+      an earlier block ends first, it does not change the location. It hands the module
+      that it found there to the next block on this location, which will put it back.
+    * *A module around the location.* A block may remove a module that contains a place
+      of another block, or put such a module back. The place is restored inside its own
+      container, even if that container is not in the model at the moment: another block
+      may put it back when it ends.
+    * *Changes by hand.* These must be distinguished from the changes of other blocks. So
+      each block records what other blocks put into the locations that it relies on: its
+      own locations, and those on the way to them. If such a location holds anything
+      other than what this block or another one put there, it was changed by hand, and
+      this block puts nothing back.
 
-    In the common case there is one block, or the last is the first to end: then all of
+    In the common case there is only one block, or the last block ends first: then all of
     this costs no more than a list with one entry. There is no lock. Blocks in different
     models do not rely on each other's locations, and a block that the garbage collector
     ends might wait for a lock that its own thread holds.
 
     Attributes:
         places (Places): The places that have changed, with the modules to put back.
-        news (list[nn.Module]): The module that was put into each.
+        news (list[nn.Module]): The module that was put into each place.
         rewritten (dict[Location, nn.Module]): What other blocks have put since then into
-            locations that this one relies on.
+            the locations that this block relies on.
     """
 
     def __init__(self, places: Places, news: list[nn.Module]):
@@ -76,7 +78,7 @@ class Block:
 
     @cached_property
     def locations(self) -> list[Location]:
-        """Where each place is."""
+        """The location of each place."""
         return self.places.locations()
 
     @cached_property
@@ -89,21 +91,21 @@ class Block:
         return self._own.union(around)
 
     def begin(self) -> None:
-        """Count among the open blocks, now that the new modules are in the model."""
+        """Join the open blocks, now that the new modules are in the model."""
         _open.append(self)
         self._tell_others(self.news, {})
 
     def end(self, update: Update) -> None:
-        """Put the old modules back, or hand them to the blocks that will.
+        """Put the old modules back, or hand them to the blocks that will put them back.
 
         May be called again after a ``KeyboardInterrupt``.
 
         Args:
-            update (Callable): Called as ``update(places, olds, news)``, puts ``news`` into
+            update (Callable): Called as ``update(places, olds, news)``; puts ``news`` into
                 the places, which hold ``olds``.
 
         Raises:
-            SelectionError: If a place was modified by hand, and nothing was put back; or
+            SelectionError: If a place was modified by hand (then nothing is put back), or
                 if the blocks did not end in the reverse order.
         """
         places, olds = self.places, self.places.modules
@@ -127,14 +129,14 @@ class Block:
             raise SelectionError(_LOST.format(places.paths[number]))
 
     def close(self) -> None:
-        """Count no more among the open blocks."""
+        """Leave the open blocks."""
         with suppress(ValueError):
             _open.remove(self)
 
     # ------------------------------------------------------------ among other blocks
 
     def _above(self) -> dict[Location, Block]:
-        """The next open block on each of its locations, of those entered after it."""
+        """Return, by location, the next open block that was entered after this block."""
         later = list(dropwhile(lambda block: block is not self, _open_now()))[1:]
         above: dict[Location, Block] = {}
         for block in reversed(later):
@@ -142,7 +144,7 @@ class Block:
         return above
 
     def _tell_others(self, modules: Sequence[nn.Module], above: Mapping[Location, Block]) -> None:
-        """Tell the other open blocks what is in the places now, but in those of ``above``."""
+        """Tell the other open blocks what is in the places now, except those in ``above``."""
         others = [block for block in _open_now() if block is not self]
         if others:
             put = dict(zip(self.locations, modules))
@@ -151,7 +153,7 @@ class Block:
                     block.rewritten[location] = put[location]
 
     def _take_over(self, below: Block, above: Mapping[Location, Block]) -> None:
-        """Put back what another block would, where this is the next block above it."""
+        """Take over what another block would put back, where this block is the next above it."""
         olds = dict(zip(below.locations, below.places.modules))
         for number, location in enumerate(self.locations):
             if above.get(location) is self:
@@ -160,10 +162,10 @@ class Block:
     # ------------------------------------------------------------ place by place
 
     def _check(self) -> list[int]:
-        """Nothing that the block relies on may have been changed by hand.
+        """Check that nothing that the block relies on was changed by hand.
 
         Returns:
-            The numbers of the places that their paths do not lead to any more.
+            The numbers of the places that are no longer at their paths.
         """
         places = self.places
         lost: set[int] = set()
@@ -187,14 +189,14 @@ class Block:
         return location in self.rewritten and self.rewritten[location] is value
 
     def _around(self, at: int) -> list[int]:
-        """The rows of the containers around a place."""
+        """Return the rows of the containers around a place."""
         rows = [self.places.rows[at]]
         while rows[-1]:
             rows.append(self.places.parents[rows[-1]])
         return rows
 
     def _write_where_not(self, above: Mapping[Location, Block]) -> None:
-        """Put back the old modules, without the paths, in places that no block above has."""
+        """Put the old modules into their containers directly, except at locations in ``above``."""
         places = self.places
         rows = zip(places.rows, places.keys, places.modules, self.locations)
         writes: list[tuple[Any, Any, nn.Module, Any]] = []

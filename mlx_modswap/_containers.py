@@ -1,10 +1,10 @@
-"""What MLX keeps where: the kinds of containers, their entries, what one module holds.
+"""The containers of MLX: their kinds, their entries, and what one module holds.
 
-MLX sees a child module where a module, a dict or a list holds it, to any depth.
-A *container* is a module, a dict or a list; a *location* is a container and a
-key in it. Modules are dicts whose classes may override ``__len__``, ``__iter__``
-or ``__getitem__``, so only the methods of ``dict`` and ``list`` themselves are
-called here, and modules are told apart by identity alone.
+MLX finds a child module inside modules, dicts and lists, at any depth. A
+*container* is a module, a dict or a list; a *location* is a container and a key
+in it. Modules are dicts whose classes may override ``__len__``, ``__iter__`` or
+``__getitem__``, so the functions here call only the methods of ``dict`` and
+``list`` themselves, and compare modules only by identity.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import mlx.nn as nn
 
 Container = dict[Any, Any] | list[Any]
 Location = tuple[int, Any]  # the id of a container, and a key in it
-Keys = tuple[Any, ...]  # that lead from one container to another
+Keys = tuple[Any, ...]  # the keys on the way from one container to another
 Segments = tuple[str | int, ...]  # of a path; an int is an index of a list
 
 WRAPPED = "(wrapped)"  # the key of the layer in a Wrapper
@@ -27,7 +27,7 @@ MODULE, DICT, LIST = 3, 2, 1  # the kinds of containers; 0 is anything else
 
 
 class Kinds(dict[type, int]):
-    """The kind of container that the values of a type are, found out once for each type."""
+    """A cache: for each type, the kind of container that its values are."""
 
     def __missing__(self, cls: type) -> int:
         if issubclass(cls, dict):
@@ -39,12 +39,12 @@ class Kinds(dict[type, int]):
 
 
 def is_container(value: Any) -> bool:
-    """Whether a value is a module, a dict or a list."""
+    """Return whether a value is a module, a dict or a list."""
     return issubclass(type(value), (dict, list))
 
 
 def wrapped_layers(container: Container) -> list[dict[Any, Any]]:
-    """The layers under a ``Wrapper``, outermost first; empty for anything else."""
+    """Return the layers under a ``Wrapper``, outermost first; empty for anything else."""
     layers: list[dict[Any, Any]] = []
     while isinstance(container, dict) and isinstance(layer := dict.get(container, WRAPPED), dict):
         layers.append(layer)
@@ -53,39 +53,39 @@ def wrapped_layers(container: Container) -> list[dict[Any, Any]]:
 
 
 def unwrapped(container: Container) -> Container:
-    """The innermost layer under a ``Wrapper``; anything else is returned as it is."""
+    """Return the innermost layer under a ``Wrapper``, or anything else as it is."""
     layers = wrapped_layers(container)
     return layers[-1] if layers else container
 
 
 def entries(container: Container) -> Iterator[tuple[Any, Any]]:
-    """The keys and values of a container in order; those of the layer for a ``Wrapper``."""
+    """Return the keys and values of a container in order; for a ``Wrapper``, its layer's."""
     return raw_entries(unwrapped(container))
 
 
 def raw_entries(container: Container) -> Iterator[tuple[Any, Any]]:
-    """The keys and values that a container itself holds, in order."""
+    """Return the keys and values that a container itself holds, in order."""
     if isinstance(container, dict):
         return iter(dict.items(container))
     return enumerate(list.__iter__(container))
 
 
 def values(container: Container) -> Iterable[Any]:
-    """The values that a container itself holds, in order."""
+    """Return the values that a container itself holds, in order."""
     if isinstance(container, dict):
         return dict.values(container)
     return list.__iter__(container)
 
 
 def value_at(container: Container, key: Any) -> Any:
-    """The value that a container itself holds at a key, or ``None``."""
+    """Return the value that a container itself holds at a key, or ``None``."""
     if isinstance(container, dict):
         return dict.get(container, key)
     return list.__getitem__(container, key) if key < list.__len__(container) else None
 
 
 def values_at(containers: list[Container], keys: list[Any]) -> list[Any]:
-    """The value of each container at its key."""
+    """Return the value of each container at its key."""
     getters: list[Any] = [dict.get, list.__getitem__]
     for get in getters:  # the common case: all are dicts, or all are lists
         try:
@@ -96,7 +96,7 @@ def values_at(containers: list[Container], keys: list[Any]) -> list[Any]:
 
 
 def child_containers(containers: Sequence[Any], kinds: Kinds) -> list[Any]:
-    """The containers that some containers hold directly."""
+    """Return the containers directly inside some containers."""
     try:
         held = list(chain.from_iterable(map(dict.values, containers)))
     except TypeError:  # some of them are lists
@@ -110,13 +110,13 @@ def child_containers(containers: Sequence[Any], kinds: Kinds) -> list[Any]:
 def own_values(
     container: Container,
 ) -> Iterator[tuple[tuple[str | int, ...], Container, Keys, Any]]:
-    """All that a module holds itself, in order, in its lists and dicts too.
+    """Yield every value that a module itself holds, in order, also in its lists and dicts.
 
-    A module inside is one of the values; what that module holds is not.
+    A child module is one of these values, but what the child holds is not.
 
     Yields:
-        The segments of the path to a value, the container that has it, the keys that lead
-        there, and the value.
+        The segments of the path to a value, the container that holds it, the keys that lead
+        to it, and the value.
     """
     waiting: list[tuple[Any, ...]] = [((), container, (), container)]
     while waiting:
@@ -134,13 +134,13 @@ def own_values(
 
 
 def is_private(path: Sequence[str | int]) -> bool:
-    """Whether MLX leaves out of ``parameters()`` what a module holds at a path."""
+    """Return whether ``parameters()`` leaves out what a module holds at a path."""
     return str(path[0]).startswith("_")
 
 
 def has_parameters(module: nn.Module) -> bool:
-    """Whether ``module.parameters()`` holds an array."""
-    # The method of MLX recurses, and a deep model would be too much for Python's stack.
+    """Return whether ``module.parameters()`` contains an array."""
+    # MLX's own method is recursive, and a deep model would exceed Python's stack.
     layer: Any = unwrapped(module)
     overrides = type(layer).parameters is not nn.Module.parameters
     waiting: list[Container] = [module.parameters() if overrides else module]

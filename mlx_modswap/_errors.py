@@ -10,7 +10,7 @@ from typing import Any
 
 import mlx.nn as nn
 
-_MOST_NAMES = 8  # in a list of what is there
+_MOST_NAMES = 8  # in one list in a message
 
 
 class PatternError(ValueError):
@@ -32,7 +32,7 @@ class SelectionError(ValueError):
 
 
 def note(error: BaseException, text: str) -> None:
-    """Add a note to an error, where Python has them (3.11 and later)."""
+    """Add a note to an error if Python has notes (3.11 and later)."""
     add_note = getattr(error, "add_note", None)
     if add_note is not None:
         add_note(text)
@@ -41,17 +41,17 @@ def note(error: BaseException, text: str) -> None:
 def note_misuse(
     error: BaseException, function: Any, path: str, call: str, mended: str = ""
 ) -> None:
-    """Say how a function is called, if it failed because it was written for another call.
+    """Add a note on how a function is called, if it failed because it takes other arguments.
 
-    Where Python has no notes (3.10) this goes into the message, as it is the cause.
+    In Python 3.10, which has no notes, the text is added to the error's message.
 
     Args:
-        error (BaseException): What the function raised, as its caller has caught it.
+        error (BaseException): The error that the function raised.
         function (Callable): The function.
-        path (str): Its first argument.
-        call (str): How it is called: ``"factory(path, module)"``.
-        mended (str): A call that works, with ``{}`` for the name of the function, if one
-            is known.
+        path (str): The first argument of the call.
+        call (str): How the function is called: ``"factory(path, module)"``.
+        mended (str): A call that would work, if one is known, with ``{}`` for the name of
+            the function.
     """
     path_was_taken_for_a_module = getattr(error, "obj", None) is path
     if not path_was_taken_for_a_module and not _refuses_the_call(function, error):
@@ -68,24 +68,24 @@ def note_misuse(
 
 
 def _refuses_the_call(function: Any, error: BaseException) -> bool:
-    """Whether a function could not be called, or is a class such as ``nn.Linear``."""
+    """Return whether a function could not be called, or is a class such as ``nn.Linear``."""
     if not isinstance(error, TypeError):
         return False
     traceback = error.__traceback__
     if traceback is not None and traceback.tb_next is None:
-        return True  # it did not get so far as to run
-    # `nn.Linear(path, module)` fails only where it counts with its dimensions.
+        return True  # the function did not start to run
+    # `nn.Linear(path, module)` does start, and fails when it computes with its dimensions.
     code = getattr(function.__init__, "__code__", None) if isinstance(function, type) else None
     return code is not None and "path" not in code.co_varnames[: code.co_argcount]
 
 
 def shorten(text: str) -> str:
-    """The text, or the beginning of one that is too long for a message."""
+    """Return the text, cut if it is too long for a message."""
     return text if len(text) <= 80 else text[:77] + "..."
 
 
 def listed(things: Iterable[str]) -> str:
-    """A few of many things, with how many more there are."""
+    """Join the first few of some texts, and say how many more there are."""
     things = list(things)
     more = len(things) - _MOST_NAMES
     shown = ", ".join(things[:_MOST_NAMES])
@@ -93,12 +93,12 @@ def listed(things: Iterable[str]) -> str:
 
 
 def counted(modules: int) -> str:
-    """``1`` -> ``'1 module'``, ``2`` -> ``'2 modules'``."""
+    """Format ``1`` as ``'1 module'``, and ``2`` as ``'2 modules'``."""
     return f"{modules} module" + "s" * (modules != 1)
 
 
 def classes(modules: Iterable[nn.Module], beside: Iterable[type] = ()) -> str:
-    """How many modules of which class there are.
+    """Say how many modules of each class there are.
 
     Args:
         modules (iterable of nn.Module): The modules to count.
@@ -110,7 +110,7 @@ def classes(modules: Iterable[nn.Module], beside: Iterable[type] = ()) -> str:
 
 
 def class_names(of: Iterable[type]) -> dict[type, str]:
-    """What to call some classes, so that no two of them read the same."""
+    """Return a name for each class, so that no two names are the same."""
     classes = list(dict.fromkeys(of))
     same_name = Counter(cls.__name__ for cls in classes)
     names: dict[type, str] = {}
@@ -123,7 +123,7 @@ def class_names(of: Iterable[type]) -> dict[type, str]:
 
 
 def _full_name(cls: type) -> str:
-    """The name of a class after that of the outermost module with it: ``mlx.nn.RMSNorm``."""
+    """Return a class's name in the outermost Python module that has it: ``mlx.nn.RMSNorm``."""
     for name in accumulate(cls.__module__.split("."), "{}.{}".format):
         if name in sys.modules and vars(sys.modules[name]).get(cls.__name__) is cls:
             return f"{name}.{cls.__name__}"
@@ -131,7 +131,7 @@ def _full_name(cls: type) -> str:
 
 
 def described(value: Any) -> str:
-    """What kind of thing a value is, in the words of a message."""
+    """Describe the kind of a value for a message: ``a module (Linear)``, ``a list of 3``."""
     if value is None:
         return "None"
     if isinstance(value, type):

@@ -1,4 +1,4 @@
-"""Many paths -> few patterns that match exactly these."""
+"""Fold many paths into few patterns that match exactly these paths."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _WORD = re.compile(r"[^\W\d_]+|[0-9]+|.", re.DOTALL)
 # A *product* has some choices for each segment of a path, and represents every path that takes
 # one choice from each: `(layers) (0, 1, 2) (q_proj, v_proj)` represents six. The invariant: all
 # products together represent exactly the paths that were given. A line of a report starts with a
-# pattern made of a product, and whoever copies it must select those places and no others.
+# pattern made of a product, and a user who copies it must select those places and no others.
 #
-# That is why `_merged` unites two products only if they are equal in all segments but one:
-# `(0) (q, v)` and `(1) (q, v)` are `(0, 1) (q, v)`. But `(0) (q, v)` and `(1) (q)` stay two, since
-# `(0, 1) (q, v)` would also represent `(1) (v)`, a place that did not change. `fold` divides again
-# what would be too long to print, and its paths with it, so that each product keeps just its own.
+# That is why `_merged` merges two products only if they are equal in all segments but one:
+# `(0) (q, v)` and `(1) (q, v)` become `(0, 1) (q, v)`. But `(0) (q, v)` and `(1) (q)` stay two,
+# since `(0, 1) (q, v)` would also represent `(1) (v)`, a place that did not change. `fold` splits a
+# product that would be too long to print, and gives each part the paths that it represents.
 
 
 def fold(paths: Sequence[Sequence[Segment]]) -> Iterator[tuple[Product, list[int]]]:
@@ -58,11 +58,11 @@ def _merged(products: dict[Product, list[int]]) -> dict[Product, list[int]]:
     keeps it. Products that are equal at all levels but one can be merged, since the
     union of their choices at that level adds no other combination. Products that
     differ at two levels cannot: ``a.0.q`` and ``a.1.k`` would become
-    ``a[0:2].{q,k}``, which matches ``a.0.k`` as well. So this goes over the levels
-    from left to right, and at each level groups the products by all the others. That
-    takes linear time, where a search for pairs to merge would take quadratic time.
-    An index and a name never share a choice, and neither do names that no pattern
-    without a regular expression can match.
+    ``a[0:2].{q,k}``, which matches ``a.0.k`` as well. So the loop goes over the levels
+    from left to right, and at each level groups the products that are equal at all
+    other levels. This takes linear time; a search for pairs to merge would take
+    quadratic time. An index and a name never share a choice, and a name that only a
+    regular expression can match is never merged.
     """
     for level in range(len(next(iter(products)))):
         if len(products) == 1:
@@ -84,7 +84,7 @@ def _merged(products: dict[Product, list[int]]) -> dict[Product, list[int]]:
 
 
 def _split(choice: Choice) -> list[Choice]:
-    """Split a choice whose text is too wide. Long runs of indices stay whole: they are slices."""
+    """Split a choice whose text is too wide; long runs of indices stay whole, as slices."""
     if len(_text_of(choice)) <= _WIDEST:
         return [choice]
     long_runs: list[Choice] = []
@@ -101,7 +101,7 @@ def _split(choice: Choice) -> list[Choice]:
 
 
 def _runs(choice: tuple[Any, ...]) -> Iterator[Choice]:
-    """Consecutive indices, as far as they go; each name is a run of its own."""
+    """Yield the runs of consecutive indices of a choice; each name is a run of its own."""
     if isinstance(choice[0], str):
         yield from ((name,) for name in choice)
     else:
@@ -119,24 +119,24 @@ def segments(path: str, *, slices: bool) -> list[Segment]:
 
 
 def pattern_of(product: Product) -> str:
-    """The pattern that matches the paths of a product, as one writes it in Python."""
+    """Return the pattern that matches the paths of a product, as text."""
     return written(selector_of(product))
 
 
 def selector_of(product: Product) -> Pattern:
-    """The pattern that matches the paths of a product, as ``select`` takes it."""
+    """Return the pattern that matches the paths of a product, as ``select`` takes it."""
     if is_plain(product):
         return "".join(map(_text_of, product)).removeprefix(".")
     return re.compile(_regex_of(product))
 
 
 def written(pattern: Pattern) -> str:
-    """A pattern as one writes it in Python; the ``repr`` of a long one would be cut."""
+    """Return a pattern as text; the ``repr`` of a long regular expression would be cut."""
     return pattern if isinstance(pattern, str) else f"re.compile({pattern.pattern!r})"
 
 
 def is_plain(product: Product) -> bool:
-    """Whether a pattern without a regular expression can match exactly its paths."""
+    """Return whether a pattern that is a ``str`` can match exactly the paths of a product."""
     return all(map(_is_plain, product))
 
 
@@ -159,7 +159,7 @@ def _text_of(choice: Choice) -> str:
 
 
 def _subscript(indices: list[int]) -> str:
-    """``[0, 1, 2]`` -> ``'[0:3]'``; what is not a slice stays a choice of names."""
+    """Write ``[0, 1, 2]`` as ``'[0:3]'``; indices that form no slice are written in braces."""
     if len(indices) == 1:
         return f".{indices[0]}"
     first, last, step = indices[0], indices[-1], indices[1] - indices[0]
@@ -169,12 +169,12 @@ def _subscript(indices: list[int]) -> str:
 
 
 def _braces(names: list[str]) -> str:
-    """``['q_proj', 'v_proj']`` -> ``'{q,v}_proj'``."""
+    """Write ``['q_proj', 'v_proj']`` as ``'{q,v}_proj'``."""
     if len(names) == 1:
         return names[0]
     words = [_WORD.findall(name) for name in names]
     head = _common(words)
-    tail = _common([name[:head:-1] for name in words])  # leaves each of them a word
+    tail = _common([name[:head:-1] for name in words])  # leaves a word of each name
     if head and head == min(map(len, words)):
         head -= 1
     start = "".join(words[0][:head])
@@ -183,5 +183,5 @@ def _braces(names: list[str]) -> str:
 
 
 def _common(words: list[list[str]]) -> int:
-    """How many words all of them begin with."""
+    """Return how many words all of the lists have in common at the beginning."""
     return len(list(takewhile(lambda same: len(set(same)) == 1, zip(*words))))

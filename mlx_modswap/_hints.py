@@ -1,6 +1,6 @@
-"""What an error says was there, and what would have worked. Every suggestion is tried first.
+"""Say in an error what is there instead, and what would work. Every suggestion is tried first.
 
-Runs on the way to an error only, so it is written to be plain, not fast.
+This code only runs before an error, so it is written to be simple, not fast.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from ._pattern import Matcher, Parsed, parse, parse_all
 from ._proposals import Proposal, proposals, spellings, widened, written
 from ._walk import find
 
-_MOST_TOKENS = 40  # of a pattern that is worth mending
+_MOST_TOKENS = 40  # of a pattern that is worth correcting
 
 
 def no_match(model: nn.Module, pattern: Parsed) -> str:
-    """Say that a pattern matches nothing, what is there instead, and a pattern that matches."""
+    """Return the message that a pattern matches nothing, what is there, and what would match."""
     source = pattern.source
     if isinstance(source, re.Pattern):
         works = _first_that_works(model, widened(source))
@@ -44,17 +44,17 @@ def no_match(model: nn.Module, pattern: Parsed) -> str:
 
 
 def no_place(model: nn.Module, path: str) -> str:
-    """Say that there is no module at a path, and what is there instead."""
+    """Return the message that there is no module at a path, and what is there instead."""
     message = f"there is no module at {shorten(repr(path))}"
     names = path.split(".")
     if len(names) > _MOST_TOKENS or re.search(r"[*?\[\]{}]|^$|^\.|\.\.|\.$", path):
-        return message  # no pattern that could be stepped through
+        return message  # too long, or not a path that can be followed
     return f"{message}: {_what_is_there(model, names)}"
 
 
 def count(model: nn.Module, proposal: Proposal) -> int:
-    """Count the modules that a proposal matches: none if one of several patterns matches none."""
-    with suppress(PatternError, SelectionError):  # a cycle, say, that the source does not reach
+    """Count the modules that a proposal matches; 0 if one of its patterns matches nothing."""
+    with suppress(PatternError, SelectionError):  # such as a cycle that the source does not reach
         found = [_paths(model, pattern) for pattern in parse_all(proposal)]
         return len(set().union(*found)) if all(found) else 0
     return 0
@@ -67,7 +67,7 @@ def _paths(model: nn.Module, pattern: Parsed) -> set[str]:
 
 
 def _first_that_works(model: nn.Module, candidates: Iterable[Proposal]) -> str:
-    """Say which candidate is the first that matches something; ``''`` if none does."""
+    """Write which candidate is the first that matches something; ``''`` if none does."""
     for candidate in candidates:
         if (code := written(candidate)) and (matches := count(model, candidate)):
             return f"; {code} matches {matches}"
@@ -84,7 +84,7 @@ class _Entry(NamedTuple):
     in_tuple: bool = False  # which hides it from MLX
 
 
-_NAME = re.compile(r"(?!\d+$)[\w-]+")  # no number, and no pattern
+_NAME = re.compile(r"(?!\d+$)[\w-]+")  # neither a number nor a pattern
 _TOKENS = re.compile(r"\[[^\]]*\]|[^.\[]+")
 
 
@@ -112,7 +112,7 @@ def _with_descendants(start: list[_Entry]) -> list[_Entry]:
 
 
 def _step(start: list[_Entry], token: str) -> list[_Entry]:
-    """Follow one token of a pattern from some entries to others."""
+    """Follow one token of a pattern from some entries, and return the entries it leads to."""
     if token == "**":
         return _with_descendants(start)
     item = parse(f"_{token}" if token.startswith("[") else token).items[-1]
@@ -130,7 +130,7 @@ def _step(start: list[_Entry], token: str) -> list[_Entry]:
 
 
 def _what_is_there(model: nn.Module, tokens: list[str]) -> str:
-    """Describe what is there where the tokens stop matching."""
+    """Describe what the model holds where the tokens stop matching."""
     reached = [_Entry(model)]
     for number, token in enumerate(tokens):
         before, reached = reached, _step(reached, token)
@@ -159,7 +159,7 @@ def _not_a_module(entry: _Entry, pattern: str) -> str:
 
 
 def outline(container: Container) -> list[str]:
-    """List the modules right inside a container: ``["'norm'", "'layers[0:32]' (32 Block)"]``."""
+    """List the modules directly in a container: ``["'norm'", "'layers[0:32]' (32 Block)"]``."""
     paths_of: dict[type, list[tuple[str | int, ...]]] = {}
     for path, _, _, value in own_values(container):
         if issubclass(type(value), nn.Module):
@@ -175,12 +175,12 @@ def outline(container: Container) -> list[str]:
 
 
 def _close_patterns(model: nn.Module, source: str) -> Iterator[str]:
-    """Yield patterns close to one that matches nothing, the likeliest first."""
+    """Yield patterns that are similar to one that matches nothing, the likeliest first."""
     for text in dict.fromkeys(reversed(list(spellings(source)))):
-        with suppress(PatternError):  # not all that was wrong is mended
+        with suppress(PatternError):  # the text may still have a mistake
             parse(text)
             yield from _corrected(model, _TOKENS.findall(text))
-    # The right place below a wrong beginning, as in another model of the same family.
+    # Only the beginning may be wrong, if the pattern is for another model of the same family.
     tokens = _TOKENS.findall(source)
     for start in range(1, len(tokens)):
         if _NAME.fullmatch(tokens[start]):
@@ -192,7 +192,7 @@ def _joined(tokens: list[str]) -> str:
 
 
 def _corrected(model: nn.Module, tokens: list[str]) -> list[str]:
-    """List patterns like these tokens that lead somewhere in the model."""
+    """List patterns that are similar to these tokens and lead somewhere in the model."""
     reached = [_Entry(model)]
     mended: list[str] = []
     for token in tokens:
@@ -204,11 +204,11 @@ def _corrected(model: nn.Module, tokens: list[str]) -> list[str]:
         else:
             return []
     texts = map(_joined, (mended, [*mended, "*"], mended[:-1]))
-    return [text for text in texts if text not in ("", "**")]  # which says nothing of the model
+    return [text for text in texts if text not in ("", "**")]  # these two say nothing of the model
 
 
 def _replacements(start: list[_Entry], token: str, before: list[str]) -> Iterator[list[str]]:
-    """Yield tokens that may have been meant by one, the likeliest first."""
+    """Yield the tokens that may have been meant by one token, the likeliest first."""
     yield [token]
     if token.startswith("["):
         yield [token[1:-1]]
@@ -220,11 +220,11 @@ def _replacements(start: list[_Entry], token: str, before: list[str]) -> Iterato
     yield ["**", token]
     yield from (["**", name] for name in _likely_name(token, _with_descendants(start)))
     if _NAME.fullmatch(token) and isinstance(start[0].value, list):
-        yield ["*"]  # layers.N.mlp
+        yield ["*"]  # for `layers.N.mlp`
 
 
 def _likely_name(token: str, start: list[_Entry]) -> list[str]:
-    """Find the name in some entries that a token misspells, if there is just one."""
+    """Find the name below some entries that a token misspells; empty unless there is just one."""
     names = {
         child.name.lower(): child.name
         for child in chain.from_iterable(map(_children, start))
@@ -244,7 +244,8 @@ def _likeness(token: str, name: str) -> float:
     """Rate how likely a token is a misspelling of a name, from 0 to 1.
 
     Words that both have are left out: ``q_b_proj`` and ``kv_b_proj`` share most of their letters,
-    but nobody writes one for the other. A name with words more or less is just likely enough.
+    but nobody writes one for the other. If the remaining words are all in one of the two, the name
+    is just likely enough.
     """
     words, others = (Counter(_WORD.findall(text)) for text in (token, name))
     left, right = (

@@ -1,4 +1,4 @@
-"""Hooks for the length of a ``with`` block: ``observe``, ``capture`` and ``patch``."""
+"""Hooks inside a ``with`` block: ``observe``, ``capture`` and ``patch``."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Hook(Protocol):
     """A function of path, output and the arguments of the call."""
 
     def __call__(self, path: str, output: Any, /, *args: Any, **kwargs: Any) -> Any:
-        """See the call of a layer."""
+        """Look at one call of a layer. The result is ignored."""
 
 
 See = Callable[[str, Any, tuple[Any, ...], dict[str, Any]], Any]
@@ -45,14 +45,15 @@ def observe(
     exclude: Patterns = (),
     strict: bool = True,
 ) -> Iterator[dict[str, int]]:
-    """Call a function after each call of a layer inside a ``with`` block.
+    """Call a function after each call of a selected layer inside a ``with`` block.
 
-    It sees the output and the arguments of the call and changes nothing: use it for
-    calibration, running statistics, or to look at inputs, without keeping every
-    array. After the block the model has its own layers back, and nothing is held.
-    A layer in several places is seen once a call, by its first path.
+    The function sees the output and the arguments of each call, and changes nothing:
+    use it for calibration, for running statistics or to look at inputs, without
+    keeping every array. After the block the model has its own layers back, and no
+    layer refers to ``hook`` any more. For a layer in several places, ``hook`` is
+    called once per call of the layer, with the first of its paths.
 
-    In a function that is compiled inside the block, ``hook`` is called once, while
+    If a function is compiled inside the block, ``hook`` is called only once, while
     the function is traced, with arrays that must not be kept.
 
     Args:
@@ -61,14 +62,14 @@ def observe(
             layers. Layers inside selected layers may be selected too. See
             :func:`select`.
         hook (Callable): Called as ``hook(path, output, *args, **kwargs)`` with the
-            arguments of the layer's call. What it returns is ignored; an error that
-            it raises goes through the model to the caller.
+            arguments of the layer's call. Its result is ignored; an error that it
+            raises propagates through the model to the caller.
         where (type, tuple of types or Callable, optional): Which of these
             layers to hook. See :func:`select`. Default: ``None``.
         exclude (str, re.Pattern or an iterable of them): The paths to leave
-            out, with all that is inside them. Default: ``()``.
+            out, with everything inside them. Default: ``()``.
         strict (bool): If ``True``, a pattern, ``exclude`` or ``where`` that does
-            nothing is an error, and so is a pattern none of whose layers is called
+            nothing is an error, and so is a pattern if none of its layers is called
             inside the block. Default: ``True``.
 
     Yields:
@@ -76,8 +77,8 @@ def observe(
 
     Raises:
         PatternError: If the text of a pattern is wrong.
-        NoMatchError: If a pattern, ``exclude`` or ``where`` does nothing; at the
-            end of the block, if no layer of a pattern was called inside it.
+        NoMatchError: If a pattern, ``exclude`` or ``where`` does nothing. Also at the
+            end of the block, if no layer of some pattern was called inside it.
         SelectionError: As in :func:`swapped`.
         TypeError: If an argument is of the wrong type.
 
@@ -123,14 +124,14 @@ def capture(
 ) -> Iterator[Outputs]:
     """Record the outputs of layers inside a ``with`` block.
 
-    Each call of a selected layer appends its output to the list under its path.
-    After the block the model has its own layers back; the lists stay. A layer in
-    several places has one list, which is under each of its paths.
+    Each call of a selected layer appends the output to the list under the layer's
+    path. After the block the model has its own layers back; the lists stay. A layer
+    in several places has one list, which is under each of its paths.
 
-    A function made by :func:`mlx.core.compile` calls the layers once, to trace
-    them, with arrays that are never computed. With the yielded dict as its
-    ``outputs=`` the lists hold the outputs of its last call; compile a new function
-    for inputs of another shape.
+    A function compiled by :func:`mlx.core.compile` calls the layers only once, to
+    trace them, with arrays that are never computed. If the yielded dict is passed to
+    ``compile`` as ``outputs=``, the lists hold the outputs of the function's last
+    call. Compile a new function for inputs of another shape.
 
     Args:
         model (mlx.nn.Module): The model to record.
@@ -140,9 +141,9 @@ def capture(
         where (type, tuple of types or Callable, optional): Which of these
             layers to hook. See :func:`select`. Default: ``None``.
         exclude (str, re.Pattern or an iterable of them): The paths to leave
-            out, with all that is inside them. Default: ``()``.
+            out, with everything inside them. Default: ``()``.
         strict (bool): If ``True``, a pattern, ``exclude`` or ``where`` that does
-            nothing is an error, and so is a pattern none of whose layers is called
+            nothing is an error, and so is a pattern if none of its layers is called
             inside the block. Default: ``True``.
 
     Yields:
@@ -151,8 +152,8 @@ def capture(
 
     Raises:
         PatternError: If the text of a pattern is wrong.
-        NoMatchError: If a pattern, ``exclude`` or ``where`` does nothing; at the
-            end of the block, if no layer of a pattern was called inside it.
+        NoMatchError: If a pattern, ``exclude`` or ``where`` does nothing. Also at the
+            end of the block, if no layer of some pattern was called inside it.
         SelectionError: As in :func:`swapped`.
         TypeError: If an argument is of the wrong type.
 
@@ -196,14 +197,14 @@ def patch(
             layers. Layers inside selected layers may be selected too. See
             :func:`select`.
         change (Callable): Called as ``change(path, output)`` after each call of
-            a layer, returns the output to use instead. For a layer in several
-            places the path is its first.
+            a layer; returns the output to use instead. For a layer in several
+            places, ``path`` is the first of its paths.
         where (type, tuple of types or Callable, optional): Which of these
             layers to hook. See :func:`select`. Default: ``None``.
         exclude (str, re.Pattern or an iterable of them): The paths to leave
-            out, with all that is inside them. Default: ``()``.
+            out, with everything inside them. Default: ``()``.
         strict (bool): If ``True``, a pattern, ``exclude`` or ``where`` that does
-            nothing is an error, and so is a pattern none of whose layers is called
+            nothing is an error, and so is a pattern if none of its layers is called
             inside the block. Default: ``True``.
 
     Yields:
@@ -211,8 +212,8 @@ def patch(
 
     Raises:
         PatternError: If the text of a pattern is wrong.
-        NoMatchError: If a pattern, ``exclude`` or ``where`` does nothing; at the
-            end of the block, if no layer of a pattern was called inside it.
+        NoMatchError: If a pattern, ``exclude`` or ``where`` does nothing. Also at the
+            end of the block, if no layer of some pattern was called inside it.
         SelectionError: As in :func:`swapped`.
         TypeError: If an argument is of the wrong type, or if ``change`` returns
             ``None`` for an output that is not ``None``.
@@ -254,7 +255,7 @@ def _check_function(name: str, arguments: str, function: Any) -> None:
 
 # ---------------------------------------------------------------- the hooks of a block
 
-_SHARED, _PATHS = "_(shared)", "_(paths)"  # not names of attributes, so they hide none of a layer
+_SHARED, _PATHS = "_(shared)", "_(paths)"  # not identifiers, so they hide no attribute of a layer
 
 _REASONS = (
     "likely reasons: the model was called outside the block (a generator is used up after it) or "
@@ -267,11 +268,11 @@ class _Shared:
     """What the hooked layers of one block share.
 
     Attributes:
-        see (Callable, optional): What gets the path, the output and the arguments of each
-            call, and returns the output to use; ``None`` once the block has ended, since
-            a hooked layer may be held longer, by a module of another block for instance.
+        see (Callable, optional): Called with the path, the output and the arguments of each
+            call; returns the output to use. ``None`` once the block has ended, since a
+            hooked layer may live longer, for example inside a module of another block.
         calls (dict[str, int]): How often the layer at each path was called.
-        firsts (dict[str, str]): For each path the first path of its layer.
+        firsts (dict[str, str]): For each path, the first path of its layer.
     """
 
     def __init__(self, see: See, paths: list[str]):
@@ -281,7 +282,7 @@ class _Shared:
 
 
 class _Hooked(Wrapper):
-    """A layer with the hook of a block. What is set on it is set on the layer."""
+    """A layer with the hook of a block. Setting an attribute sets it on the layer."""
 
     def __init__(self, layer: nn.Module, shared: _Shared):
         super().__init__(layer)
@@ -302,12 +303,12 @@ class _Hooked(Wrapper):
         setattr(self.__wrapped__, name, value)
 
     def to_quantized(self, *args: Any, **kwargs: Any) -> nn.Module:
-        """Quantize the layer, without the hook."""
+        """Return the quantized layer, without the hook."""
         layer: Any = self.__wrapped__
         return layer.to_quantized(*args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """What is copied or saved inside the block is the layer without the hook."""
+        """Copy or pickle the layer, without the hook."""
         return self.__wrapped__.__reduce_ex__(protocol)
 
 
@@ -320,14 +321,14 @@ def _hooking(
     exclude: Patterns,
     strict: bool,
 ) -> Iterator[_Shared]:
-    """Hook the selected layers inside a ``with`` block."""
+    """Hook the selected layers inside a ``with`` block; yield what the hooked layers share."""
     check_model(model)
     patterns = parse_argument(model, "pattern", pattern)
     excludes = parse_argument(model, "exclude", exclude)
     places = choose(model, [Rule(patterns)], where, excludes, strict).places
     masks, depths = dict(zip(places.paths, places.masks)), _depths(places)
     slices = not any(str(key).isdecimal() or "." in str(key) for key in places.dict_keys())
-    del places  # and the layers in them
+    del places  # which holds the layers
     shared = _Shared(see, [*masks])
     try:
         with ExitStack() as stack:
@@ -341,15 +342,15 @@ def _hooking(
 
 
 def _depths(places: Places) -> dict[int, int]:
-    """How deep each layer is, by its ``id``: the dots in the longest of its paths.
+    """Return the depth of each layer by its ``id``: the dots in the longest of its paths.
 
-    A swap refuses places inside one another, since after a change of the outer one the
-    path of the inner one may lead anywhere. Hooked layers are an exception, as they let
-    every path through; without it nobody could hook a block and the attention inside
-    it. So there is one swap for each depth. What is inside a layer is deeper than it by
-    this measure, however many paths either has: to any path of the outer layer there is
-    a longer one of the inner layer. So no swap has two layers inside one another, and
-    each has all paths of a tied layer, which can only change as a whole.
+    A swap does not accept one place inside another, since the path of the inner place may
+    lead anywhere after the outer module has changed. Hooks need such places, for example a
+    block and the attention inside it; and a hooked layer keeps every path valid. So there
+    is one swap for each depth. A layer inside another layer always has the greater depth,
+    however many paths the two have: for each path of the outer layer, there is a longer
+    path of the inner layer. So no swap contains a layer inside another, and each swap
+    contains all paths of a tied layer, which can only change as a whole.
     """
     depths: dict[int, int] = {}
     for path, layer in zip(places.paths, places.modules):
@@ -377,11 +378,11 @@ def _hook_layers_at(
 def _check_calls(
     patterns: list[Parsed], masks: dict[str, int], calls: dict[str, int], slices: bool
 ) -> None:
-    """Of the layers that a pattern matches at least one must have been called.
+    """Check that at least one of the layers that each pattern matches was called.
 
     Args:
         patterns (list[Parsed]): The patterns.
-        masks (dict[str, int]): The patterns that match each path.
+        masks (dict[str, int]): The patterns that match each path: bit ``i`` for pattern ``i``.
         calls (dict[str, int]): How often the layer at each path was called.
         slices (bool): Whether every number in a path is an index of a list.
     """

@@ -1,4 +1,4 @@
-"""What a call asks for; the places that its patterns match; what ``where`` says of them."""
+"""What a call asks for, the places that its patterns match, and what ``where`` says of them."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def parse_argument(model: nn.Module, name: str, patterns: Any) -> list[Parsed]:
 
 
 class Rule(NamedTuple):
-    """Patterns that decide together, before the rules after it.
+    """Patterns that decide together. The first rule that matches a path decides it.
 
     Attributes:
-        patterns (list[Parsed]): A path is the rule's if one of them matches it.
+        patterns (list[Parsed]): The rule matches a path if one of these matches it.
         key (str, re.Pattern or tuple): The rule's key; ``None`` if the patterns were not
             given as rules.
-        keeps (bool): Whether it leaves alone what it decides, and so all that is inside.
+        keeps (bool): Whether the rule leaves its places alone, with everything inside them.
     """
 
     patterns: list[Parsed]
@@ -57,7 +57,7 @@ class Rule(NamedTuple):
 class Request(NamedTuple):
     """What a call asks for, parsed.
 
-    In a mask, bit ``i`` is pattern ``i``, counted through all rules; the bits of the
+    In a mask, bit ``i`` represents pattern ``i``, counted over all rules; the bits of the
     excludes follow.
     """
 
@@ -72,7 +72,7 @@ class Request(NamedTuple):
 
     @property
     def included(self) -> int:
-        """The bits of all patterns; a mask that is larger has the bit of an exclude."""
+        """The bits of all patterns; any larger mask has the bit of an exclude."""
         return (1 << sum(len(rule.patterns) for rule in self.rules)) - 1
 
     @property
@@ -82,10 +82,13 @@ class Request(NamedTuple):
 
 
 def match(model: nn.Module, request: Request) -> tuple[Places, Visited]:
-    """Walk to all places that a pattern or an exclude matches, and set their masks.
+    """Find all places that a pattern or an exclude matches, and set their masks.
 
-    To leave a place alone is to leave alone all that is inside it, so an exclude, or a
-    pattern of a rule that keeps, matches all paths inside its matches as well.
+    A place that is left alone is left alone with everything inside it. So an exclude, or a
+    pattern of a rule that keeps its places, matches every path inside its matches as well.
+
+    Returns:
+        The places, and the containers that the walk reached.
     """
     patterns = request.patterns + request.excludes
     matcher = Matcher(patterns)
@@ -109,7 +112,7 @@ def _reaches_below(request: Request) -> list[bool]:
 
 
 def _regex_test(regex: re.Pattern[str], below: bool) -> Callable[[str], bool]:
-    """A test for a path; with ``below``, one for it or a leading part of it, cut at a dot."""
+    """Return a test of a path: does it match or, with ``below``, does it or a path around it?"""
     if not below:
         return lambda path: regex.fullmatch(path) is not None
     known: dict[str, bool] = {}
@@ -129,7 +132,7 @@ def _regex_test(regex: re.Pattern[str], below: bool) -> Callable[[str], bool]:
 
 
 def first_pattern(mask: int) -> int:
-    """The number of the first pattern of a mask."""
+    """Return the number of the first pattern in a mask."""
     return (mask & -mask).bit_length() - 1
 
 
@@ -137,14 +140,14 @@ def first_pattern(mask: int) -> int:
 
 
 def is_class(where: Any) -> bool:
-    """Whether ``where`` is a class or several."""
+    """Return whether ``where`` is a class or several classes."""
     if isinstance(where, tuple):
         return all(map(is_class, where))
     return isinstance(where, (type, types.UnionType))
 
 
 def check_where(where: Any) -> None:
-    """Raise a ``TypeError`` for what cannot be asked about a module."""
+    """Raise a ``TypeError`` if ``where`` cannot be asked about a module."""
     if where is None or is_class(where):
         return
     if not callable(where) or isinstance(where, nn.Module):
@@ -158,10 +161,10 @@ Passed = list[bool | None]  # what `where` says of each place; `None` if it was 
 
 
 def ask_where(places: Places, request: Request, strict: bool) -> Passed | None:
-    """Whether ``where`` lets each place through; ``None`` if there is no ``where``.
+    """Return whether ``where`` accepts each place; ``None`` if there is no ``where``.
 
-    A function is asked about an excluded place only as long as its exclude has not
-    done something yet.
+    A function is called for an excluded place only until it is known that the exclude
+    does something.
     """
     where: Any = request.where
     if where is None:
@@ -169,7 +172,7 @@ def ask_where(places: Places, request: Request, strict: bool) -> Passed | None:
     if is_class(where):
         return list(map(isinstance, places.modules, repeat(where)))
     included = request.included
-    effective = 0  # the excludes that have done something
+    effective = 0  # the excludes that are known to do something
     passed: Passed = []
     for path, module, mask in zip(places.paths, places.modules, places.masks):
         if mask <= included:
@@ -191,9 +194,9 @@ def _ask(where: Any, path: str, module: nn.Module) -> bool:
 
 
 def passes_or_fails(where: Any, path: str, module: nn.Module) -> bool:
-    """Whether a function lets an excluded module through, or raises an error about it.
+    """Return whether a function accepts an excluded module, or raises an error for it.
 
-    To exclude a module that ``where`` cannot bear is the cure for that error.
+    An error counts too: a module may be excluded just because ``where`` fails for it.
     """
     try:
         return bool(where(path, module))

@@ -44,9 +44,9 @@ NOTHING = Measure(nn.Module, 0, 0, 0, 0, frozenset())
 
 
 def measure(modules: Sequence[nn.Module]) -> list[Measure]:
-    """Measure modules with all their descendants. What comes again counts nothing the second time.
+    """Measure modules with all their descendants. A module that occurs again adds nothing.
 
-    Equal measures are one object: there are few different ones, however many modules.
+    Equal measures are one object, since there are few different ones, however many modules.
     """
     different: dict[Measure, Measure] = {}
     counted: set[int] = set()
@@ -55,13 +55,13 @@ def measure(modules: Sequence[nn.Module]) -> list[Measure]:
 
 
 def record(modules: Sequence[nn.Module]) -> Callable[[], list[Measure]]:
-    """Note what modules hold, so that they can be measured when they are gone.
+    """Record what modules hold, so that they can be measured when they are gone.
 
-    Every swap does this with all modules that it replaces, before anybody asks for a
-    report, and most never do. So it only copies sizes and dtypes, with loops in C, and
-    the result adds them up when it is called. That is right for modules that hold
-    nothing but arrays, all of them trainable parameters. Anything else (children,
-    frozen or private arrays, quantized layers) is measured at once, which is slower:
+    Every swap records all modules that it replaces, although most reports are never read.
+    So this function only copies sizes and dtypes, with loops in C. The function that it
+    returns adds them up. This is right for modules that hold nothing but arrays, all of
+    them trainable parameters. Modules with anything else (children, frozen or private
+    arrays, quantized weights) are measured at once, which is slower: if all modules were,
     a swap of all 225 projections of a llama would take 2.3 times as long.
     """
     classes: list[type] = []
@@ -89,7 +89,7 @@ def _chunks(things: Sequence[Any]) -> Iterator[Sequence[Any]]:
 
 
 def _are_plain(modules: Sequence[nn.Module]) -> bool:
-    """Whether nothing is quantized, private or frozen in modules that hold arrays only."""
+    """Return whether nothing is quantized, private or frozen in modules that hold arrays only."""
     keys = set(chain.from_iterable(map(dict.keys, modules)))
     if "scales" in keys or any(str(key).startswith("_") for key in keys):
         return False
@@ -102,7 +102,7 @@ def _are_plain(modules: Sequence[nn.Module]) -> bool:
 def _measures(
     ids: list[int], classes: list[type], lengths: list[int], arrays: Iterator[tuple[int, mx.Dtype]]
 ) -> Iterator[Measure]:
-    """Measure modules from what :func:`record` noted of them."""
+    """Yield the measures of modules from what :func:`record` copied."""
     counted: set[int] = set()
     for key, cls, length in zip(ids, classes, lengths):
         sizes_and_dtypes = list(islice(arrays, length))
@@ -113,7 +113,7 @@ def _measures(
 
 
 def _once(of: Measure, key: int, counted: set[int]) -> Measure:
-    """What to count of a module, given those that were counted before."""
+    """Return the measure of a module, with figures of 0 if it was counted before."""
     if key in counted:
         return of._replace(params=0, trainable=0, nbytes=0)
     counted.add(key)
@@ -134,7 +134,7 @@ def _with_descendants(module: nn.Module, counted: set[int]) -> Measure:
 
 
 def measure_alone(module: nn.Module) -> tuple[Measure, list[nn.Module]]:
-    """Measure a module without its children; returns also those children whose parameters count."""
+    """Measure a module without its children; also return the children whose parameters count."""
     bits, frozen = _bits(module), vars(module).get("_no_grad", ())
     params = trainable = nbytes = 0
     dtypes: set[mx.Dtype] = set()
@@ -144,8 +144,8 @@ def measure_alone(module: nn.Module) -> tuple[Measure, list[nn.Module]]:
             continue
         if type(value) is _ARRAY:
             size = value.size
-            names = list(accumulate(map(str, keys), "{}.{}".format))  # also of lists around it
-            if bits:  # the numbers that the packed ones represent, without the scales
+            names = list(accumulate(map(str, keys), "{}.{}".format))  # also of containers around it
+            if bits:  # count the weights that are packed, and not the scales
                 size = {"weight": size * 32 // bits, "bias": size}.get(names[-1], 0)
             params += size
             trainable += 0 if any(name in frozen for name in names) else size
@@ -157,14 +157,14 @@ def measure_alone(module: nn.Module) -> tuple[Measure, list[nn.Module]]:
 
 
 def _bits(module: nn.Module) -> int:
-    """The bits of a quantized layer, 0 for any other module."""
+    """Return the bits of a quantized layer, 0 for any other module."""
     layer: Any = unwrapped(module)
     bits = vars(layer).get("bits") if dict.__contains__(layer, "scales") else 0
     return bits if isinstance(bits, int) and 0 < bits <= 32 else 0
 
 
 def total(measures: Iterable[Measure]) -> Measure:
-    """The sum of some measures, with the class and the bits of the first."""
+    """Return the sum of some measures, with the class and the bits of the first."""
     classes, bits, params, trainable, nbytes, dtypes = zip(*measures)
     sums = sum(params), sum(trainable), sum(nbytes)
     return Measure(classes[0], bits[0], *sums, frozenset().union(*dtypes))

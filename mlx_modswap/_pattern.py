@@ -1,8 +1,8 @@
-"""Text -> pattern -> matcher. Knows nothing of MLX.
+"""Parse patterns, and match paths with them. Nothing here depends on MLX.
 
-A pattern becomes a row of *items*, one for each segment of a path. The patterns
-of a call become one trie in a :class:`Matcher`, whose states say how far a walk
-through a model has come in every pattern at once.
+A pattern is parsed into *items*, one for each segment of a path. The patterns of
+a call form one trie in a :class:`Matcher`. A state of the matcher says how far a
+walk through a model has come in all of the patterns at once.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class Parsed(NamedTuple):
     """One pattern, ready to match.
 
     Attributes:
-        source (Pattern): The pattern as it was given. The whole path must match it besides
-            if it is a regular expression.
+        source (Pattern): The pattern as it was given. If it is a regular expression, the items
+            match any path, and the whole path must match the source as well.
         items (tuple): One item for each step along a path.
     """
 
@@ -33,17 +33,17 @@ class Parsed(NamedTuple):
 
     @property
     def text(self) -> str:
-        """What to call the pattern in a message."""
+        """The pattern as a message shows it."""
         return shorten(repr(self.source))
 
 
-Trial = Callable[[Proposal], Any]  # whether a proposal works, say in the model at hand
+Trial = Callable[[Proposal], Any]  # whether a proposal works, for example in a given model
 
 
 def parse(pattern: Pattern, trial: Trial = bool) -> Parsed:
-    """Turn the text of a pattern, or a compiled regular expression, into items.
+    """Parse the text of a pattern, or a compiled regular expression, into items.
 
-    An error proposes a form that parses, and rather one that the ``trial`` finds good.
+    An error proposes a form that parses, if possible one for which ``trial`` is true.
     """
     if isinstance(pattern, str):
         try:
@@ -72,12 +72,12 @@ def parse_all(patterns: Pattern | Iterable[Pattern], trial: Trial = bool) -> lis
 
 
 class _Names(frozenset[str]):
-    """One of some names: ``q_proj``, ``{q,k}_proj``."""
+    """Some names, one of which must be equal to the segment: ``q_proj``, ``{q,k}_proj``."""
 
     accepts = frozenset.__contains__
 
     def indices(self, length: int) -> Iterable[int]:
-        # Longer digits are no index of any list, and int() limits their number.
+        # A longer number is not an index of any list, and int() limits the number of digits.
         numbers = [int(name) for name in self if _INDEX_TEXT.fullmatch(name)]
         return [number for number in numbers if number < length]
 
@@ -86,8 +86,8 @@ class _Glob:
     """Text with ``*``, ``?`` or several braces: ``*_proj``, ``{a,b}_{c,d*}``.
 
     Args:
-        parts: What follows what: each part a list of alternatives, each
-            alternative a list of tokens (``*``, ``?`` or plain text).
+        parts: The parts of the text in order. A part is a list of alternatives,
+            and an alternative is a list of tokens (``*``, ``?`` or plain text).
     """
 
     def __init__(self, parts: list[list[list[str]]]):
@@ -98,7 +98,7 @@ class _Glob:
         )
 
     def accepts(self, text: str) -> bool:
-        # The set of all places where the parts so far can end: no backtracking.
+        # All positions at which the parts so far can end, so no backtracking is needed.
         ends: Ends = {0}
         for alternatives in self.parts:
             reached = [_advance(ends, tokens, text) for tokens in alternatives]
@@ -120,7 +120,7 @@ def _advance(ends: Ends, tokens: list[str], text: str) -> Ends:
             ends = range(min(ends), len(text) + 1)
         elif token == "?":
             ends = {end + 1 for end in ends if end < len(text)}
-        elif token not in text:  # mostly
+        elif token not in text:  # the common case
             return set()
         else:
             ends = {end + len(token) for end in ends if text.startswith(token, end)}
@@ -143,7 +143,7 @@ class _Subscript:
         return [chosen[self.subscript]] if -length <= self.subscript < length else ()
 
 
-_ANY = _Glob([[["*"]]])  # one segment, whatever it is
+_ANY = _Glob([[["*"]]])  # any one segment
 _DEEP = object()  # any number of segments
 _EVERYTHING = (_DEEP, _ANY)
 _INDEX_TEXT = re.compile(r"0|[1-9][0-9]{0,17}")
@@ -178,7 +178,7 @@ def _parse_path(text: str) -> tuple[Any, ...]:
             items.append(_Names((segment,)))
         start += len(segment) + 1
     if items[-1] is _DEEP:
-        items.append(_ANY)  # what is inside, not the place itself
+        items.append(_ANY)  # match what is inside the place, not the place itself
     return tuple(items)
 
 
@@ -221,7 +221,7 @@ def _parse_subscript(start: int, found: re.Match[str]) -> _Subscript:
 
 
 def _bracket_mistake(start: int, segment: str) -> Mistake:
-    """Why brackets whose insides are right are in the wrong place."""
+    """Return the mistake of brackets that are valid themselves, but in the wrong place."""
     stray = re.search(r"[\[\]]", _BRACKETS.sub(lambda found: " " * len(found[0]), segment))
     if stray:
         return Mistake(f"unmatched '{stray[0]}'", start + stray.start(), 1)
@@ -232,7 +232,7 @@ def _bracket_mistake(start: int, segment: str) -> Mistake:
 
 
 def _brace_mistake(start: int, name: str) -> Mistake:
-    """What is wrong with the first brace that is not one of a good pair."""
+    """Return the mistake at the first brace that is not part of a valid pair."""
     rest = re.sub(r"\{[^{}]+\}", lambda found: " " * len(found[0]), name)
     at = re.search(r"[{}]", rest)
     assert at is not None
@@ -246,7 +246,7 @@ def _brace_mistake(start: int, name: str) -> Mistake:
 
 
 def _message(text: str, mistake: Mistake, trial: Trial) -> str:
-    """What is wrong, what would be right, the pattern, and carets below the place."""
+    """Write what is wrong and what would be right, then the pattern with carets below the place."""
     advice = mistake.otherwise
     right = list(filter(_is_right, proposals(text)))
     if right:
@@ -258,7 +258,7 @@ def _message(text: str, mistake: Mistake, trial: Trial) -> str:
 
 
 def _is_right(proposal: Proposal) -> bool:
-    """Whether all of a proposal parses and can be shown."""
+    """Return whether all of a proposal parses and can be shown."""
     if not isinstance(proposal, re.Pattern):
         try:
             for text in [proposal] if isinstance(proposal, str) else proposal:
@@ -270,17 +270,18 @@ def _is_right(proposal: Proposal) -> bool:
 
 # ---------------------------------------------------------------- items -> matcher
 #
-# A path is walked once for all patterns. They are a trie, in which an edge is an item. Several of
-# its nodes can be reached at once: after `layers`, those of `layers.0`, `layers.*` and `**.q_proj`.
-# This set of nodes is all that matters further down, so it is what a `State` is.
+# A path is walked once for all patterns. The patterns form a trie, in which each edge is an item.
+# Several nodes can be reached at once: after `layers`, nodes of `layers.0`, `layers.*` and
+# `**.q_proj`. Only this set of nodes matters further down, so a `State` is a set of nodes.
 #
-# The invariant: the same set of nodes is the same `State` object, whatever path reached it, since
-# the matcher keeps one for each set. So a state can remember what comes after each key: equal
-# blocks share their states, and nearly every step is one look-up in a dict. With two objects for
-# one set the results would be the same, but each block would be matched anew.
+# The invariant: the matcher keeps one `State` object for each set of nodes, whatever path reached
+# it. So a state can store the state that follows each key: equal blocks share their states, and
+# nearly every step is one dict lookup. With two objects for one set the results would be the same,
+# but each block would be matched anew.
 #
-# Sets take the place of backtracking, too. `**.a.**.b` is in several nodes at once but never in
-# more than there are, so the time grows with the path, not with the ways to divide it among stars.
+# Sets also make backtracking unnecessary. A walk can be at several nodes of `**.a.**.b` at once,
+# but never at more than there are. So the time grows with the length of the path, and not with the
+# number of ways to divide the path among the stars.
 
 
 class _Node:
@@ -290,7 +291,7 @@ class _Node:
         children (dict[Any, _Node]): The node after each item that may come next.
         by_name (dict[str, list[_Node]]): The children after items that are names, by name.
         globs (list[tuple[_Glob, _Node]]): The children after items with wildcards.
-        loops (bool): Whether any segment leads here again: the last item is ``**``.
+        loops (bool): Whether any segment leads back to this node: its item is ``**``.
         mask (int): Bit ``i`` is set if pattern ``i`` ends here.
     """
 
@@ -304,7 +305,7 @@ class _Node:
         self.mask = 0
 
     def child(self, item: Any) -> _Node:
-        """The node after an item, a new one if there is none."""
+        """Return the node after an item; make one if there is none."""
         if item not in self.children:
             self.children[item] = node = _Node(loops=item is _DEEP)
             if isinstance(item, _Names):
@@ -339,7 +340,7 @@ class State(dict[str, "State"]):
             self.goes_on |= bool(node.children)
 
     def __missing__(self, key: Any) -> State:
-        """Step along ``key``, which may hold dots; remember the result if it is a plain str."""
+        """Return the state after ``key``, which may contain dots; store it if ``key`` is a str."""
         if type(key) is not str:
             return self[f"{key}"]
         state = self
@@ -360,7 +361,7 @@ class State(dict[str, "State"]):
         return self._matcher.state(reached)
 
     def entries(self, length: int) -> list[State]:
-        """The states after each index of a list of ``length``."""
+        """Return the states after each index of a list of ``length``."""
         table = self._tables.get(length)
         if table is None:
             table = self._tables[length] = self._entries(length)
@@ -383,7 +384,7 @@ class State(dict[str, "State"]):
 
 
 class Matcher:
-    """Several patterns that are matched together, as one automaton that is built as needed."""
+    """Several patterns, matched together as one automaton whose states are made as needed."""
 
     def __init__(self, patterns: Sequence[Parsed] = ()):
         self._root = _Node()
@@ -392,7 +393,7 @@ class Matcher:
             self.add(pattern.items, 1 << number)
 
     def add(self, items: Iterable[Any], mask: int) -> None:
-        """Match what the items match, too."""
+        """Add a pattern, given by its items; its matches get the bits of ``mask``."""
         node = self._root
         for item in items:
             node = node.child(item)
@@ -404,7 +405,7 @@ class Matcher:
         return self.state([self._root])
 
     def state(self, nodes: list[_Node]) -> State:
-        """The state of a walk that has reached some nodes."""
+        """Return the state of a walk that has reached some nodes."""
         # `**` may match no segment at all, so the node after it is reached at once. One step is
         # enough: the parser never leaves two `**` in a row.
         after = [node.children[_DEEP] for node in nodes if _DEEP in node.children]
@@ -415,7 +416,7 @@ class Matcher:
 
 
 def literally(paths: Iterable[str]) -> Matcher:
-    """A matcher of some paths, as they are printed and not as patterns."""
+    """Return a matcher of some paths, which are taken literally and not as patterns."""
     matcher = Matcher()
     for path in paths:
         matcher.add([_Names((segment,)) for segment in path.split(".")], 1)
@@ -423,5 +424,5 @@ def literally(paths: Iterable[str]) -> Matcher:
 
 
 def inside(items: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The items of ``P.**`` for those of ``P``: all that is inside what they match."""
+    """Return the items of ``P.**`` for the items of ``P``."""
     return (*items, _DEEP, _ANY)

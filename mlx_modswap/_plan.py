@@ -1,4 +1,4 @@
-"""The chosen places -> the factories' new modules -> a checked plan. Changes nothing at all."""
+"""Call the factories for the chosen places, and check the result. The model does not change."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from ._select import check_model, choose
 from ._sharing import Sharing, brought_in, ids_inside, sort_containers, survey
 from ._walk import Places, find
 
-# A factory may ask for an `nn.Linear`, so what it is given is not called an `nn.Module` here.
+# A factory may be annotated to take an `nn.Linear`, so the module is an `Any` here.
 Factory = Callable[[str, Any], nn.Module]
 
 
@@ -35,10 +35,11 @@ _Value = TypeVar("_Value", covariant=True)
 
 
 class _Mapping(Protocol[_Key, _Value]):
-    """What a type checker takes for a mapping.
+    """A mapping, as far as a type checker is concerned.
 
-    The keys of a ``Mapping`` are invariant: to a type checker a ``dict`` with keys of ``str`` is
-    not one of patterns. Its items are.
+    A ``Mapping`` is invariant in its keys, so a type checker would not accept a ``dict`` with
+    keys of type ``str`` as a mapping from patterns. This protocol has only ``items()``, which
+    such a ``dict`` satisfies.
     """
 
     def items(self) -> ItemsView[_Key, _Value]: ...
@@ -56,8 +57,8 @@ class Plan(NamedTuple):
         places (Places): The places that change, with the modules that are there now.
         news (list[nn.Module]): The new module of each place.
         rules (list[int]): The number of the rule that decided each place.
-        training (list): Modules that are new to the model, and the training mode that
-            each is to get.
+        training (list): The modules that are new to the model, each with the training
+            mode that it will get.
     """
 
     places: Places
@@ -74,13 +75,13 @@ def make_plan(
     exclude: Patterns,
     strict: bool,
 ) -> Plan:
-    """Select, call the factories, and check all that could go wrong."""
+    """Select the places, call the factories, run every check, and return the plan."""
     check_model(model)
     rules, factories = _rules(model, pattern, factory)
     excludes = parse_argument(model, "exclude", exclude)
     places, deciding, left_alone, visited = choose(model, rules, where, excludes, strict)
-    # `visited` holds every container to the end: a factory may delete parts of the model, and
-    # a new module must not get the id of one of these.
+    # `visited` keeps every container alive to the end: a factory may delete parts of the model,
+    # and a new module must not get the id of a deleted container.
     known, sharing = survey(model, visited)
     if sharing:
         units = _units(places, sharing)
@@ -105,7 +106,7 @@ _MENDED_FACTORY = "lambda path, layer: {}(layer)"
 
 
 def _rules(model: nn.Module, pattern: Any, factory: Any) -> tuple[list[Rule], list[Factory | None]]:
-    """The rules and their factories; patterns without a mapping are one rule."""
+    """Return the rules and their factories; patterns that are not in a mapping are one rule."""
     if not isinstance(pattern, Mapping) or isinstance(pattern, nn.Module):
         rule = Rule(parse_argument(model, "pattern", pattern))
         _check_factory(factory)
@@ -135,7 +136,7 @@ def _make(
     modules: Sequence[nn.Module],
     factories: Iterable[Factory | None],
 ) -> list[nn.Module]:
-    """Call the factory of each place."""
+    """Call the factory of each place, and return the new modules."""
     news: list[nn.Module] = []
     for path, module, factory in zip(paths, modules, factories):
         if factory is None:
@@ -159,7 +160,7 @@ def _make(
 
 # ---------------------------------------------------------------- shared modules
 #
-# A *unit* is what changes as a whole: a tied module with all of its places, or
+# A *unit* can only change as a whole: a tied module with all of its places, or
 # one location with all of its paths.
 
 Unit = int | Location  # the id of a tied module, or a location
@@ -169,7 +170,7 @@ def _units(places: Places, sharing: Sharing) -> list[Unit]:
     tied: dict[int, bool] = {}
     units: list[Unit] = []
     for module, location in zip(places.modules, places.locations()):
-        layers = [module, *wrapped_layers(module)]  # one place may hold it, another its wrapper
+        layers = [module, *wrapped_layers(module)]  # one place may hold a wrapper, another a layer
         if id(module) not in tied:
             is_shared = any(sharing.location_counts[id(layer)] > 1 for layer in layers)
             tied[id(module)] = is_shared and has_parameters(module)
@@ -180,7 +181,7 @@ def _units(places: Places, sharing: Sharing) -> list[Unit]:
 def _make_once(
     units: list[Unit], places: Places, rules: list[int], factories: Sequence[Factory | None]
 ) -> list[nn.Module]:
-    """Call the factory of each unit, at its first place."""
+    """Call the factory of each unit once, at its first place; return the modules of all places."""
     calls = list(zip(units, map(id, places.modules), rules))
     firsts = {call: at for at, call in reversed(list(enumerate(calls)))}
     order = sorted(firsts.values())
@@ -201,7 +202,7 @@ def _check_units(
     sharing: Sharing,
     rules: list[Rule],
 ) -> None:
-    """Each unit changes as a whole and by one rule, or does not change."""
+    """Check that each unit changes as a whole and by one rule, or does not change."""
     members: defaultdict[Unit, list[int]] = defaultdict(list)
     for at, unit in enumerate(units):
         members[unit].append(at)
@@ -223,7 +224,7 @@ def _check_units(
 
 
 def _partly(unit: Unit, places: Places, inside: list[int], sharing: Sharing) -> str:
-    """That only some paths of a unit were chosen, and which are missing."""
+    """Return the message that only some paths of a unit are selected, and which are missing."""
     everywhere = find(places.model, Matcher([parse("**")]))
     found = zip(everywhere.paths, _units(everywhere, sharing))
     paths = [path for path, other in found if other == unit]
@@ -249,7 +250,7 @@ def _partly(unit: Unit, places: Places, inside: list[int], sharing: Sharing) -> 
 
 
 def _excluding(paths: Sequence[str]) -> str:
-    """The argument that excludes some paths."""
+    """Return the argument that excludes some paths, as Python code."""
     products = [product for product, _ in fold([path.split(".") for path in paths])]
     patterns = [pattern_of(one) if not is_plain(one) else repr(pattern_of(one)) for one in products]
     return f"exclude={patterns[0]}" if len(patterns) == 1 else f"exclude=[{', '.join(patterns)}]"
@@ -259,7 +260,7 @@ def _excluding(paths: Sequence[str]) -> str:
 
 
 def check_nesting(places: Places, advice: str) -> None:
-    """No place may lie inside another; ``advice`` says what to do about both."""
+    """Check that no place lies inside another; ``advice`` ends the message of the error."""
     rows = places.ancestors()
     around = map(id, map(places.containers.__getitem__, rows))
     if set(map(id, places.modules)).isdisjoint(around):
@@ -279,11 +280,11 @@ def check_nesting(places: Places, advice: str) -> None:
 def _check_left_alone(
     places: Places, news: list[nn.Module], left_alone: list[tuple[str, nn.Module]]
 ) -> None:
-    """What was to be left alone must not go away with a place around it."""
+    """Check that each place that is left alone is still inside the new modules around it."""
     if not left_alone or not child_containers(places.modules, Kinds()):
         return
     number_of = {path: number for number, path in enumerate(places.paths)}
-    reached: dict[int, tuple[set[int], set[int]]] = {}  # what the old and the new module hold
+    reached: dict[int, tuple[set[int], set[int]]] = {}  # ids inside the old and the new module
     for path, module in left_alone:
         for outer in _prefixes(path):
             if outer not in number_of:
@@ -292,7 +293,8 @@ def _check_left_alone(
             if number not in reached:
                 reached[number] = ids_inside(places.modules[number]), ids_inside(news[number])
             before, after = reached[number]
-            # With dots in a key, a place need not lie inside the one that its path begins with.
+            # A key may contain dots: then the path of a place may begin with the path of another
+            # place that does not contain it.
             if id(module) in before and id(module) not in after:
                 raise SelectionError(
                     f"{path!r} was to be left alone, but the new module for {outer!r} does not "
@@ -301,14 +303,14 @@ def _check_left_alone(
 
 
 def _prefixes(path: str) -> Iterator[str]:
-    """The paths that a path begins with, the longest first."""
+    """Yield the shorter paths that a path begins with, the longest first."""
     while "." in path:
         path = path.rpartition(".")[0]
         yield path
 
 
 def check_aliases(places: Places, modules: list[nn.Module]) -> None:
-    """Paths that lead to one place must get one module."""
+    """Check that paths that lead to the same place get the same module."""
     firsts: dict[Location, int] = {}
     for at, location in enumerate(places.locations()):
         first = firsts.setdefault(location, at)
@@ -320,14 +322,15 @@ def check_aliases(places: Places, modules: list[nn.Module]) -> None:
 
 
 def _check_names(places: Places) -> None:
-    """No other place may print the path of one of these."""
-    # Two paths that print alike part at a container that is around both places, where one of
-    # two keys is not a str or contains a dot.
+    """Check that no other place in the model has the path of one of these places."""
+    # Two places can have equal paths only if some container around both has a key that is not
+    # a str or that contains a dot.
     if any(type(key) is not str or "." in key for key in places.dict_keys()):
         check_different(find(places.model, literally(places.paths)).paths)
 
 
 def check_different(paths: list[str]) -> None:
+    """Check that no two places have the same path."""
     for path, number in Counter(paths).items():
         if number > 1:
             raise SelectionError(
@@ -339,11 +342,11 @@ def check_different(paths: list[str]) -> None:
 def _check_cycles(
     places: Places, news: list[nn.Module], known: set[int]
 ) -> list[tuple[nn.Module, bool]]:
-    """The model must not come to hold a cycle.
+    """Check that the swap creates no cycle in the model.
 
     Returns:
-        The modules that are new to the model, and the training mode for each: that of
-        the module that it replaces, or that is replaced by a module around it.
+        The modules that are new to the model, each with its training mode: the mode of the
+        module that it replaces, or that the new module around it replaces.
     """
     olds = places.modules
     training: list[tuple[nn.Module, bool]] = []
@@ -355,7 +358,8 @@ def _check_cycles(
         met, before = met | met_here, run
         if set(_modes(fresh)) != {mode}:
             training += [(new, mode) for new in fresh if id(unwrapped(new)) not in known]
-    # In the common case a new module holds only the module that it replaces: no cycle.
+    # In the common case, the only old module inside a new module is the one that it replaces, so
+    # there is no cycle.
     if met and not met <= set(map(id, olds)):
         sort_containers(places.model, dict(zip(places.locations(), news)))
     return training
@@ -364,12 +368,12 @@ def _check_cycles(
 def _modes(modules: Sequence[nn.Module]) -> list[bool]:
     try:
         return list(map(_MODE, modules))
-    except AttributeError:  # a class that does not call `super().__init__()` has none
+    except AttributeError:  # a class that does not call `super().__init__()` has no mode
         return [getattr(module, "_training", True) for module in modules]
 
 
 def _runs(modes: list[bool], news: list[nn.Module]) -> Iterator[tuple[bool, list[nn.Module]]]:
-    """The new modules, in runs of one mode. In the common case there is one run."""
+    """Yield the new modules in runs of one mode; in the common case there is one run."""
     if len(set(modes)) == 1:
         yield modes[0], news
         return
@@ -378,7 +382,7 @@ def _runs(modes: list[bool], news: list[nn.Module]) -> Iterator[tuple[bool, list
 
 
 def check_unmoved(places: Places, modules: Sequence[nn.Module], message: str) -> None:
-    """The places must be where they were found, and hold ``modules``."""
+    """Check that the places are where they were found, and that they hold ``modules``."""
     for at in (places.first_moved(), places.first_without(modules)):
         if at is not None:
             raise SelectionError(message.format(path=places.paths[at]))

@@ -1,8 +1,8 @@
-"""Text that is not a pattern, or that matches nothing -> patterns that may have been meant.
+"""Propose patterns that may have been meant by a text that is wrong or matches nothing.
 
 People write what they know from elsewhere: globs, regular expressions, f-strings, JSONPath. Each
-row of the tables below turns one such habit into the pattern language. Nothing is tried here: that
-is up to whoever shows a proposal to a user. Knows nothing of MLX.
+row of the tables below translates one such habit into the pattern language. The proposals are not
+tried here: the code that shows a proposal tries it. Nothing here depends on MLX.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from contextlib import suppress
 
 Proposal = str | re.Pattern[str] | list[str]  # a list is a union, as everywhere
 
-_LONGEST = 200  # of a text that is worth mending, and of a proposal that can be read
+_LONGEST = 200  # characters of a text that is worth correcting, and of a readable proposal
 
 
 class Mistake(Exception):
@@ -21,7 +21,7 @@ class Mistake(Exception):
 
     Attributes:
         start, length (int): The place in the text.
-        condition (str): When a form that is proposed is the right one, if not always.
+        condition (str): When the proposed form is right; empty if it always is.
         otherwise (str): What to advise if no form can be proposed.
     """
 
@@ -33,7 +33,7 @@ class Mistake(Exception):
         self.condition, self.otherwise = condition, otherwise
 
     def shown_in(self, text: str) -> str:
-        """Draw the text around the place, and carets below the place on a second line."""
+        """Return the text around the place, with carets below the place on a second line."""
         window = slice(max(0, self.start - 50), self.start)
         after = slice(self.start + min(self.length, 20), self.start + 50)
         before, wrong, rest = (
@@ -46,7 +46,7 @@ class Mistake(Exception):
 def proposals(text: str) -> Iterator[Proposal]:
     """Yield patterns that may have been meant by a text, the likeliest first.
 
-    Some of them may not even parse, since the mistakes of a text are mended one by one.
+    Some of them do not even parse, since the mistakes in a text are corrected one by one.
     """
     for proposal in _meant(text):
         if not isinstance(proposal, str):
@@ -57,12 +57,12 @@ def proposals(text: str) -> Iterator[Proposal]:
 
 
 def spellings(text: str) -> Iterator[str]:
-    """Yield the text as it is, and as it becomes while its mistakes are mended one by one."""
+    """Yield the text as it is, and again after each of its mistakes is corrected."""
     yield from (one for one in _meant(text) if isinstance(one, str))
 
 
 def written(proposal: Proposal) -> str:
-    """Write a proposal as Python code, or ``''`` if that would be too long to be read."""
+    """Write a proposal as Python code; ``''`` if that would be too long to read."""
     code = repr(proposal)
     if isinstance(proposal, re.Pattern):
         text, flags = proposal.pattern, ""
@@ -74,7 +74,7 @@ def written(proposal: Proposal) -> str:
 
 
 def widened(proposal: Proposal) -> Iterator[Proposal]:
-    """Yield what matches the same further down in a model."""
+    """Yield proposals that match the same names further down in a model."""
     if isinstance(proposal, str):
         if not proposal.startswith("**."):
             yield f"**.{proposal}"
@@ -89,7 +89,7 @@ def widened(proposal: Proposal) -> Iterator[Proposal]:
 
 
 def _meant(text: str) -> Iterator[Proposal]:
-    """Yield what a text may mean by itself."""
+    """Yield what a text may mean, before it is widened."""
     yield text
     if len(text) > _LONGEST:
         return
@@ -98,7 +98,7 @@ def _meant(text: str) -> Iterator[Proposal]:
     if _REGEX_SIGN.search(braced) or regex != text:
         yield from _compiled(regex)
         yield from _mended(braced)
-    else:  # braces say the same
+    else:  # a pattern with braces says the same
         yield from _mended(braced)
         yield from _compiled(regex) if braced != text else ()
 
@@ -109,9 +109,9 @@ _INLINE_FLAGS = re.compile(r"\A(\(\?[aimsux]+\))+")
 _REGEX_PREFIX = re.compile(r"\A(re|regex):\s*")
 _GROUP = re.compile(r"\((?:\?:)?([^()|\\]*(?:\|[^()|\\]*)+)\)(?![+*?{])")  # (q|v)
 _REGEX_SIGN = re.compile(r"\\|[()]|(\A|\.)\.[*+?]|\.\+|\A\^|\$\Z|\[\^|\]\+")
-# Python warns of sets in sets and, up to 3.10, of flags in the middle.
+# Python warns about nested sets and, up to 3.10, about flags in the middle.
 _DISPUTED = re.compile(r"\[\^?\[|--|&&|~~|\|\||(?<!\A)\(\?[a-zA-Z]+\)")
-# To try one of these on a long path might take minutes.
+# Matching one of these with a long path might take minutes.
 _SLOW = re.compile(r"[+*}].*\)[+*{]|(\.[+*]){2}|([+*}][^+*}]*){6}")
 
 
@@ -130,7 +130,7 @@ _START = r"(?:\A|(?<=\.))"  # of a segment
 
 
 def _span(found: re.Match[str]) -> str:
-    """Write a span that includes both of its ends as a slice."""
+    """Write a range that includes both of its ends as a slice."""
     first, last = sorted(int(number) for number in found.groups() if number)
     return f"[{first}:{last + 1}]"
 
@@ -144,7 +144,7 @@ def _characters(found: re.Match[str]) -> str:
     )
 
 
-# Each row goes on from what the rows before it have made, and all that they make is proposed.
+# Each row is applied to the result of the rows before it, and each of the results is proposed.
 _SPELLINGS: Rows = [
     # "'q_proj' " -> "q_proj"
     (r"\A[\s'\"`]+|[\s'\"`]+\Z", ""),
@@ -200,7 +200,7 @@ _LEFTOVERS: Rows = [
     (r"\.+\Z", ""),
     # "a..b" -> "a.b"
     (r"\.{2,}", "."),
-    # All that follows parses already. "layers.0-3", "layers.{0-3}" -> "layers[0:4]"
+    # From here on the texts already parse. "layers.0-3", "layers.{0-3}" -> "layers[0:4]"
     (r"\.\{?(\d{1,9})-(\d{1,9})\}?(?=\.|\Z)", _span),
     # "layers.0:4", "layers.{0:4}" -> "layers[0:4]"
     (r"\.\{?(-?\d*:-?\d*)\}?(?=\.|\Z)", r"[\1]"),
@@ -236,7 +236,7 @@ def _mended(text: str) -> Iterator[Proposal]:
 
 
 def _after_each_row(rows: Rows, text: str) -> list[str]:
-    """List the text, and what each row that changes something makes of it."""
+    """List the text, and the result of each row that changes it."""
     texts = [text]
     for wrong, right in rows:
         mended = re.sub(wrong, right, texts[-1])
@@ -246,7 +246,7 @@ def _after_each_row(rows: Rows, text: str) -> list[str]:
 
 
 def _alternatives(text: str) -> Iterator[str]:
-    """Yield the texts that a shell makes of braces."""
+    """Yield the texts to which a shell would expand braces."""
     found = _INNERMOST.search(text)
     if not found:
         yield text

@@ -1,4 +1,4 @@
-"""A checked plan -> one ``update_modules`` call; undo."""
+"""Carry out a checked plan with one ``update_modules`` call, and undo it."""
 
 from __future__ import annotations
 
@@ -59,51 +59,52 @@ def replace_layers(
     exclude: Patterns = (),
     strict: bool = True,
 ) -> Replacement:
-    """Replace the modules whose paths match a pattern with what a factory makes of them.
+    """Replace the modules whose paths match a pattern with the modules that a factory returns.
 
-    Only the targeted locations change, or nothing does: every factory runs and
-    every check passes before the model is touched, with one call of
-    :meth:`mlx.nn.Module.update_modules`.
+    Only the selected places change. Every factory runs and every check passes
+    before the model is changed, by one call of
+    :meth:`mlx.nn.Module.update_modules`. If anything fails, nothing changes.
 
     * Factories are called in definition order. A factory that returns the
       module it was given leaves it unchanged.
     * A module with parameters that is in several places is *tied*: the factory
-      is called once and the new module goes to all of them.
-    * New modules get the training mode of the module that they replace. Frozen
-      state is not carried over: an adapter in a frozen model is trainable.
-    * To leave a place alone (``exclude``, or a rule that is ``None``) is to leave
-      alone all that is inside it.
+      is called once, and the new module is put into all of these places.
+    * A new module gets the training mode of the module that it replaces. Frozen
+      state is not copied: an adapter in a frozen model is trainable.
+    * If a place is left alone, by ``exclude`` or by a rule whose value is
+      ``None``, everything inside it is left alone, too.
 
     Args:
         model (mlx.nn.Module): The model to change in place.
         pattern (str, re.Pattern, an iterable of them, or a mapping): The paths
-            to replace. A mapping holds rules: each key is a pattern, or a tuple
-            of patterns, and its value is the factory for them. The first rule
-            that matches a path decides; if its value is ``None``, the path is
-            left alone.
-        factory (Callable): Called as ``factory(path, module)``, returns the new
-            module. Not given with rules.
+            of the modules to replace. A mapping holds rules: each key is a
+            pattern, or a tuple of patterns, and its value is the factory for
+            them. The first rule that matches a path decides; if its value is
+            ``None``, the path is left alone.
+        factory (Callable): Called as ``factory(path, module)``; returns the new
+            module. Left out if ``pattern`` is a mapping.
         where (type, tuple of types or Callable, optional): Which of these modules
             to replace. See :func:`select`. Default: ``None``.
         exclude (str, re.Pattern or an iterable of them): The paths to leave out,
-            with all that is inside them. Default: ``()``.
+            with everything inside them. Default: ``()``.
         strict (bool): If ``True``, an argument that does nothing is an error.
-            Among the modules that ``where`` lets through each pattern must match
-            one, each rule must be the first that matches one, and each
-            ``exclude`` must remove one that a pattern matches. Default: ``True``.
+            Of the modules that ``where`` accepts, each pattern must match at
+            least one, each rule must be the first to match at least one, and
+            each ``exclude`` must remove at least one that a pattern matches.
+            Default: ``True``.
 
     Returns:
-        Replacement: A mapping of path to new module, only of the places that
+        Replacement: A mapping from path to new module, for the places that
         changed. Print it to see the change.
 
     Raises:
         PatternError: If the text of a pattern is wrong.
         NoMatchError: If a pattern, a rule, an ``exclude`` or ``where`` does nothing.
-        SelectionError: If a place to change lies inside another; if it is one of
-            the places of a tied module and not all of them would change; if a
-            place that was to be left alone would go away with the module around
-            it; if ``update_modules`` cannot reach a place; or if the model holds
-            a cycle.
+        SelectionError: If one place to change lies inside another; if only some
+            of the places of a tied module would change; if a place that is left
+            alone would be removed together with a module that contains it; if
+            ``update_modules`` cannot reach a place; or if the model contains a
+            cycle.
         TypeError: If an argument, or what a factory returns, is of the wrong type.
 
     Example:
@@ -152,29 +153,33 @@ def swapped(
     exclude: Patterns = (),
     strict: bool = True,
 ) -> Iterator[Replacement]:
-    """Replace modules inside a ``with`` block, then put the same ones back.
+    """Replace modules inside a ``with`` block, then put the same modules back.
 
     Takes the arguments of :func:`replace_layers`. At the end of the block the
-    identical modules return to their places, even when the block raises. A training
-    mode that was set inside the block, with ``model.eval()`` say, stays with the
-    modules that were in the model then.
+    old modules return to their places, even if the block raises an error. Setting a
+    training mode inside the block, for example with ``model.eval()``, affects only
+    the modules that are in the model at that time.
 
-    Blocks on one model may end in another order than they began, as those of two
-    token streams do that take turns. Then the model has its own layers back, and
-    nothing of any block, once the last of them has ended. A block that ends while
-    a later one is still open on one of the same places raises, since what ran in
-    between was not what it asked for; so does one whose place another block took
-    away with a module around it. Use one block around both streams instead. The
-    same holds for :func:`observe`, :func:`capture` and :func:`patch`.
+    Blocks on one model need not end in the reverse order, for example if two token
+    streams take turns. Once the last of the blocks has ended, the model has its own
+    layers back. But two kinds of block raise an error when they end:
+
+    * a block that ends while a later block is still open on one of the same places,
+      since its own module was not in use there in the meantime;
+    * a block with a place that is no longer at its path, because another block
+      changed a module around it.
+
+    Use one block around both streams instead. The same holds for :func:`observe`,
+    :func:`capture` and :func:`patch`.
 
     Yields:
         Replacement: What was changed.
 
     Raises:
-        SelectionError: In addition to what :func:`replace_layers` raises, at the
-            end of the block, if one of the places was modified by hand inside it,
-            and then nothing is put back; or if blocks did not end in the reverse
-            order. An error raised in the block wins, and gets this as a note.
+        SelectionError: As in :func:`replace_layers`. Also at the end of the block, if
+            one of the places was modified by hand inside the block (then nothing is
+            put back), or if blocks did not end in the reverse order. If the block
+            itself raises an error, that error is raised, with this one as a note.
 
     Example:
         >>> import mlx.nn as nn
@@ -203,11 +208,11 @@ def swapped(
 
 
 def partial_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[Any, Any]:
-    """Nest modules by path into what :meth:`mlx.nn.Module.update_modules` takes.
+    """Nest modules by path into the dict that :meth:`mlx.nn.Module.update_modules` takes.
 
-    Unlike :func:`mlx.utils.tree_unflatten` it follows the real containers of the
-    model: keys that are digits or hold dots stay keys, and the entries of a list
-    that are left alone are held by ``{}``.
+    Unlike :func:`mlx.utils.tree_unflatten`, this function follows the real containers
+    of the model: dict keys that are digits or contain dots are kept as they are, and
+    ``{}`` represents a list entry that does not change.
 
     Args:
         model (mlx.nn.Module): The model that the paths belong to. It is not changed.
@@ -215,12 +220,12 @@ def partial_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[
             taken literally, as :meth:`mlx.nn.Module.named_modules` prints them.
 
     Returns:
-        dict: The smallest nested dict that names these places.
+        dict: The smallest nested dict that contains these modules.
 
     Raises:
         NoMatchError: If there is no module at a path.
-        SelectionError: If a path lies inside another, if two places print it, or if
-            two paths of one place are given different modules.
+        SelectionError: If a path lies inside another, if two places have the same
+            path, or if two paths of one place are given different modules.
         TypeError: If an argument is of the wrong type.
 
     Example:
@@ -254,7 +259,7 @@ def partial_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[
 
 
 def _carry_out(plan: Plan) -> None:
-    """Set the training mode of the modules that are new, and put all new modules into the model."""
+    """Swap, and set the training mode of the modules that the model did not contain before."""
     modes = [(module, getattr(module, "_training", True)) for module, _ in plan.training]
     try:
         _set_modes(plan.training)
@@ -265,7 +270,7 @@ def _carry_out(plan: Plan) -> None:
 
 
 def _set_modes(modes: Iterable[tuple[nn.Module, bool]]) -> None:
-    """Set the mode of each module and not of those inside, as ``train`` does."""
+    """Set the mode of each module itself, with the method that ``train`` calls on each module."""
     for module, mode in modes:
         if hasattr(module, "_set_training_mode"):
             module._set_training_mode(mode)
@@ -274,15 +279,15 @@ def _set_modes(modes: Iterable[tuple[nn.Module, bool]]) -> None:
 
 
 def _update(places: Places, olds: Sequence[nn.Module], news: Sequence[nn.Module]) -> None:
-    """Put ``news`` into the places, which hold ``olds``, with one native call."""
+    """Put ``news`` into the places, which hold ``olds``, with one call of ``update_modules``."""
     model = places.model
     try:
         nn.Module.update_modules(model, nest(places, news))
         if (at := places.first_without(news)) is not None:
             raise SelectionError(f"MLX's update_modules left {places.paths[at]!r} as it was")
     except BaseException as error:
-        # The same partial dict takes the same way through the model and ends where
-        # this one did, so it restores exactly what was replaced.
+        # The same partial dict visits the places in the same order and stops where the first
+        # call stopped, so it restores exactly what was replaced.
         with suppress(Exception):
             nn.Module.update_modules(model, nest(places, olds))
         if not isinstance(error, Exception):
@@ -307,7 +312,7 @@ def _unreachable(places: Places, error: Exception) -> str:
 def _put_back(block: Block) -> None:
     try:
         block.end(_update)
-    except KeyboardInterrupt as interrupt:  # an update that is interrupted leaves the new modules
+    except KeyboardInterrupt as interrupt:  # an interrupted update leaves the new modules
         try:
             block.end(_update)
         except SelectionError as refusal:

@@ -1,4 +1,4 @@
-"""What a swap has changed, and its folded picture."""
+"""The report of a swap: what has changed, folded into a few lines."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ class Change(NamedTuple):
     """A line of a :class:`Replacement`: places that changed in the same way.
 
     Attributes:
-        pattern (Pattern): What ``select`` takes to find them.
-        old (str): The class of the old modules, as it is printed.
-        new (str): That of the new ones.
-        count (int): How many places there are.
+        pattern (Pattern): The pattern with which ``select`` finds the places.
+        old (str): The class of the old modules, as printed.
+        new (str): The class of the new modules, as printed.
+        count (int): The number of places.
         old_params (int): The parameters of all old modules together, before quantization.
-        new_params (int): Those of the new ones.
-        old_nbytes (int): The size of their arrays in bytes.
-        new_nbytes (int): That of the new ones.
-        old_dtypes (frozenset[mx.Dtype]): The dtypes of their arrays.
-        new_dtypes (frozenset[mx.Dtype]): Those of the new ones.
+        new_params (int): The parameters of all new modules together, before quantization.
+        old_nbytes (int): The size of the arrays of all old modules, in bytes.
+        new_nbytes (int): The size of the arrays of all new modules, in bytes.
+        old_dtypes (frozenset[mx.Dtype]): The dtypes of the arrays of the old modules.
+        new_dtypes (frozenset[mx.Dtype]): The dtypes of the arrays of the new modules.
     """
 
     pattern: Pattern
     old: str
     new: str
-    count: int  # pyright: ignore[reportIncompatibleMethodOverride]  # nobody counts in a line
+    count: int  # pyright: ignore[reportIncompatibleMethodOverride]  # hides `tuple.count`
     old_params: int
     new_params: int
     old_nbytes: int
@@ -47,7 +47,7 @@ class Change(NamedTuple):
 
 
 class _Line(NamedTuple):
-    """A line before it is printed: it also knows what is trainable."""
+    """A line before it is printed, with all measures of its old and new modules."""
 
     pattern: Pattern
     old_name: str
@@ -58,32 +58,32 @@ class _Line(NamedTuple):
 
 
 class Replacement(Mapping[str, nn.Module]):
-    """What a swap has changed: a mapping of path to *new* module, in definition order.
+    """What a swap has changed: a mapping from path to *new* module, in definition order.
 
-    Only the places that changed are in it, and it keeps no replaced module alive.
-    ``str()`` of it shows them in few lines, and each line starts with a pattern that
+    It contains only the places that changed, and keeps no replaced module alive. Its
+    ``str()`` shows these places in a few lines. Each line starts with a pattern that
     selects exactly the places of the line::
 
         model.layers[0:32].self_attn.{q,v}_proj   Linear -> LoRALinear   x64   ...
 
-    Places that different rules decided never share a line. If there are several
-    lines, the last one is the total. A notebook shows them as a table.
+    Places that were decided by different rules never share a line. If there are several
+    lines, the last one is the total. A notebook shows the lines as a table.
 
-    ``changes`` is the same as data: a list with a named tuple for each line but the
-    total, whose fields are
+    ``changes`` has the same content as data: a list with a named tuple for each line
+    except the total. The fields of a tuple are
 
-    * ``pattern``: What :func:`select` takes to find the places, a compiled regular
-      expression where no text can say it.
-    * ``old`` and ``new``: The names of the classes as they are printed: with the bits
-      of a quantized layer, and with the module if two classes have one name.
+    * ``pattern``: The pattern with which :func:`select` finds the places: a ``str``, or
+      a compiled regular expression if no ``str`` matches exactly these places.
+    * ``old`` and ``new``: The names of the classes as printed: with the bits of a
+      quantized layer, and with the Python module if two classes have the same name.
     * ``count``: The number of places.
     * ``old_params`` and ``new_params``: The number of parameters, before quantization.
     * ``old_nbytes`` and ``new_nbytes``: The size of the arrays in bytes.
     * ``old_dtypes`` and ``new_dtypes``: A ``frozenset`` of :class:`mlx.core.Dtype`.
 
     ``old_nbytes`` and ``new_nbytes`` of the replacement itself are the sums over all
-    lines. A module in several places is counted in the first of them only. All figures
-    are read when one of them is asked for the first time, and stay as they were then.
+    lines. A module in several places is counted only at the first of them. All figures
+    are determined when one of them is first read, and do not change afterwards.
 
     Example:
         >>> import mlx.nn as nn
@@ -177,7 +177,7 @@ class Replacement(Mapping[str, nn.Module]):
         return lines
 
     def _rows(self) -> list[list[str]]:
-        """The cells of each printed line."""
+        """Return the cells of each printed line."""
         rows = [_cells(line, _tells_trainable(line)) for line in self._lines[:_MOST_LINES]]
         if (more := len(self._lines) - _MOST_LINES) > 0:
             rows.append([f"... {more} more", *("" for _ in rows[0][1:])])
@@ -191,7 +191,7 @@ def _name(of: Measure, names: dict[type, str]) -> str:
 
 
 def _total_of(lines: list[_Line]) -> _Line:
-    """The last line of several; it does not say classes and dtypes again."""
+    """Return the line with the totals; it does not repeat classes and dtypes."""
     places = sum(line.places for line in lines)
     old, new = (
         total(measures)._replace(dtypes=frozenset())
@@ -201,9 +201,10 @@ def _total_of(lines: list[_Line]) -> _Line:
 
 
 def _tells_trainable(line: _Line) -> bool:
-    """Whether the trainable parameters are not what one expects.
+    """Return whether a line shows how many parameters are trainable.
 
-    One expects all parameters to be trainable, and those of a quantized layer not to be.
+    It does if their number changes, except in the usual case: all old parameters are trainable,
+    and all new ones are trainable or belong to a quantized layer.
     """
     old, new = line.old, line.new
     if old.trainable == new.trainable:
@@ -225,7 +226,7 @@ def _cells(line: _Line, tells_trainable: bool) -> list[str]:
 
 
 def _change(before: int, after: int, text: Callable[[int], str]) -> str:
-    """``4000, 0`` -> ``'4.0K -> 0'``, and ``8000000, 8000012`` -> ``'8.0M + 12'``."""
+    """Format ``4000, 0`` as ``'4.0K -> 0'``, and ``8000000, 8000012`` as ``'8.0M + 12'``."""
     if before != after and text(before) == text(after):
         return f"{text(before)} {'+' if after > before else '-'} {text(abs(after - before))}"
     return _arrow(text(before), text(after))
@@ -239,12 +240,12 @@ def _arrow(before: str, after: str) -> str:
 
 
 def number(count: int) -> str:
-    """``2100000`` -> ``'2.1M'``."""
+    """Format ``2100000`` as ``'2.1M'``."""
     return _scaled(count, ("", "K", "M", "B", "T"))
 
 
 def size(nbytes: int) -> str:
-    """``2100000`` -> ``'2.1 MB'``."""
+    """Format ``2100000`` as ``'2.1 MB'``."""
     return _scaled(nbytes, (" B", " KB", " MB", " GB", " TB"))
 
 
@@ -256,12 +257,12 @@ def _scaled(count: int, units: tuple[str, ...]) -> str:
 
 
 def dtypes(of: Iterable[mx.Dtype]) -> str:
-    """What to call some dtypes."""
+    """Return the names of some dtypes as text."""
     return ", ".join(sorted(str(one).removeprefix("mlx.core.") for one in of)) or "no arrays"
 
 
 def aligned(rows: list[list[str]]) -> list[str]:
-    """One line for each row, in columns; those that are empty are left out."""
+    """Return a line for each row, with aligned columns; empty columns are left out."""
     columns = [column for column in zip(*rows) if any(column)]
     widths = [max(map(len, column)) for column in columns]
     return ["   ".join(map(str.ljust, row, widths)).rstrip() for row in zip(*columns)]

@@ -1,4 +1,4 @@
-"""Rules of quantization as text: arguments of the command line, and a JSON file."""
+"""Read rules of quantization from text: from arguments of the command line and a JSON file."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ Key = str | tuple[str, ...]
 Value = int | dict[str, Any] | None
 Rule = tuple[Key, Value]
 
-_KEEP = "keep"  # to leave alone, which is None to the library and null in JSON
-_BITS = range(1, 33)  # which of them there are is for MLX to say
+_KEEP = "keep"  # leaves a layer alone, like None in the library and null in JSON
+_BITS = range(1, 33)  # MLX says which of these it supports
 _FORMS = '{"PATTERN": VALUE} or [["PATTERN" or ["PATTERN", ...], VALUE], ...]'
 
 
@@ -21,7 +21,7 @@ class RulesError(ValueError):
 
 
 def read_rules(texts: Sequence[str], file: Path | None) -> dict[Key, Value]:
-    """Read the rules of a command line, and after them those of a file.
+    """Read the rules of a command line, and then the rules of a file.
 
     Args:
         texts (Sequence of str): Each is ``PATTERN=BITS``, or ``PATTERN=keep`` to leave what it
@@ -81,7 +81,7 @@ def _rules_in(file: Path) -> list[Rule]:
 
 
 class _DuplicateKey(ValueError):
-    """The same key is twice in one JSON object, of which Python would keep the last."""
+    """A JSON object has the same key twice, and Python would keep only the last value."""
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -107,7 +107,7 @@ def _value(file: Path, key: str, value: Any) -> Value:
     if value is None or value == _KEEP:
         return None
     if isinstance(value, dict):
-        for name in ("bits", "group_size"):  # other keywords are for the layer to judge
+        for name in ("bits", "group_size"):  # the layer checks the other keywords
             if name in value and not (_is_number(value[name]) and value[name] > 0):
                 raise RulesError(
                     f"{file}: {name!r} of {key} is {json.dumps(value[name])}; it must be a whole "

@@ -1,4 +1,4 @@
-"""Patterns, ``where`` and ``exclude`` -> the chosen places."""
+"""Find the places that patterns, ``where`` and ``exclude`` select."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def select(
 ) -> dict[str, nn.Module]:
     """Find the modules of a model whose paths match a pattern.
 
-    It changes nothing. The modules come in the order in which
-    :func:`replace_layers` would call its factory.
+    Nothing changes. The modules are in the order in which :func:`replace_layers`
+    calls its factory.
 
     Args:
         model (mlx.nn.Module): The model to look into.
@@ -47,20 +47,20 @@ def select(
             to select: the instances of a class, or those for which
             ``where(path, module)`` is true. Default: ``None``.
         exclude (str, re.Pattern or an iterable of them): The paths to leave out,
-            with all that is inside them. Default: ``()``.
+            with everything inside them. Default: ``()``.
         strict (bool): If ``True``, an argument that does nothing is an error:
-            among the modules that ``where`` lets through each pattern must match
-            one, and each ``exclude`` must remove one that a pattern matches.
-            Default: ``True``.
+            of the modules that ``where`` accepts, each pattern must match at
+            least one, and each ``exclude`` must remove at least one that a
+            pattern matches. Default: ``True``.
 
     Returns:
-        dict[str, mlx.nn.Module]: Path and module of each place, in definition
-        order. A module in several places is listed once for each.
+        dict[str, mlx.nn.Module]: The module at each path, in definition order. A
+        module in several places is listed under each of its paths.
 
     Raises:
         PatternError: If the text of a pattern is wrong.
         NoMatchError: If a pattern, an ``exclude`` or ``where`` does nothing.
-        SelectionError: If the model holds a cycle.
+        SelectionError: If the model contains a cycle.
         TypeError: If an argument is of the wrong type.
 
     Example:
@@ -87,14 +87,15 @@ def check_model(model: Any) -> None:
 
 
 class Chosen(NamedTuple):
-    """The places that a request names.
+    """The places that a request selects.
 
     Attributes:
         places (Places): The places, in definition order.
-        rules (list[int]): The number of the rule that decides each.
+        rules (list[int]): The number of the rule that decides each place.
         left_alone (list[tuple[str, nn.Module]]): Path and module of each place that an
-            exclude, or a rule that keeps, leaves alone, whatever ``where`` says of it.
-        visited (Visited): What the walk came by.
+            exclude, or a rule with ``None``, leaves alone, whether or not ``where``
+            accepts it.
+        visited (Visited): The containers that the walk reached.
     """
 
     places: Places
@@ -110,7 +111,7 @@ def choose(
     excludes: list[Parsed],
     strict: bool,
 ) -> Chosen:
-    """Find the places that the arguments of a call name."""
+    """Find the places that the arguments of a call select."""
     check_where(where)
     request = Request(rules, where, excludes)
     places, visited = match(model, request)
@@ -123,7 +124,7 @@ def choose(
 
 
 def narrow(places: Places, visited: Visited, request: Request, passed: Passed | None) -> Chosen:
-    """Keep the places that ``where`` lets through and no exclude leaves alone."""
+    """Keep the places that ``where`` accepts and that no exclude removes, and return them."""
     included, owners = request.included, request.owners
     masks = set(places.masks)
     free = {mask for mask in masks if mask <= included}

@@ -1,4 +1,4 @@
-"""Every container of a model once: what is shared, what is tied, whether there is a cycle."""
+"""Visit each container of a model once: find what is shared or tied, and whether it has a cycle."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _MOST_PATHS = 10_000_000
 
 
 class Sharing:
-    """How often each container is held in a model in which something is in several places.
+    """How many paths lead to each container of a model, and how many locations hold it.
 
     Attributes:
         order (list): Every container once, each before all that it holds.
@@ -34,7 +34,7 @@ class Sharing:
         location_counts (Counter[int]): How many locations hold each container, by ``id``.
 
     Raises:
-        SelectionError: If the model holds a cycle, or more paths than anyone can walk.
+        SelectionError: If the model contains a cycle, or too many paths to walk them all.
     """
 
     __slots__ = ("location_counts", "order", "path_counts")
@@ -56,12 +56,13 @@ class Sharing:
 
 
 class Visited(NamedTuple):
-    """What a walk came by, for :func:`survey` to go on from.
+    """The containers that a walk reached, from which :func:`survey` continues.
 
     Attributes:
-        seen (list): All containers that the walk came by, one in several places once for each.
-        skipped (list): Those among them that it did not look into.
-        sharing (list): The :class:`Sharing` of the model, if the walk had to find it out.
+        seen (list): All containers that the walk reached; one in several places is listed for
+            each place.
+        skipped (list): The containers among these that the walk did not enter.
+        sharing (list): The :class:`Sharing` of the model if the walk needed it, else empty.
     """
 
     seen: list[Container]
@@ -70,20 +71,20 @@ class Visited(NamedTuple):
 
 
 def survey(model: nn.Module, visited: Visited) -> tuple[set[int], Sharing | None]:
-    """Visit the containers that a walk left out.
+    """Visit the containers that a walk did not reach.
 
-    It goes level by level with loops in C, the cheapest way to see all of a model.
+    They are visited level by level with loops in C, the cheapest way to see all of a model.
 
     Returns:
-        The ``id`` of every container in the model; and how things are shared, or
-        ``None`` if nothing is in several places.
+        The ``id`` of every container in the model; and the :class:`Sharing` of the model,
+        or ``None`` if nothing is in several places.
     """
     kinds = Kinds()
     seen, level = visited.seen, visited.skipped
     ids = set(map(id, seen))
     while level and len(ids) == len(seen):
         level = child_containers(level, kinds)
-        seen.extend(level)  # held, so that no other object gets the id of one
+        seen.extend(level)  # keeps them alive, so that no other object gets one of their ids
         ids.update(map(id, level))
     if len(ids) == len(seen):
         return ids, None
@@ -92,18 +93,18 @@ def survey(model: nn.Module, visited: Visited) -> tuple[set[int], Sharing | None
 
 
 def sort_containers(model: nn.Module, swaps: Swaps | None = None) -> list[Container]:
-    """Every container once, each before all that it holds.
+    """List every container once, each before all that it holds.
 
     Args:
-        model (nn.Module): Where to begin.
-        swaps (dict, optional): Modules to go on with at some locations instead of
-            those in the model.
+        model (nn.Module): The model.
+        swaps (dict, optional): Modules to use at some locations instead of those in the
+            model.
 
     Raises:
         SelectionError: If a container holds itself, at any depth.
     """
     order: list[Container] = []
-    done, path_of = set[int](), {id(model): ""}  # `path_of`: those on the way to this one
+    done, path_of = set[int](), {id(model): ""}  # `path_of`: the containers on the stack
     stack: list[tuple[Container, str, Iterator[tuple[Any, Any]]]] = [
         (model, "", _child_entries(model, swaps))
     ]
@@ -139,17 +140,16 @@ def _child_entries(container: Container, swaps: Swaps | None) -> Iterator[tuple[
 def brought_in(
     modules: Sequence[nn.Module], known: set[int], seen: set[int]
 ) -> tuple[list[nn.Module], set[int]]:
-    """The modules that ``modules`` would add to a model.
+    """Find the modules that ``modules`` would add to a model.
 
-    A factory may return a fresh layer, one that holds the layer it replaces (LoRA), or
-    one that the model has elsewhere. The search goes down level by level from
-    ``modules`` and stops at every container that is in the model already or was
-    reached before, so it visits each new container once. A module of ``modules``
-    itself that the model has already stops the search too. The ids of the places where
-    it stopped decide whether a cycle is possible: a swap can close one only if a new
-    module leads back into the model, and to something other than the module that it
-    replaces. Without them every swap of a LoRA layer would have to sort the whole
-    model to rule a cycle out.
+    A factory may return a fresh layer, a layer that holds the one it replaces (LoRA), or
+    a layer that is elsewhere in the model. The search goes down from ``modules``, level
+    by level, and stops at every container that is in the model already or was reached
+    before, so it visits each new container once. It stops at a module of ``modules``,
+    too, if the model already contains it. The ids of the containers at which it stopped
+    show whether a cycle is possible: a swap can close a cycle only if a new module leads
+    back into the model, to something other than the module that it replaces. Without
+    these ids, every swap to LoRA would have to sort the whole model to rule out a cycle.
 
     Args:
         modules (sequence of nn.Module): The modules to put in.
@@ -157,7 +157,8 @@ def brought_in(
         seen (set[int]): The ids of what earlier calls visited; this call adds its own.
 
     Returns:
-        The modules that are new to the model, and the ids of those reached that are not.
+        The modules that are new to the model, and the ids of the containers at which the
+        search stopped.
     """
     kinds = Kinds()
     fresh: list[nn.Module] = []
@@ -177,7 +178,7 @@ def brought_in(
 
 
 def ids_inside(module: nn.Module) -> set[int]:
-    """The ids of a module and of all containers inside it."""
+    """Return the ids of a module and of all containers inside it."""
     kinds = Kinds()
     ids: set[int] = set()
     level: list[Any] = [module]

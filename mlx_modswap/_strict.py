@@ -1,7 +1,7 @@
-"""Nothing silent: an error for each argument that does nothing.
+"""Raise an error for each argument that does nothing.
 
-There are two checks. The first needs no ``where``, so that a typo is found before a function of
-the user's is asked about anything. The second is for what remains once ``where`` was asked.
+There are two checks. The first does not need ``where``, so that a typo is found before the user's
+function is called. The second is about the modules that ``where`` accepts.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from ._walk import Places
 
 
 def check_matches(model: nn.Module, request: Request, places: Places) -> None:
-    """Each pattern must match a module, and each exclude one that a pattern matches.
+    """Check that each pattern matches a module, and each exclude a module that a pattern matches.
 
     Raises:
-        NoMatchError: Which of them does not.
+        NoMatchError: If one of them does not. The message says which.
     """
     patterns, included = request.patterns, request.included
     for rule in request.rules:
@@ -64,18 +64,18 @@ def check_matches(model: nn.Module, request: Request, places: Places) -> None:
 def check_effects(
     model: nn.Module, request: Request, places: Places, passed: Passed | None
 ) -> None:
-    """Each argument must do something among the modules that ``where`` lets through.
+    """Check that each argument does something, given the modules that ``where`` accepts.
 
     Args:
         model (nn.Module): The model.
         request (Request): What was asked for, which has passed :func:`check_matches`.
         places (Places): All places that a pattern or an exclude matches.
-        passed (list, optional): What ``where`` says of each of them.
+        passed (list, optional): What ``where`` says of each of the places.
 
     Raises:
-        NoMatchError: Which of them does nothing.
+        NoMatchError: If an argument does nothing. The message says which.
     """
-    # What is left out of these checks is what `check_matches` has checked: most calls need none.
+    # `check_matches` has checked the rest. Most calls need none of these checks.
     alone, excludes = len(request.patterns) == 1, request.excludes
     if alone and not excludes and (passed is None or any(passed)):
         return
@@ -92,14 +92,14 @@ def check_effects(
 class _Matched:
     """What the patterns and excludes of a request match.
 
-    A mask says which patterns and excludes match a module, and nothing else of a module
-    matters here. So a few sets of masks represent all modules: the model may have
-    thousands of layers, and they rarely have more than a few masks.
+    A mask says which patterns and excludes match a module, and nothing else about a module
+    matters here. So sets of masks represent all modules: a model may have thousands of
+    layers, but these rarely have more than a few different masks.
 
     Attributes:
         masks (set[int]): The masks of all modules.
-        free (set[int]): Those without an exclude.
-        live (set[int]): Those with a module that ``where`` lets through.
+        free (set[int]): The masks without an exclude.
+        live (set[int]): The masks of the modules that ``where`` accepts.
     """
 
     def __init__(
@@ -115,10 +115,10 @@ class _Matched:
         self.live = self.masks if passed is None else set(compress(places.masks, passed))
 
     def do_something(self, masks: Collection[int]) -> bool:
-        """Whether a pattern with these masks, or a rule that decides them, does something.
+        """Return whether a pattern with these masks, or a rule that decides them, does something.
 
-        It does if ``where`` lets a module through, be it excluded or not. It may also be
-        excluded as a whole: one list of patterns can serve several models.
+        It does if ``where`` accepts one of its modules, excluded or not. It also counts if all
+        of its modules are excluded, since one list of patterns can serve several models.
         """
         if any(mask in self.live for mask in masks):
             return True
@@ -127,8 +127,8 @@ class _Matched:
         return self._asked_late(masks)
 
     def _asked_late(self, masks: Collection[int]) -> bool:
-        # A function was asked about few of the excluded modules. Before its answers lead to an
-        # error it is asked about the others, so that it means the same as a class.
+        # If `where` is a function, it was called for only a few of the excluded modules. Before an
+        # error is raised, it is called for the others, so that it has the same effect as a class.
         places, answers = self.places, self.passed or []
         return any(
             answer is None and mask in masks and passes_or_fails(self.request.where, path, module)
@@ -138,7 +138,7 @@ class _Matched:
         )
 
     def modules(self, bits: int, others: int = -1) -> list[nn.Module]:
-        """The modules matched by one of some patterns, and by one of some others."""
+        """Return the modules that a pattern in ``bits`` matches, and also one in ``others``."""
         pairs = zip(self.places.modules, self.places.masks)
         return [module for module, mask in pairs if mask & bits and mask & others]
 
@@ -204,7 +204,7 @@ def _all_excluded(matched: _Matched) -> str:
 
 
 def _reaches_inside(model: nn.Module, exclude: Parsed) -> bool:
-    """Whether an exclude removes more than the places that it matches."""
+    """Return whether an exclude removes more than the places that it matches."""
     alone, with_inside = (
         match(model, Request([Rule([exclude], keeps=keeps)], None, []))[0].paths
         for keeps in (False, True)
@@ -213,7 +213,7 @@ def _reaches_inside(model: nn.Module, exclude: Parsed) -> bool:
 
 
 def _all_rejected(matched: _Matched) -> str:
-    """That ``where`` rejects all that is not excluded."""
+    """Write that ``where`` rejects everything that is not excluded."""
     request = matched.request
     pairs = zip(matched.places.modules, matched.places.masks)
     rejected = [module for module, mask in pairs if mask in matched.free]
@@ -227,7 +227,7 @@ def _all_rejected(matched: _Matched) -> str:
 
 
 def _rejected(matched: _Matched, number: int) -> str:
-    """That ``where`` rejects all that one of several patterns matches."""
+    """Write that ``where`` rejects everything that one of several patterns matches."""
     request = matched.request
     pattern, rule = request.patterns[number], request.rules[request.owners[number]]
     rejected = matched.modules(1 << number)
@@ -249,7 +249,7 @@ def _rejected(matched: _Matched, number: int) -> str:
 
 
 def _never_applies(matched: _Matched, number: int) -> str:
-    """That earlier rules decide all that a rule matches."""
+    """Write that earlier rules decide everything that a rule matches."""
     request, masks = matched.request, matched.places.masks
     bits = sum(1 << at for at, owner in enumerate(request.owners) if owner == number)
     its = matched.modules(bits)
@@ -268,7 +268,7 @@ def _never_applies(matched: _Matched, number: int) -> str:
 
 
 def _works_inside(matched: _Matched, number: int) -> str:
-    """How many modules inside those that a pattern matches would be selected, if there are any."""
+    """Write how many modules inside the matches of a pattern would be selected; ``''`` if none."""
     request = matched.request
     source, rule_number = request.patterns[number].source, request.owners[number]
     if not isinstance(source, str):
@@ -276,7 +276,7 @@ def _works_inside(matched: _Matched, number: int) -> str:
     wider = parse(f"{source}.**")
     tried = request._replace(rules=[*request.rules[:rule_number], Rule([wider])])
     included, owners = tried.included, tried.owners
-    with suppress(Exception):  # `where` is the user's, and may not bear other modules
+    with suppress(Exception):  # the user's `where` may fail for other modules
         places, _ = match(matched.model, tried)
         passed = ask_where(places, tried, strict=False) or ()
         count = sum(

@@ -1,4 +1,4 @@
-"""Walk a model to the places that patterns match; nest a partial module dict."""
+"""Walk a model to the places that patterns match, and nest modules into a partial dict."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ from ._sharing import Sharing, Visited
 class Places:
     """Some places of a model, and the containers on the way to them.
 
-    Two tables, stored by column. An object for each place reads better, but makes a
-    swap of many places 1.7 to 2.3 times as slow: most of that is Python's garbage
-    collector, which has to visit every one of these objects.
+    These are two tables, stored by column. An object for each place would read better, but
+    makes a swap of many places 1.7 to 2.3 times as slow, mostly because Python's garbage
+    collector has to visit every object.
 
     Attributes:
         paths (list[str]): The path of each place, as ``named_modules()`` prints it.
         modules (list[nn.Module]): The module found there.
-        rows (list[int]): The row of the container that holds it.
-        keys (list): Its key there.
+        rows (list[int]): The row, in the second table, of the container that holds it.
+        keys (list): Its key in that container.
         masks (list[int]): The patterns that match it: bit ``i`` for pattern ``i``.
 
         containers (list): A row for each container on the way; row 0 is the model.
             A container comes before all that it holds.
-        holders (list): The container itself, or the innermost layer if it is a
-            ``Wrapper``: what has the keys that a path goes on with.
-        parents (list[int]): The row of the container that holds it.
-        parent_keys (list): Its key there.
+        holders (list): The container itself or, for a ``Wrapper``, the innermost layer,
+            which has the keys with which a path continues.
+        parents (list[int]): The row of the container that holds this container.
+        parent_keys (list): Its key in that container.
     """
 
     def __init__(self, model: nn.Module):
@@ -72,7 +72,7 @@ class Places:
                 setattr(self, name, list(compress(getattr(self, name), selectors)))
 
     def ancestors(self) -> list[int]:
-        """The rows of the containers around the places, at any depth; the model is the first."""
+        """Return the rows of the containers around the places, at any depth, the model first."""
         if self._ancestors is None:
             ancestors, rows = {0}, set(self.rows)
             while rows:
@@ -83,7 +83,7 @@ class Places:
         return self._ancestors
 
     def dict_keys(self) -> set[Any]:
-        """The keys of the modules and dicts around the places."""
+        """Return the keys of the modules and dicts around the places."""
         if self._dict_keys is None:
             holders = self._holders_of(self.ancestors())
             dicts: Any = compress(holders, map(isinstance, holders, repeat(dict)))
@@ -91,17 +91,17 @@ class Places:
         return self._dict_keys
 
     def locations(self) -> list[Location]:
-        """Where each place is: the ``id`` of its holder, and its key there."""
+        """Return where each place is: the ``id`` of its holder, and its key there."""
         return list(zip(map(id, self._holders_of(self.rows)), self.keys))
 
     def container_locations(self, rows: Sequence[int]) -> list[Location]:
-        """Where the containers of some rows are."""
+        """Return where the containers of some rows are."""
         parents = map(self.parents.__getitem__, rows)
         keys = map(self.parent_keys.__getitem__, rows)
         return list(zip(map(id, self._holders_of(parents)), keys))
 
     def first_moved(self) -> int | None:
-        """The number of the first place that is no longer in the model, if there is one."""
+        """Return the number of the first place that is no longer in the model, if there is one."""
         rows = self.ancestors()[1:]
         parents = map(self.parents.__getitem__, rows)
         now = values_at(self._holders_of(parents), list(map(self.parent_keys.__getitem__, rows)))
@@ -117,7 +117,7 @@ class Places:
         return None
 
     def first_without(self, modules: Iterable[nn.Module]) -> int | None:
-        """The number of the first place that does not hold its entry of ``modules``, if any."""
+        """Return the number of the first place that does not hold its entry of ``modules``."""
         changed = map(is_not, values_at(self._holders_of(self.rows), self.keys), modules)
         return next(compress(count(), changed), None)
 
@@ -126,21 +126,21 @@ class Places:
 
 
 def find(model: nn.Module, matcher: Matcher) -> Places:
-    """Walk a model, depth first, to the places that a pattern matches.
+    """Find the places that a pattern matches, by a walk through the model, depth first.
 
     Raises:
-        SelectionError: If the walk comes to a cycle.
+        SelectionError: If the walk reaches a cycle.
     """
     places, _ = find_and_note(model, matcher)
     return places
 
 
 def find_and_note(model: nn.Module, matcher: Matcher) -> tuple[Places, Visited]:
-    """Walk like :func:`find`, and note every container that the walk comes by.
+    """Find places like :func:`find`; also return every container that the walk reaches.
 
-    A container that no pattern can match anything inside of is not looked into. One that
-    is entered a second time is either shared or part of a cycle, in which the walk would
-    not end: :class:`Sharing` tells them apart.
+    The walk does not enter a container if no pattern can match anything inside it. If it
+    enters a container for the second time, the container is either shared or part of a
+    cycle, in which the walk would not end: :class:`Sharing` distinguishes the two cases.
     """
     places = Places(model)
     paths, modules, masks = places.paths, places.modules, places.masks
@@ -203,7 +203,7 @@ def _steps(container: dict[Any, Any], state: State) -> Iterator[tuple[Any, Any, 
 
 
 def nest(places: Places, modules: Iterable[nn.Module]) -> dict[Any, Any]:
-    """The partial module dict that puts ``modules`` into ``places``."""
+    """Return the partial module dict that puts ``modules`` into ``places``."""
     containers, parents, parent_keys = places.containers, places.parents, places.parent_keys
     partial: list[Any] = [None] * len(containers)  # by row
     partial[0] = {}
@@ -224,6 +224,6 @@ def nest(places: Places, modules: Iterable[nn.Module]) -> dict[Any, Any]:
 
 
 def _lengthen(entries: list[Any], index: int) -> None:
-    """Make room: an empty dict tells update_modules to leave an entry of a list alone."""
+    """Lengthen a list with ``{}``, which tells update_modules to leave an entry alone."""
     while len(entries) <= index:
         entries.append({})

@@ -15,12 +15,12 @@ from ._errors import described
 
 T = TypeVar("T")
 
-_SEALED, _SLOTS = "(sealed)", "(slots)"  # not names of attributes, so they hide none of a layer
-_LENT = frozenset(["__call__", "to_quantized"])  # methods of `Wrapper` that are the layer's as well
+_SEALED, _SLOTS = "(sealed)", "(slots)"  # not identifiers, so they hide no attribute of a layer
+_LENT = frozenset(["__call__", "to_quantized"])  # methods of `Wrapper` that call the layer's own
 
 
 class _Sealing(type):
-    """Knows when the ``__init__`` of a wrapper is over, and looks at what it has set."""
+    """A metaclass that checks and seals a wrapper once its ``__init__`` has returned."""
 
     def __init__(cls, name: str, bases: tuple[type, ...], namespace: dict[str, Any]):
         super().__init__(name, bases, namespace)
@@ -38,23 +38,23 @@ class _Sealing(type):
 
 
 class Wrapper(nn.Module, metaclass=_Sealing):
-    """Represents a layer, to which it adds what a subclass defines.
+    """The base class for a module that represents a layer and changes what it does.
 
     Attributes, parameters and their names, frozen state, training mode and
-    ``isinstance`` are those of the layer, whichever way they are read or set. A
-    subclass overrides ``__call__`` to see or change what goes in and out.
-    ``__wrapped__`` is the layer.
+    ``isinstance`` are those of the layer, however they are read or set. A subclass
+    overrides ``__call__`` to see or change the inputs and outputs. ``__wrapped__``
+    is the layer.
 
-    What ``__init__`` sets on ``self`` belongs to the wrapper, and so does what is
-    set later under a name that the layer does not have. It is not a parameter: it
-    is neither trained nor saved nor cast. To set a public array there, or a module
-    that holds arrays, is a mistake and an error: give a constant a name that
-    begins with ``_``, and for what is to be trained write a plain
-    :class:`mlx.nn.Module` that holds the layer.
+    An attribute that ``__init__`` sets on ``self`` belongs to the wrapper. So does
+    an attribute that is set later, unless the layer has one of that name. Such an
+    attribute is not a parameter: it is neither trained nor saved nor cast. It is
+    therefore an error if ``__init__`` sets a public attribute to an array or to a
+    module that holds arrays. Give a constant a name that starts with ``_``; if the
+    array is to be trained, write a plain :class:`mlx.nn.Module` that holds the layer.
 
-    :func:`mlx.nn.quantize` keeps the wrapper: its ``to_quantized`` returns one of
-    the same class with the same attributes around the quantized layer. Override it
-    if some of them were computed from the layer.
+    :func:`mlx.nn.quantize` keeps the wrapper: ``to_quantized`` returns a wrapper of
+    the same class, with the same attributes, around the quantized layer. Override
+    ``to_quantized`` if some of the attributes were computed from the layer.
 
     Args:
         layer (mlx.nn.Module): The layer to represent.
@@ -82,11 +82,11 @@ class Wrapper(nn.Module, metaclass=_Sealing):
         (True, (2, 4))
     """
 
-    # There is one copy of everything, in the layer. The raw dict of the wrapper holds
-    # nothing but the layer, for the code that reads raw dicts: `mx.eval` and `mx.compile`
-    # find the arrays there. All other code asks through the methods below, which are the
-    # layer's, so no name gets a segment more. A copy of the layer's entries would have
-    # the same names too, but goes stale when the layer sets one itself (`BatchNorm` does).
+    # Everything exists once, in the layer. The wrapper's own dict holds only the layer:
+    # `mx.eval` and `mx.compile` read raw dicts, and find the arrays through it. All other
+    # code calls the methods below, which pass the call on to the layer, so no parameter
+    # name gets an additional segment. A copy of the layer's entries would have the same
+    # names, but would go stale when the layer sets an entry itself, as `BatchNorm` does.
 
     __wrapped__: nn.Module
 
@@ -99,11 +99,11 @@ class Wrapper(nn.Module, metaclass=_Sealing):
         return dict.__getitem__(self, WRAPPED)(*args, **kwargs)
 
     def to_quantized(self, *args: Any, **kwargs: Any) -> nn.Module:
-        """Wrap the quantized layer in the same way. Exists if the layer can be quantized.
+        """Quantize the layer, and wrap the result. Exists only if the layer can be quantized.
 
         Args:
-            *args: The arguments of the layer's ``to_quantized``.
-            **kwargs: The same by keyword.
+            *args: Positional arguments for the layer's ``to_quantized``.
+            **kwargs: Keyword arguments for the layer's ``to_quantized``.
 
         Returns:
             mlx.nn.Module: A wrapper of the same class, with a copy of its attributes.
@@ -111,8 +111,8 @@ class Wrapper(nn.Module, metaclass=_Sealing):
         layer: Any = self.__wrapped__
         return _rebuilt(type(self), layer.to_quantized(*args, **kwargs), _own_attributes(self))
 
-    # The methods of `nn.Module` and `dict` are taken from the layer as well, whose class may
-    # override them, and so is `__class__`, which `isinstance` asks for.
+    # The methods of `nn.Module` and `dict` come from the layer as well, since its class may
+    # override them. So does `__class__`, which `isinstance` reads.
     def __getattribute__(self, name: str) -> Any:
         if name == "__wrapped__":
             return dict.__getitem__(self, WRAPPED)
@@ -121,13 +121,14 @@ class Wrapper(nn.Module, metaclass=_Sealing):
             return _lent(self, name, value) if name in _LENT else value
         return getattr(dict.__getitem__(self, WRAPPED), name)
 
-    # Python asks here when the above raises an AttributeError. The method of `nn.Module` would go
-    # on to look for a method of the wrapper, and find the `to_quantized` that the layer lacks.
+    # Python calls this when `__getattribute__` raises an AttributeError. The `__getattr__` of
+    # `nn.Module` would then look in the wrapper's class, and would find `to_quantized` there
+    # although the layer has none.
     def __getattr__(self, name: str) -> Any:
         return self.__getattribute__(name)
 
-    # A wrapper that notes something in its `__call__` (`self.last = x`) must not make a
-    # parameter of the layer out of it, which would be saved, and stay after unwrapping.
+    # What a wrapper stores in its `__call__` (`self.last = x`) must not become a parameter of
+    # the layer: it would be saved, and would stay after unwrapping.
     def __setattr__(self, name: str, value: Any) -> None:
         is_sealed = _SEALED in _own(self)
         if is_sealed and not _is_own(self, name) and hasattr(unwrapped(self), name):
@@ -141,7 +142,7 @@ class Wrapper(nn.Module, metaclass=_Sealing):
         else:
             delattr(self.__wrapped__, name)
 
-    # Python looks these up in the class.
+    # Python looks these methods up in the class, without `__getattribute__`.
     def __getitem__(self, key: Any) -> Any:
         return self.__wrapped__ if key == WRAPPED else self.__wrapped__[key]
 
@@ -178,7 +179,7 @@ def _own(wrapper: Wrapper) -> dict[str, Any]:
 
 
 def _own_attributes(wrapper: Wrapper) -> dict[str, Any]:
-    """All that was set on the wrapper itself, in slots too."""
+    """Return all attributes that were set on the wrapper itself, including slots."""
     attributes = dict(_own(wrapper))
     for name in vars(type(wrapper))[_SLOTS]:
         with suppress(AttributeError):  # it was not set
@@ -187,7 +188,7 @@ def _own_attributes(wrapper: Wrapper) -> dict[str, Any]:
 
 
 def _is_own(wrapper: Wrapper, name: str) -> bool:
-    """Whether an attribute is the wrapper's: set on it, or defined in its class."""
+    """Return whether an attribute is the wrapper's: set on it, or defined in its class."""
     if name in _own(wrapper):
         return True
     for cls in type(wrapper).__mro__:
@@ -199,7 +200,7 @@ def _is_own(wrapper: Wrapper, name: str) -> bool:
 
 
 def _check_own(wrapper: Wrapper) -> None:
-    """Nothing public that ``__init__`` has set may hold arrays, which MLX would not find."""
+    """Check that no public attribute set in ``__init__`` holds arrays: MLX would not find them."""
     for name, value in _own_attributes(wrapper).items():
         if not name.startswith("_") and _holds_arrays(value):
             what = described(value) + " that holds arrays" * is_container(value)
@@ -218,7 +219,7 @@ def _holds_arrays(value: Any) -> bool:
 
 
 def _lent(wrapper: Wrapper, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
-    """A method of the wrapper with the signature of the layer's, unless it has one of its own.
+    """Return a method of the wrapper, with the layer's signature unless it has its own.
 
     Raises:
         AttributeError: If the layer does not have the method.
@@ -237,7 +238,7 @@ def _lent(wrapper: Wrapper, name: str, method: Callable[..., Any]) -> Callable[.
 
 
 def _rebuilt(cls: type[Wrapper], layer: nn.Module, own: dict[str, Any]) -> Wrapper:
-    """A wrapper from its parts, for ``copy``, ``pickle`` and ``to_quantized``."""
+    """Build a wrapper from its parts, for ``copy``, ``pickle`` and ``to_quantized``."""
     wrapper = cls.__new__(cls)
     dict.__setitem__(wrapper, WRAPPED, layer)
     for name, value in own.items():

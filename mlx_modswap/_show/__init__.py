@@ -1,1 +1,1 @@
-"""Pictures of a model: what its parts look like, the lines of the picture, ``tree``."""
+"""Draw a model: what its modules look like, the lines of the picture, and ``tree``."""

@@ -1,4 +1,4 @@
-"""What a module looks like, found out from the inside out, so that equal ones are found at once."""
+"""Describe what modules look like, from the inside out, so that equal modules share a form."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from .._measure import measure_alone
 from .._sharing import Sharing
 
 _ARRAY = mx.array
-_LONGEST = 48  # text of figures
+_LONGEST = 48  # characters of the figures of a module
 _USUAL = re.compile(
     r",? ?\b(\w+=False|mode=affine|affine=True|padding=(0|\(0(, 0)+\))"
     r"|(stride|dilation|groups)=(1|\(1(, 1)+\)))(?=,|$)"
 )
-_ATTRIBUTES = {  # what to say of modules without an `_extra_repr`, by the first attribute there is
+_ATTRIBUTES = {  # the figures of modules without an `_extra_repr`: the first of these attributes
     "{} heads": ("num_heads", "n_heads", "num_attention_heads"),
     "{} kv heads": ("n_kv_heads", "num_kv_heads", "num_key_value_heads"),
     "{} experts": ("num_experts", "n_routed_experts"),
@@ -41,9 +41,9 @@ class Look(NamedTuple):
     """What a line of the picture shows of a place.
 
     Attributes:
-        text (str): The class and figures of a module, or what else is there.
+        text (str): The class and figures of a module, or a description of what else is there.
         form (Form, optional): The form of a module.
-        tied (bool): Whether a module has parameters and is in other places, too.
+        tied (bool): Whether the module has parameters and is in other places, too.
         marked (bool): Whether the place is selected.
     """
 
@@ -54,7 +54,7 @@ class Look(NamedTuple):
 
 
 class Child(NamedTuple):
-    """A place in a module: the segments of its path there, the keys on the way, and its look."""
+    """A place in a module: the path from the module to the place, the keys on it, and its look."""
 
     path: Segments
     keys: Keys
@@ -69,9 +69,10 @@ class Form:
         measure (Measure): What each of them holds without its children.
         children (list[Child]): The places in each of them.
         modules (int): How many descendants each of them has.
-        has_parameters (bool): Whether it or a descendant that counts has parameters.
-        is_frozen (bool): Whether parameters are frozen that could be trained, which
-            those of a quantized layer cannot.
+        has_parameters (bool): Whether each of them, or a descendant that is not private,
+            has parameters.
+        is_frozen (bool): Whether each of them, or a descendant, has frozen parameters that
+            could be trained; the parameters of a quantized layer could not.
     """
 
     __slots__ = ("children", "has_parameters", "is_frozen", "measure", "modules", "text")
@@ -92,17 +93,16 @@ class Form:
 
 
 def form_of(model: nn.Module, marked: set[Location]) -> Form:
-    """Find the form of a model; ``marked`` are the locations that are selected.
+    """Return the form of a model; ``marked`` are the locations that are selected.
 
-    Modules that look the same get one form, the identical object. To compare two
-    modules with everything inside them is therefore to compare what they hold
-    themselves, and the forms of their children by identity. The children must have
-    their forms first, so this goes over the model from the inside out, and over each
-    module once: it takes time linear in the size of the model, however many places a
-    module is in. What is marked or tied is part of the look of a child, so a selection
-    inside one of several equal blocks gives that block another form, and a line of
-    its own. What the picture does not show is not part of a form: blocks that know
-    their own number share a line all the same.
+    Modules that look the same share one ``Form`` object. So to compare two modules with
+    everything inside them, it is enough to compare what they hold themselves, and the
+    forms of their children by identity. The children need their forms first, so the
+    loop goes over the model from the inside out, and over each module once: the time
+    is linear in the size of the model, however many places a module is in. Whether a
+    child is marked or tied is part of its look, so a selection inside one of several
+    equal blocks gives that block another form, and its own line. What the picture does
+    not show is not part of a form: blocks that store their own number still share a line.
     """
     sharing = Sharing(model)  # raises if the model has a cycle, or too many paths
     shared = _shared(sharing)
@@ -132,7 +132,7 @@ def form_of(model: nn.Module, marked: set[Location]) -> Form:
 
 
 def _shared(sharing: Sharing) -> set[int]:
-    """The ids of what is in several places, or in a list or dict that is."""
+    """Return the ids of the containers in several places, or in a list or dict that is."""
     shared = {id(unwrapped(one)) for one in sharing.order if sharing.location_counts[id(one)] > 1}
     for container in sharing.order:  # each before what it holds
         if id(container) in shared and not isinstance(container, nn.Module):
@@ -146,7 +146,7 @@ def _shared(sharing: Sharing) -> set[int]:
 def _figures(module: nn.Module) -> str:
     try:
         text = module._extra_repr() or _attributes(module)
-    except Exception:  # code of the model, which may rely on what is not there
+    except Exception:  # code of the model, which may use attributes that do not exist
         return ""
     text = re.sub(r"input_dims=(\d+), output_dims=(\d+)", r"\1 -> \2", text)
     text = _USUAL.sub("", text).replace("=True", "").strip(", ")
@@ -171,8 +171,8 @@ def _attributes(module: nn.Module) -> str:
 
 
 def stand_in(value: Any, holder: Container) -> str:
-    """What to call a value where a module could be, or ``''``."""
-    if value is None:  # an entry that was left out, if there are others
+    """Describe a value that is where a module could be; ``''`` if it is not shown."""
+    if value is None:  # an entry that was left out, if the list has other entries
         among_others = isinstance(holder, list) and any(map(is_container, list.__iter__(holder)))
         return "None" if among_others else ""
     if isinstance(value, tuple):

@@ -1,4 +1,4 @@
-"""Lines of a picture -> text or HTML."""
+"""Draw the lines of a picture as text or HTML."""
 
 from __future__ import annotations
 
@@ -12,34 +12,34 @@ from .._measure import NOTHING, Measure
 from .._report import aligned, dtypes, number, size
 from .forms import Form
 
-_LINES, _CHILDREN = 40, 24  # of a text, and directly below one of its lines
-_HTML_LINES, _HTML_CHILDREN = 2000, 200  # of an HTML page, most of them collapsed
+_LINES, _CHILDREN = 40, 24  # at most: in the text, and directly below one of its lines
+_HTML_LINES, _HTML_CHILDREN = 2000, 200  # the same in HTML, where most lines are collapsed
 _LONGEST_PATTERN = 32  # in a note
-_DEEPEST = 100  # browsers nest elements some hundreds deep, and no deeper
+_DEEPEST = 100  # browsers do not nest elements deeper than some hundreds
 
 
 class Row:
     """A line of the picture: places that look the same.
 
     Attributes:
-        parent (Row, optional): The line above it; its places contain these.
-        product (Product): The places, as seen from those of the parent.
+        parent (Row, optional): The line whose places contain the places of this line.
+        product (Product): The paths of the places, from the places of the parent.
         count (int): How many places there are.
         text (str): What is at the places.
-        form (Form, optional): Their form, if they are modules.
+        form (Form, optional): The form of the modules, if they are modules.
         tied (bool): Whether they have parameters and are in other places, too.
         marked (bool): Whether they are selected.
         private (bool): Whether their parameters do not count in the parent.
-        note (str): What else there is to say.
+        note (str): A remark at the end of the line.
         measure (Measure): What the places hold together.
         children (list[Row]): The lines directly below it.
-        whole (Product): The places, as seen from the model.
+        whole (Product): The paths of the places, from the model.
         is_plain (bool): Whether a pattern without a regular expression selects them.
         pattern (str): The pattern that selects the places.
         modules (int): How many descendants the places have.
         selected (int): How many places are selected, of this line and all lines below it.
-        uncounted (bool): Whether the parameters of the model are without those of the
-            places, because this line or one that contains it is private.
+        uncounted (bool): Whether ``model.parameters()`` leaves out the parameters of the
+            places, because this line or a line that contains it is private.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Row:
         self.uncounted: bool = private or (parent is not None and parent.uncounted)
         self.whole: Product = parent.whole + product if parent else product
         self.is_plain: bool = is_plain(product) and (parent is None or parent.is_plain)
-        if parent and self.is_plain:  # or else a deep model would take quadratic time
+        if parent and self.is_plain:  # otherwise a deep model would take quadratic time
             self.pattern = f"{parent.pattern}.{pattern_of(product)}".removeprefix(".")
         else:
             self.pattern = pattern_of(self.whole)
@@ -99,7 +99,7 @@ class Tree:
         return choose_expanded(self._rows[0], _LINES - len(self._summary), _CHILDREN)
 
     def _lines(self, expanded: Expanded) -> list[tuple[int, Row, str]]:
-        """Depth, row and text of each line, in columns."""
+        """Return depth, row and text of each line, in aligned columns."""
         rows: list[tuple[int, Row]] = []
         waiting = [(0, self._rows[0])]
         while waiting:
@@ -162,18 +162,19 @@ _STYLE = """
 def choose_expanded(top: Row, most_lines: int, most_children: int) -> Expanded:
     """Choose which lines to expand: top-down, most informative first, until the picture is full.
 
-    A line waits in the heap only if its parent is expanded, so what is expanded can be
-    seen, and `lines` counts just what will be printed. The most informative line is
+    A line is in the heap only if its parent is expanded. So every expanded line will be
+    visible, and `lines` is the number of lines that will be printed. The order of the
+    heap has these criteria, the most important one first:
 
-    1. one whose form is not expanded elsewhere: of lines that look the same the second
-       one only repeats the first, and says ``as ...`` if it stays collapsed;
-    2. then one that leads to something selected, since that is what was asked about;
-    3. then the one nearest to the top, and the first of these.
+    1. whether the form of a line is not expanded elsewhere: of two lines that look the
+       same, the second only repeats the first, and says ``as ...`` if it stays collapsed;
+    2. whether the line contains a selected place, since the user asked about these;
+    3. how near the line is to the top, and its number.
 
-    Whether a form is expanded is known when its line is taken from the heap, not when
-    it is put in: a line that turns out to repeat another goes back with the lowest
-    rank, and is expanded if there is room in the end. A line that does not fit is left
-    collapsed, and the search goes on, for a smaller one may fit.
+    Whether a form is expanded elsewhere is only known when its line is taken from the
+    heap. If it is, the line goes back with the lowest rank, and is expanded if there is
+    room in the end. A line that does not fit stays collapsed, and the search continues,
+    since a smaller one may fit.
     """
     expanded: Expanded = {}
     forms: set[Form | None] = set()
@@ -196,7 +197,7 @@ def choose_expanded(top: Row, most_lines: int, most_children: int) -> Expanded:
 
 
 def _fewer(rows: list[Row], most: int) -> list[Row]:
-    """At most so many rows, in order: what is selected first of all, and the number of the rest."""
+    """Return at most ``most`` rows in order, preferring selected ones; the last counts the rest."""
     if len(rows) <= most:
         return rows
     chosen = set(sorted(rows, key=lambda row: not row.selected)[: most - 1])
@@ -205,7 +206,7 @@ def _fewer(rows: list[Row], most: int) -> list[Row]:
 
 
 def _what_is_collapsed(row: Row, expanded: Expanded) -> str:
-    """What a line says of the lines below it if they are not shown."""
+    """Write what a line says about the lines below it if they are not shown."""
     if not row.children or row in expanded:
         return ""
     same = next((other for other in expanded if other.form is row.form), None)
@@ -221,7 +222,7 @@ def _counted(modules: int) -> str:
 
 
 def _wants_colour() -> bool:
-    """Whether what is printed goes to a terminal that shows colours."""
+    """Return whether the output goes to a terminal that shows colours."""
     if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
         return False
     return sys.stdout is not None and sys.stdout.isatty()

@@ -1,4 +1,4 @@
-"""A model -> a picture of it that fits on a screen."""
+"""Draw a model so that the picture fits on a screen."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ def tree(
 
     Places that look the same share a line, which starts with their pattern:
     ``layers[0:32]`` represents 32 equal layers. The figures on a line are the sums
-    over all of its places. A module in several places is counted in the first one.
+    over all of its places. A module in several places is counted only at the first one.
 
-    A model that would not fit on a screen is drawn with some lines collapsed. Such a
-    line says how many modules are inside, or which other line looks the same; to see
-    more, draw that part of the model alone. What is not a module to MLX, but is where
-    a module could be (a function, ``None``, modules in a tuple), is shown as what it is.
+    If a model would not fit on a screen, some lines are collapsed. A collapsed line
+    says how many modules are inside, or which other line looks the same; to see more,
+    draw that part of the model alone. Values that MLX does not see as modules, but that
+    are where a module could be (a function, ``None``, modules in a tuple), are shown too.
 
     Args:
-        model (mlx.nn.Module): The model to draw. The picture does not hold on to it.
+        model (mlx.nn.Module): The model to draw. The picture keeps no reference to it.
         pattern (str, re.Pattern or an iterable of them): What to mark, as in
-            :func:`select`. Default: ``"**"``, and nothing is marked.
+            :func:`select`. Default: ``"**"``, which by itself marks nothing.
         where (type, tuple of types or Callable, optional): See :func:`select`.
             Default: ``None``.
         exclude (str, re.Pattern or an iterable of them): See :func:`select`.
@@ -50,7 +50,7 @@ def tree(
     Raises:
         PatternError: If the text of a pattern is wrong.
         NoMatchError: If a pattern, ``exclude`` or ``where`` does nothing.
-        SelectionError: If the model has a cycle.
+        SelectionError: If the model contains a cycle.
         TypeError: If an argument is of the wrong type.
 
     Example:
@@ -81,7 +81,7 @@ def tree(
 
 
 def _rows(model: nn.Module, form: Form) -> list[Row]:
-    """Every line of the picture, top-down. A module in several places is counted once."""
+    """Return every line of the picture, top-down. A module in several places is counted once."""
     first_rows: dict[int, Row] = {}  # where each tied module is counted, by `id`
     rows: list[Row] = []
     waiting: list[tuple[Row, Modules]] = [(Row(None, (), 1, form.text, form), [model])]
@@ -113,11 +113,11 @@ def _rows(model: nn.Module, form: Form) -> list[Row]:
     return rows
 
 
-Modules = list[Any]  # at the places of a row
+Modules = list[Any]  # what is at the places of a row
 
 
 def _child_rows(parent: Row, form: Form, modules: Modules) -> list[tuple[Row, Modules]]:
-    """The lines directly below a line, in the order in which their first places come."""
+    """Return the lines directly below a line and their modules, in the order of first places."""
     same: dict[tuple[Look, bool], list[int]] = {}
     for position, child in enumerate(form.children):
         same.setdefault((child.look, is_private(child.path)), []).append(position)

@@ -1,4 +1,4 @@
-"""From ``mlx_lm.load`` to a folder that mlx-lm loads: quantize, save, convert, adapters.
+"""Quantize, convert and save language models for mlx-lm; read and write their adapters.
 
 Needs mlx-lm (``pip install 'mlx-modswap[lm]'``); ``import mlx_modswap`` alone never
 imports it.

@@ -1,4 +1,4 @@
-"""The files of an adapter folder: found, read, and not trusted."""
+"""Find, read and check the files of an adapter folder."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from ._folders import one_line
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapters.safetensors"
 PEFT_WEIGHTS = "adapter_model.safetensors"
-TRUTH = "mlx_modswap"  # the key of the config that has the true rank and scale of each path
+TRUTH = "mlx_modswap"  # the config's key for the true rank and scale of each adapter
 
 
 def find_folder(folder: str | Path) -> Path:
-    """The folder itself, or where the files of a hub id are in the cache."""
+    """Return the folder itself or, for a hub id, the folder in the cache with its files."""
     path = Path(folder)
     if path.is_dir():
         return path
     if path.exists():
         raise NotADirectoryError(f"{quoted(path)} is a file; give the folder that it is in")
     try:
-        download: Any = vars(utils)["snapshot_download"]  # of the hub that mlx-lm was told to use
+        download: Any = vars(utils)["snapshot_download"]  # from the hub that mlx-lm uses
         found = download(str(folder), allow_patterns=[CONFIG, WEIGHTS, PEFT_WEIGHTS])
     except Exception as error:  # of the hub, the network or the disk
         raise FileNotFoundError(
@@ -39,7 +39,7 @@ def find_folder(folder: str | Path) -> Path:
 
 
 def read_config(file: Path) -> dict[str, Any]:
-    """Read a JSON object."""
+    """Read a config, which must be a JSON object."""
     _check_exists(file)
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
@@ -51,14 +51,14 @@ def read_config(file: Path) -> dict[str, Any]:
 def read_arrays(file: Path) -> dict[str, mx.array]:
     """Read all arrays of a safetensors file into memory.
 
-    Not lazily: a file that is cut short is found out here, and one that is
-    written again later, as in training, changes nothing.
+    The arrays are not lazy. So a truncated file is an error here, and a file that is
+    overwritten later, as in training, does not matter.
     """
     _check_exists(file)
     try:
-        arrays: Any = mx.load(str(file))  # of a safetensors file: a dict
+        arrays: Any = mx.load(str(file))  # a dict, for a safetensors file
         mx.eval(arrays)
-    except Exception as error:  # MLX raises many kinds
+    except Exception as error:  # MLX raises many kinds of errors
         raise ValueError(f"{quoted(file)} is broken: {one_line(error)}") from error
     if not arrays:
         raise ValueError(f"{quoted(file)} has no arrays")
@@ -88,7 +88,7 @@ def _check_exists(file: Path) -> None:
 
 
 def quoted(path: Path) -> str:
-    """A path as it is shown in messages."""
+    """Return a path as messages show it."""
     return repr(str(path))
 
 
@@ -96,21 +96,21 @@ def quoted(path: Path) -> str:
 
 
 def read_object(value: Any, what: str) -> dict[str, Any]:
-    """Check that a value is a JSON object."""
+    """Check that a value is a JSON object, and return it."""
     if not isinstance(value, Mapping):
         raise ValueError(f"{what} must be a JSON object, not {_shown(value)}")
     return dict(value)
 
 
 def read_rank(value: Any, what: str) -> int:
-    """Check that a value is a rank."""
+    """Check that a value is a rank, and return it."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{what} must be a whole number of at least 1, not {_shown(value)}")
     return value
 
 
 def read_number(value: Any, what: str) -> float:
-    """Check that a value is a finite number."""
+    """Check that a value is a finite number, and return it."""
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         with suppress(OverflowError):  # an integer of more than 300 digits
             if math.isfinite(number := float(value)):
@@ -119,7 +119,7 @@ def read_number(value: Any, what: str) -> float:
 
 
 def read_dropout(value: Any, what: str) -> float:
-    """Check that a value is a probability that ``nn.Dropout`` takes."""
+    """Check that a value is a probability that ``nn.Dropout`` takes, and return it."""
     number = read_number(value, what)
     if not 0 <= number < 1:
         raise ValueError(f"{what} must be at least 0 and less than 1, not {_shown(value)}")

@@ -1,4 +1,4 @@
-"""An adapter folder -> rules."""
+"""Read an adapter folder as rules."""
 
 from __future__ import annotations
 
@@ -34,31 +34,31 @@ _NOT_LITERAL = re.compile(r"[*?\[\]{}]")
 
 
 def adapter_rules(folder: str | Path) -> dict[Any, Factory]:
-    """Read an adapter, as rules for ``replace_layers`` or ``swapped``.
+    """Read an adapter folder as rules for ``replace_layers`` or ``swapped``.
 
     ``replace_layers(model, lm.adapter_rules(folder))`` puts the adapters into the
-    model, ``swapped`` does so for the length of a ``with`` block. Every adapter of
-    the folder gets its place, or nothing changes: a path that the model does not
-    have is a :class:`~mlx_modswap.NoMatchError`, and the factories check the shapes.
+    model; ``swapped`` does so inside a ``with`` block. Either all adapters of the
+    folder are put in, or nothing changes: a path that the model does not have
+    raises a :class:`~mlx_modswap.NoMatchError`, and the factories check the shapes.
 
-    Reads
+    The folder may contain
 
-    * LoRA and DoRA of mlx-lm, with what :func:`save_adapters` adds: each adapter
-      has the rank and the scale with which it was saved;
+    * LoRA or DoRA of mlx-lm. If :func:`save_adapters` wrote the folder, each adapter
+      gets the rank and the scale with which it was saved;
     * LoRA of PEFT, of linear layers and embeddings, with ``rank_pattern``,
       ``alpha_pattern`` and ``use_rslora``. The paths are those of the model in
-      transformers. Where mlx-lm has other paths, change the keys:
+      transformers. If mlx-lm has other paths, change the keys:
       ``{f"language_model.{path}": rule for path, rule in rules.items()}``.
 
-    The layers around which the adapters go may be quantized. They stay as frozen
-    as they are, and the adapters are trainable: to go on with a training, call
+    The layers that get an adapter may be quantized. Their frozen state does not
+    change, and the adapters are trainable: to continue a training, call
     ``model.freeze()`` first.
 
     Args:
         folder (str or Path): A folder with ``adapter_config.json`` and
             ``adapters.safetensors`` (mlx-lm) or ``adapter_model.safetensors``
-            (PEFT), or the id of one on the Hugging Face Hub, which is downloaded
-            unless it is in the cache.
+            (PEFT), or the id of such a folder on the Hugging Face Hub, which is
+            downloaded unless it is in the cache.
 
     Returns:
         dict[str, Callable]: A factory for each path. The factories hold the arrays,
@@ -68,9 +68,10 @@ def adapter_rules(folder: str | Path) -> dict[Any, Factory]:
     Raises:
         FileNotFoundError: If there is no such folder, or one of its files is missing.
         ValueError: If a file is damaged, if the files do not fit each other, or if
-            the folder holds what an adapter in MLX cannot be: a full fine-tune,
-            ``modules_to_save``, biases, or a variant of LoRA such as PEFT's DoRA.
-            The factories raise one if an array does not fit the layer.
+            the folder contains something that is not an adapter in MLX: a full
+            fine-tune, ``modules_to_save``, biases, or a variant of LoRA such as
+            PEFT's DoRA. The factories raise a ``ValueError`` if an array does not
+            fit the layer.
 
     Example:
         >>> import tempfile
@@ -112,12 +113,12 @@ def _factory(adapter: Adapter, file: str) -> Factory:
 
 
 def _literal(path: str) -> Any:
-    """A pattern of this path alone."""
+    """Return a pattern that matches only this path."""
     return re.compile(re.escape(path)) if _NOT_LITERAL.search(path) else path
 
 
 def _read_mlx_lm(folder: Path, config: Mapping[str, Any]) -> dict[str, Adapter]:
-    """The adapters of a folder that ``mlx_lm.lora`` or :func:`save_adapters` wrote, by path."""
+    """Read the adapters, by path, of a folder that mlx-lm or :func:`save_adapters` wrote."""
     what = f"in {quoted(folder / CONFIG)}"
     method = config.get("fine_tune_type", "lora")
     if method == "full":
@@ -144,7 +145,7 @@ def _read_mlx_lm(folder: Path, config: Mapping[str, Any]) -> dict[str, Adapter]:
 
 
 def _check_complete(path: str, adapter: Adapter, file: Path) -> None:
-    """The arrays that the method needs must be there, and have the rank of the config."""
+    """Check that all arrays that the method needs are there, and have the rank of the config."""
     arrays, rank = adapter.arrays, adapter.rank
     needed = {"lora_a", "lora_b", "m"} if adapter.method == "dora" else {"lora_a", "lora_b"}
     if set(arrays) != needed:

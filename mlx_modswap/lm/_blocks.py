@@ -1,4 +1,4 @@
-"""Where the blocks of a model are."""
+"""Find the blocks of a model."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from .._select import select
 
 
 def layers_path(model: nn.Module) -> str:
-    """Find the list in the tree of a model that ``model.layers`` gives.
+    """Find the path of the list of blocks that ``model.layers`` returns.
 
-    The models of mlx-lm keep their blocks in different places, and all of them
-    have a property ``layers``. Its blocks are looked for by identity, so the path
-    is right for any model.
+    The models of mlx-lm keep their blocks in different places, but all of them
+    have a property ``layers``. The blocks that it returns are looked up in the
+    model by identity, so the path is right for any model.
 
     Args:
         model (mlx.nn.Module): A model with an attribute ``layers``, such as any
@@ -25,8 +25,8 @@ def layers_path(model: nn.Module) -> str:
         pattern can be added: ``f"{lm.layers_path(model)}[-4:].**.q_proj"``.
 
     Raises:
-        ValueError: If the model has no ``layers``, or these are not a list or a part
-            of one.
+        ValueError: If the model has no ``layers``, or if they are neither a list in
+            the model nor part of one.
 
     Example:
         >>> import mlx.nn as nn
@@ -61,7 +61,7 @@ def layers_path(model: nn.Module) -> str:
 
 
 def _lists_of(model: nn.Module, block: nn.Module) -> list[str]:
-    """The paths of the lists that hold a block."""
+    """Return the paths of the lists that hold a block."""
     modules = select(model, "**", strict=False)
     paths = [path for path, module in modules.items() if module is block]
     holders = dict.fromkeys(path.rpartition(".")[0] for path in paths)

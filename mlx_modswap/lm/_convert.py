@@ -1,4 +1,4 @@
-"""A folder of weights -> a quantized one, without holding the model in memory."""
+"""Convert a folder of weights to a quantized one, without holding the model in memory."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ def convert(
     max_shard_mb: float = 1000,
     trust_remote_code: bool = False,
 ) -> Replacement:
-    """Quantize a model by rules from folder to folder, even one larger than memory.
+    """Quantize a model by rules, from folder to folder, even if it is larger than memory.
 
-    Reads, quantizes and writes one array after the other. The memory it takes
-    is at most one shard and one and a half times the largest layer that is
-    quantized, however large the model is; or twice that layer where the model
-    puts it together of several arrays of its files, as it does with experts that
-    are stored one by one. For the same settings the arrays are those that
-    ``mlx_lm.convert`` writes. On a terminal a bar shows the progress.
+    The arrays are read, quantized and written one after the other. However large
+    the model is, this takes at most the memory of one shard plus one and a half
+    times the largest layer that is quantized, or plus twice that layer if the model
+    assembles it from several arrays of its files, as with experts that are stored
+    one by one. With the same settings, the arrays are those that ``mlx_lm.convert``
+    writes. On a terminal, a bar shows the progress.
 
-    The folder is written under another name and loaded by mlx-lm, as in
-    :func:`save`, before it gets its own. If anything fails, or is interrupted,
-    nothing is left of it.
+    As in :func:`save`, the folder is written under another name and loaded by
+    mlx-lm before it gets its own name. If anything fails or is interrupted,
+    nothing is left of the folder.
 
     Args:
         source (str or pathlib.Path): The folder of a model, or its name on the
@@ -57,24 +57,24 @@ def convert(
             :func:`quantize`.
         group_size (int, optional): See :func:`quantize`. Default: ``None``.
         mode (str): See :func:`quantize`. Default: ``"affine"``.
-        dtype (str or mlx.core.Dtype, optional): The dtype of what is not quantized,
-            ``"float16"``, ``"bfloat16"`` or ``"float32"``. Default: ``None``,
-            what the config says, as for ``mlx_lm.convert``.
+        dtype (str or mlx.core.Dtype, optional): The dtype of arrays that are not
+            quantized: ``"float16"``, ``"bfloat16"`` or ``"float32"``. Default:
+            ``None``, the dtype in the config, as for ``mlx_lm.convert``.
         strict (bool): See :func:`quantize`. Default: ``True``.
-        max_shard_mb (float): The size of a file of weights in megabytes (10**6
+        max_shard_mb (float): The largest size of a weights file, in megabytes (10**6
             bytes). A larger array gets a file of its own. Default: ``1000``.
         trust_remote_code (bool): Whether to run the ``model_file`` that the config
             names. Default: ``False``.
 
     Returns:
-        Replacement: What was quantized. Its figures are valid, but its layers hold no
-        weights any more.
+        Replacement: What was quantized. Its figures are valid, but its layers no
+        longer hold weights.
 
     Raises:
         PatternError, NoMatchError, SelectionError: As in :func:`quantize`.
         ValueError: As in :func:`quantize`, or if mlx-lm cannot load the source, or
             would not build the converted model from the folder.
-        FileNotFoundError: If the source cannot be had.
+        FileNotFoundError: If the source is not a folder here and cannot be downloaded.
         FileExistsError: If the folder exists.
         OSError: If the disk has too little space.
         TypeError: If an argument is of the wrong type.
@@ -116,7 +116,7 @@ def convert(
 
 
 class Plan(NamedTuple):
-    """What will be written. No array in it is computed yet.
+    """What will be written. None of its arrays is computed yet.
 
     Attributes:
         origin (Path): The folder of the source.
@@ -143,7 +143,7 @@ def plan(
     strict: bool = True,
     trust_remote_code: bool = False,
 ) -> Plan:
-    """Load and quantize a model without computing any of it. Takes arguments of `convert`."""
+    """Load and quantize a model lazily, with the arguments of ``convert``; return the plan."""
     wanted = _parsed(dtype)
     origin = _folders.find(source)
     _folders.check_trust(_folders.read_config(origin), trust_remote_code)
@@ -168,7 +168,7 @@ def _parsed(dtype: Any) -> str | None:
 
 
 def _cast(model: nn.Module, config: Config, dtype: str | None) -> None:
-    """Cast what ``mlx_lm.convert`` casts, to what it casts it to."""
+    """Cast the same arrays as ``mlx_lm.convert``, to the same dtype."""
     text_config = config.get("text_config") or {}
     name = dtype or config.get("torch_dtype") or text_config.get("dtype")
     if name not in MODEL_CONVERSION_DTYPES:
@@ -187,7 +187,7 @@ def _cast(model: nn.Module, config: Config, dtype: str | None) -> None:
 
 
 def _shards(arrays: Arrays, most: float) -> Iterator[Arrays]:
-    """The arrays in order, in groups that have no more than ``most`` bytes."""
+    """Yield the arrays in order, in groups of at most ``most`` bytes or of one array."""
     shard: Arrays = {}
     taken = 0
     for name, array in arrays.items():
@@ -200,21 +200,21 @@ def _shards(arrays: Arrays, most: float) -> Iterator[Arrays]:
 
 
 def _drop_arrays(model: nn.Module, report: Replacement) -> None:
-    """Take the arrays from a model, whose report reads its figures first, and keeps them."""
+    """Remove the arrays from a model, after the report has read its figures from them."""
     _ = report.changes
     model.update(tree_map(lambda array: mx.array([]), model.parameters()))
 
 
 def _write(folder: Path, shards: list[Arrays], originals: Arrays, summary: dict[str, Any]) -> None:
-    """Compute and write the shards, each of which is dropped when it is written.
+    """Compute and write the shards one after the other; free each when it is written.
 
-    An array that is computed lets go of what it was made of, so that of the original
-    model no more is in memory than one array needs. That array is computed before it
-    is quantized: MLX would keep what it was cast from until both are done.
+    A computed array releases its inputs, so only as much of the original model is in
+    memory as one array needs. An original array is computed before its quantized array:
+    otherwise MLX would keep the array it was cast from until both are done.
     """
     count = len(shards)
     files: dict[str, str] = {}
-    shards.reverse()  # the next one is taken from the end
+    shards.reverse()  # `pop` takes the next one from the end
     size = summary["total_size"]
     with tqdm(total=size, unit="B", unit_scale=True, disable=None, desc=folder.name) as bar:
         while shards:

@@ -1,4 +1,4 @@
-"""Folders of models: read one with mlx-lm, and write one beside its place until it is complete."""
+"""Read the folder of a model with mlx-lm, and write one under another name until it is complete."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .._report import size
 Config = dict[str, Any]
 Folder = str | Path
 
-# What `copy_files` leaves in the source: weights in any format, and what describes them.
+# What `copy_files` does not copy: weights in any format, and files that describe them.
 _WEIGHTS = {
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack"),
     *(".npz", ".onnx"),
@@ -28,10 +28,10 @@ _DESCRIPTIONS = {"config.json", "hf_quant_config.json"}
 
 
 def find(source: Folder) -> Path:
-    """The folder of a model, which is downloaded if it is on the hub and not here yet.
+    """Return the folder of a model, which is downloaded if it is on the hub and not here yet.
 
     Raises:
-        FileNotFoundError: If there is no such folder, and no such model can be had.
+        FileNotFoundError: If there is no such folder, and no such model can be downloaded.
     """
     folder = Path(source)
     if folder.is_dir():
@@ -39,7 +39,7 @@ def find(source: Folder) -> Path:
     if folder.exists():
         raise NotADirectoryError(f"the source, {str(source)!r}, is a file, not a folder")
     try:
-        # As in mlx-lm, which takes it from the hub that the environment names.
+        # As in mlx-lm, which imports it from the hub that the environment names.
         download: Any = vars(utils)["snapshot_download"]
         found = download(str(source), allow_patterns=utils.DEFAULT_ALLOW_PATTERNS)
     except Exception as error:  # of the hub, the network or the disk
@@ -51,7 +51,7 @@ def find(source: Folder) -> Path:
 
 
 def read_config(folder: Path) -> Config:
-    """The config of a folder, as mlx-lm reads it.
+    """Return the config of a folder, as mlx-lm reads it.
 
     Raises:
         FileNotFoundError: If there is none.
@@ -79,16 +79,16 @@ def check_trust(config: Config, trust_remote_code: bool) -> None:
 
 
 def load(folder: Path, *, trust_remote_code: bool, strict: bool = True) -> tuple[nn.Module, Config]:
-    """The model of a folder, of whose weights only the headers are read.
+    """Return the model and the config of a folder; only the headers of the weights are read.
 
     Raises:
-        ValueError: If mlx-lm builds no model of it.
+        ValueError: If mlx-lm cannot build a model from the folder.
     """
     try:
         return utils.load_model(
             folder, lazy=True, strict=strict, trust_remote_code=trust_remote_code
         )
-    except Exception as error:  # code of mlx-lm and of the model, at work on any folder
+    except Exception as error:  # code of mlx-lm and of the model may raise anything
         _check_weights(folder)
         raise ValueError(f"mlx-lm cannot load {str(folder)!r}: {one_line(error)}") from error
 
@@ -102,7 +102,7 @@ def _check_weights(folder: Path) -> None:
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, in one line of bearable length."""
+    """Return the message of an error in one line, cut if it is too long."""
     text = " ".join(str(error).split())
     if not isinstance(error, (ValueError, RuntimeError, OSError)) or not text:
         text = f"{type(error).__name__}: {text}"
@@ -114,7 +114,7 @@ def one_line(error: BaseException) -> str:
 
 @contextmanager
 def staged(folder: Path, nbytes: int) -> Iterator[Path]:
-    """Give an empty folder beside the target, and rename it to the target at the end.
+    """Yield an empty folder beside the target, and rename it to the target at the end.
 
     Args:
         folder (Path): The target.
@@ -122,11 +122,11 @@ def staged(folder: Path, nbytes: int) -> Iterator[Path]:
 
     Raises:
         FileExistsError: If the target exists.
-        OSError: If the disk has not enough space.
+        OSError: If the disk does not have enough space.
     """
     check_free(folder)
-    # Parents that are missing are made at the end, so that a failure leaves none. Whichever
-    # folder there is above the target, it is on the disk that the target will be on.
+    # Missing parents are made at the end, so that none is left after a failure. The first folder
+    # above the target that exists is on the disk where the target will be.
     above = next(parent for parent in folder.absolute().parents if parent.exists())
     left = shutil.disk_usage(above).free
     if nbytes > left:
@@ -136,7 +136,7 @@ def staged(folder: Path, nbytes: int) -> Iterator[Path]:
         )
     outer = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=above))
     try:
-        inner = outer / folder.name  # unlike the outer one, it has the permissions of any folder
+        inner = outer / folder.name  # with the usual permissions, unlike the outer folder
         inner.mkdir()
         yield inner
         check_free(folder)
@@ -149,7 +149,7 @@ def staged(folder: Path, nbytes: int) -> Iterator[Path]:
 
 
 def check_free(folder: Path) -> None:
-    """Raise a ``FileExistsError`` if there is something of that name."""
+    """Raise a ``FileExistsError`` if something has that name."""
     if folder.exists() or folder.is_symlink():
         raise FileExistsError(f"{str(folder)!r} exists already; give the name of a new folder")
 
@@ -166,7 +166,7 @@ def _remove(folder: Path) -> None:
 
 @contextmanager
 def writing(what: str) -> Iterator[None]:
-    """Say what could not be written, for MLX, which does not."""
+    """Raise an ``OSError`` that says what could not be written, since MLX's error does not."""
     try:
         yield
     except RuntimeError as error:
@@ -174,18 +174,18 @@ def writing(what: str) -> Iterator[None]:
 
 
 def copy_files(source: Path, folder: Path) -> None:
-    """Copy the tokenizer and the other top-level files of a source, but none about its weights."""
+    """Copy the tokenizer and the other top-level files of a source, except those of its weights."""
     for file in _files_to_copy(source):
         shutil.copyfile(file, folder / file.name)
 
 
 def copied_nbytes(source: Path) -> int:
-    """The size of the files that are copied, in bytes."""
+    """Return the size of the files that are copied, in bytes."""
     return sum(file.stat().st_size for file in _files_to_copy(source))
 
 
 def _files_to_copy(source: Path) -> list[Path]:
-    """The top-level files of a source, but none about its weights."""
+    """List the top-level files of a source, except those of its weights."""
     return [
         file
         for file in sorted(source.iterdir())
@@ -198,10 +198,10 @@ def _files_to_copy(source: Path) -> list[Path]:
 
 def write_config(config: Config, folder: Path, model: nn.Module) -> None:
     """Write a config as ``mlx_lm.utils.save`` does."""
-    # The expression is mlx-lm's: a model with a vision tower needs the config of that, too.
+    # The expression is mlx-lm's: a model with a vision tower needs its vision config, too.
     keep_vision_config = "vision_tower" in getattr(model, "model", {})
     utils.save_config(
-        dict(config),  # it takes entries out
+        dict(config),  # a copy, since `save_config` removes entries
         config_path=folder / "config.json",
         keep_vision_config=keep_vision_config,
     )

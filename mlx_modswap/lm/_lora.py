@@ -11,7 +11,7 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from mlx_lm.tuner.dora import DoRAEmbedding, DoRALinear
 from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
 
-METHODS = {"lora": "LoRA", "dora": "DoRA"}  # what a config calls them, and what people say
+METHODS = {"lora": "LoRA", "dora": "DoRA"}  # the names in a config, and in a message
 A_RANK = 1  # the axis of the rank in `lora_a`, for every kind of layer
 
 
@@ -35,7 +35,7 @@ LINEAR = (nn.Linear, nn.QuantizedLinear)
 EXPERTS = (SwitchLinear, QuantizedSwitchLinear)
 EMBEDDING = (nn.Embedding, nn.QuantizedEmbedding)
 
-# What mlx-lm's `linear_to_lora_layers` does, but that its DoRA of a quantized embedding fails.
+# As in mlx-lm's `linear_to_lora_layers`, but without DoRA of a quantized embedding, which fails.
 KINDS = (
     Kind(LoRALinear, "lora", LINEAR, "linear"),
     Kind(LoRASwitchLinear, "lora", EXPERTS, "linear"),
@@ -53,7 +53,7 @@ class Adapter(NamedTuple):
         method (str): ``"lora"`` or ``"dora"``.
         rank (int): The length of the axis that ``lora_a`` and ``lora_b`` share.
         scale (float): What the product of the two is multiplied by.
-        dropout (float): The probability that an input is zero in training.
+        dropout (float): The probability that an input is set to zero in training.
     """
 
     arrays: dict[str, mx.array]
@@ -64,22 +64,22 @@ class Adapter(NamedTuple):
 
 
 def kind_of(module: nn.Module) -> Kind | None:
-    """The kind of a module, ``None`` if mlx-lm has no such adapters."""
+    """Return the kind of an adapter; ``None`` if it is not one of mlx-lm's adapters."""
     # A subclass may compute something else, and mlx-lm would not build it. `__class__` and not
-    # `type`: a Wrapper around an adapter, such as a hook, is that adapter.
+    # `type`, since a Wrapper around an adapter, such as a hook, counts as that adapter.
     return next((kind for kind in KINDS if module.__class__ is kind.adapter), None)
 
 
 def kind_for(layer: nn.Module, method: str) -> Kind | None:
-    """The kind that goes around a layer, ``None`` if mlx-lm has none."""
-    if hasattr(layer, "to_lora"):  # makes an adapter with arrays of its own that no file holds
+    """Return the kind of adapter that goes around a layer; ``None`` if mlx-lm has none."""
+    if hasattr(layer, "to_lora"):  # makes an adapter with other arrays, which no file holds
         return None
     fits = (kind for kind in KINDS if kind.method == method and isinstance(layer, kind.layers))
     return next(fits, None)
 
 
 def shapes(layer: Any, method: str, rank: int) -> dict[str, tuple[int, ...]]:
-    """The shapes of the arrays of an adapter around a layer."""
+    """Return the shapes of the arrays of an adapter around a layer."""
     *experts, outputs, inputs = layer.weight.shape
     if "scales" in layer:
         inputs = inputs * 32 // layer.bits
@@ -93,7 +93,7 @@ def shapes(layer: Any, method: str, rank: int) -> dict[str, tuple[int, ...]]:
 
 
 def misfit(layer: Any, arrays: Mapping[str, mx.array], method: str, rank: int) -> str:
-    """Which of the arrays has the wrong shape for a layer; empty if none has."""
+    """Write which of the arrays has the wrong shape for a layer; ``""`` if none has."""
     for name, shape in shapes(layer, method, rank).items():
         if arrays[name].shape != shape:
             cls = layer.__class__.__name__
@@ -102,15 +102,15 @@ def misfit(layer: Any, arrays: Mapping[str, mx.array], method: str, rank: int) -
 
 
 def b_rank(lora_b: mx.array) -> int:
-    """The axis of the rank in ``lora_b``: the last one for experts, whose arrays have three."""
+    """Return the axis of the rank in ``lora_b``: the last for experts, whose arrays have three."""
     return 2 if lora_b.ndim == 3 else 0
 
 
 def attach(path: str, layer: nn.Module, adapter: Adapter, file: str) -> nn.Module:
-    """Put an adapter around a layer.
+    """Put an adapter around a layer, and return the adapter.
 
     Raises:
-        ValueError: If the layer is of the wrong class or size. It names ``file``.
+        ValueError: If the layer is of the wrong class or size. The message names ``file``.
     """
     name = layer.__class__.__name__
     inner = kind_of(layer)

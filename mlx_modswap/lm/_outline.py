@@ -1,4 +1,4 @@
-"""What a model is made of, without its numbers, and how another one differs from it."""
+"""Describe what a model is made of, without the values of its weights, and compare two models."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .._select import select
 from ._paths import folded, listed
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), mx.Dtype, Enum)
-# Entries of a config that some models keep; what they say is seen in the layers.
+# Entries of the config that some models keep. They are skipped: the layers show what they say.
 _ABOUT_LAYERS = frozenset({"quantization", "quantization_config"})
 
 
@@ -37,7 +37,7 @@ class Outline(NamedTuple):
 
 
 def outline(model: nn.Module) -> Outline:
-    """Describe a model; nothing is computed."""
+    """Describe a model without computing anything."""
     modules = {"": model, **select(model, "**", strict=False)}
     parameters: Any = tree_flatten(model.parameters())
     return Outline(
@@ -48,12 +48,12 @@ def outline(model: nn.Module) -> Outline:
 
 
 def _attributes(module: nn.Module) -> Iterator[tuple[str, str]]:
-    # MLX keeps arrays, modules, lists and dicts in the module, which is a dict, and all else in
-    # its `__dict__`. What is private there is MLX's own, or is made anew when it is needed.
+    # MLX keeps arrays, modules, lists and dicts in the module, which is a dict, and everything else
+    # in its `__dict__`. Private names there belong to MLX, or are made anew when they are needed.
     for name, value in {**vars(module), **module}.items():
         if name.startswith("_") or isinstance(value, (mx.array, nn.Module)):
             continue
-        if is_dataclass(value):  # the arguments of the model, an entry of the config each
+        if is_dataclass(value):  # the arguments of the model: each field is an entry of the config
             for field in fields(value):
                 if field.name not in _ABOUT_LAYERS:
                     yield f"{name}.{field.name}", _told(getattr(value, field.name))
@@ -62,12 +62,12 @@ def _attributes(module: nn.Module) -> Iterator[tuple[str, str]]:
 
 
 def _told(value: Any) -> str:
-    """A value in words, which are the same in two models if the value is the same."""
+    """Describe a value in words that are equal for two models if the value is equal."""
     if isinstance(value, _PLAIN):
         return repr(value)
     if isinstance(value, mx.array):
         return f"{str(value.dtype).removeprefix('mlx.core.')} {value.shape}"
-    if isinstance(value, nn.Module):  # which is a mapping, and has a path of its own
+    if isinstance(value, nn.Module):  # a mapping too, but its content is described at its own path
         return type(value).__name__
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{key!r}: {_told(one)}" for key, one in value.items()) + "}"
@@ -82,13 +82,13 @@ def _told(value: Any) -> str:
 
 
 def difference(built: Outline, model: Outline, original: Outline | None = None) -> str:
-    """How what mlx-lm builds differs from a model, and what to do.
+    """Say how a model differs from what mlx-lm builds, and what to do about it.
 
     Args:
         built (Outline): What mlx-lm builds.
         model (Outline): The model.
         original (Outline, optional): What mlx-lm builds with the config that the model
-            was loaded with, if some of its entries are others now.
+            was loaded with, if some of its entries have changed.
 
     Returns:
         str: The differences in words, or ``""``.
@@ -101,7 +101,7 @@ def difference(built: Outline, model: Outline, original: Outline | None = None) 
 
 
 def other_layers(built: Outline, model: Outline) -> str:
-    """Where mlx-lm builds modules of other classes than a model has, or ``""``."""
+    """Say where mlx-lm builds modules of other classes than a model has; ``""`` if nowhere."""
     differing: dict[tuple[type | None, type | None], list[str]] = {}
     seen: set[str] = set()
     for path in dict.fromkeys([*model.classes, *built.classes]):
@@ -109,7 +109,7 @@ def other_layers(built: Outline, model: Outline) -> str:
         if _is_same(one, other):
             continue
         seen.add(path)
-        if not any(above in seen for above in _above(path)):  # there it says enough
+        if not any(above in seen for above in _above(path)):  # the one above says enough
             differing.setdefault((one, other), []).append(path)
     if not differing:
         return ""
@@ -126,7 +126,7 @@ def other_layers(built: Outline, model: Outline) -> str:
 
 
 def _above(path: str) -> Iterator[str]:
-    """The paths of the modules around one, the model first."""
+    """Yield the paths of the modules around a path, the model first."""
     if path:
         yield ""
     parts = path.split(".")
@@ -134,10 +134,10 @@ def _above(path: str) -> Iterator[str]:
 
 
 def _is_same(one: type | None, other: type | None) -> bool:
-    """Whether two classes are one, or would be if the file of one had not been run twice.
+    """Return whether two classes are the same, or come from two runs of the same file.
 
-    mlx-lm runs a ``model_file`` anew for each model, and what it defines is found in no
-    module that is imported. Such a class is known by its name.
+    mlx-lm runs a ``model_file`` anew for each model, so the classes that it defines are
+    not in any imported Python module. Such classes are compared by their names.
     """
     if one is other:
         return True
@@ -163,7 +163,7 @@ def _other_attributes(built: Outline, model: Outline, original: Outline | None) 
             one, other = anew.get(name, "nothing"), attributes.get(name, "nothing")
             if one == other:
                 continue
-            # The model still has what its old config says, of itself or of its blocks.
+            # The model may still have the values of its old config, its own or in its blocks.
             may_be_old = "." in name or path in resized
             if (
                 original
@@ -181,13 +181,13 @@ def _other_attributes(built: Outline, model: Outline, original: Outline | None) 
 
 
 def _resized(model: Outline, original: Outline) -> set[str]:
-    """The paths inside which a model has more or fewer modules than it had."""
+    """Return the paths inside which a model has more or fewer modules than it had."""
     changed = model.classes.keys() ^ original.classes.keys()
     return {above for path in changed for above in _above(path)}
 
 
 def _shortened(one: str, other: str, most: int = 60) -> tuple[str, str]:
-    """Two long texts from where they differ on."""
+    """Return two texts; if one is long, only the part of each that starts where they differ."""
     if max(len(one), len(other)) <= most:
         return one, other
     same = next((n for n, (a, b) in enumerate(zip(one, other)) if a != b), 0)

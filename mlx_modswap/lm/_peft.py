@@ -1,4 +1,4 @@
-"""What PEFT's ``LoraConfig`` and its arrays mean."""
+"""Read the ``LoraConfig`` and the arrays of PEFT."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ _NAME = re.compile(
     r"(?:lora_(?P<linear>[AB])\.weight|lora_embedding_(?P<embedding>[AB]))"
 )
 
-# Keys that change nothing about the result of plain LoRA, or are read below. Any other key that
-# is set may change it, as those of PEFT's many variants of LoRA do.
+# Keys that do not change the result of plain LoRA, or that are read below. Any other key that is
+# set may change it, as the keys of PEFT's many variants of LoRA do.
 _HARMLESS = frozenset(
     {
         *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision"),
@@ -39,21 +39,21 @@ _HARMLESS = frozenset(
     }
 )
 _MERGE = "merge the adapter with PEFT (merge_and_unload), and convert the merged model"
-_PLAIN = {  # the values of keys that are never empty
+_PLAIN = {  # the values that are plain LoRA, of keys that are never empty
     "bias": ("none",),
     "init_lora_weights": (True, "gaussian", "eva", "orthogonal"),  # others change the base weights
 }
 
 
 def read_peft(folder: Path, config: Mapping[str, Any]) -> dict[str, Adapter]:
-    """Read the LoRA of PEFT.
+    """Read a folder with LoRA of PEFT.
 
     Returns:
         dict: The adapter of each path, in the order of the file. ``lora_a`` and
         ``lora_b`` are the transposed ``lora_A`` and ``lora_B``.
 
     Raises:
-        ValueError: If it is more than LoRA, or the files do not fit each other.
+        ValueError: If it is not plain LoRA, or the files do not fit each other.
     """
     _check_plain(config, folder / CONFIG)
     file = folder / PEFT_WEIGHTS
@@ -80,7 +80,7 @@ def _check_plain(config: Mapping[str, Any], file: Path) -> None:
 
 
 def _pairs(file: Path) -> dict[str, dict[str, mx.array]]:
-    """The arrays by path, under the names that mlx-lm gives them."""
+    """Read the arrays by path, under the names that mlx-lm gives them."""
     pairs: dict[str, dict[str, mx.array]] = {}
     for name, array in read_arrays(file).items():
         found = _NAME.fullmatch(name)
@@ -96,7 +96,7 @@ def _pairs(file: Path) -> dict[str, dict[str, mx.array]]:
 
 
 def _rank_and_scale(config: Mapping[str, Any], path: str, folder: Path) -> tuple[int, float]:
-    """As PEFT computes them: alpha / r, or alpha / sqrt(r) with ``use_rslora``."""
+    """Return the rank, and PEFT's scale: alpha / r, or alpha / sqrt(r) with ``use_rslora``."""
     rank = read_rank(*_for(path, config, "rank_pattern", "r", folder))
     alpha = read_number(*_for(path, config, "alpha_pattern", "lora_alpha", folder))
     return rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
@@ -105,7 +105,7 @@ def _rank_and_scale(config: Mapping[str, Any], path: str, folder: Path) -> tuple
 def _for(
     path: str, config: Mapping[str, Any], patterns: str, usual: str, folder: Path
 ) -> tuple[Any, str]:
-    """The value for a path, and what to call it: that of the first pattern that matches its end."""
+    """Return the value of the first pattern that matches the end of a path, and name the value."""
     what = _key(folder, patterns)
     for pattern, value in read_object(config.get(patterns) or {}, what).items():
         try:

@@ -1,4 +1,4 @@
-"""The model that ``mlx_lm.load`` would build, without reading or downloading its weights."""
+"""Build the model that ``mlx_lm.load`` would, without reading or downloading its weights."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def preview(source: str, *, trust_remote_code: bool) -> tuple[nn.Module, str]:
 
     Returns:
         tuple[mlx.nn.Module, str]: The model, whose weights are lazy, and ``""``; or
-        what a config alone says of it, and :data:`FROM_CONFIG`.
+        the model built from its config alone, and :data:`FROM_CONFIG`.
 
     Raises:
-        OSError: If there is no such folder, and no such model can be had.
-        ValueError: If mlx-lm builds no model of it.
+        OSError: If there is no such folder, and no such model can be downloaded.
+        ValueError: If mlx-lm cannot build a model from it.
     """
     folder, has_weights = _find(source)
     config = read_config(folder)
@@ -42,13 +42,13 @@ def preview(source: str, *, trust_remote_code: bool) -> tuple[nn.Module, str]:
 
 
 def _find(source: str) -> tuple[Path, bool]:
-    """The folder of a model, and whether all of its weights are there."""
+    """Return the folder of a model, and whether all of its weights are there."""
     folder = Path(source)
     if folder.is_dir():
         return folder, _holds_weights(folder)
     if folder.exists():
         raise NotADirectoryError(f"{source!r} is a file, not a folder")
-    huggingface_hub.logging.set_verbosity_error()  # it would tell of each attempt
+    huggingface_hub.logging.set_verbosity_error()  # it would report each attempt
     try:
         folder = utils.hf_repo_to_path(source)
         return folder, _holds_weights(folder)
@@ -73,7 +73,7 @@ def _holds_weights(folder: Path) -> bool:
 
 
 def _built(folder: Path, config: Config, trust_remote_code: bool) -> nn.Module:
-    """What mlx-lm builds for a config, with the dtype that the config says."""
+    """Return the model that mlx-lm builds for a config, with the dtype of the config."""
     try:
         model, _ = utils.load_model(
             folder,
@@ -82,7 +82,7 @@ def _built(folder: Path, config: Config, trust_remote_code: bool) -> nn.Module:
             get_model_classes=_classes_without_sanitize,
             trust_remote_code=trust_remote_code,
         )
-    except Exception as error:  # code of mlx-lm and of the model, at work on any config
+    except Exception as error:  # code of mlx-lm and of the model may raise anything
         raise ValueError(
             f"mlx-lm builds no model from {str(folder)!r}: {one_line(error)}"
         ) from error
@@ -96,9 +96,9 @@ def _built(folder: Path, config: Config, trust_remote_code: bool) -> nn.Module:
 
 
 def _classes_without_sanitize(config: Config) -> tuple[type, type]:
-    """The classes of a model, as mlx-lm finds them if it is not told another way to find them.
+    """Return the classes that mlx-lm finds by default, but with a ``sanitize`` that does nothing.
 
-    Some models cannot sanitize weights that are not there.
+    The ``sanitize`` of some models fails if there are no weights.
     """
     parameters = inspect.signature(utils.load_model).parameters
     model_class, args_class = parameters["get_model_classes"].default(config)

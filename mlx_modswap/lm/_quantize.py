@@ -20,7 +20,7 @@ from ._paths import folded
 
 Settings = dict[str, Any]  # keywords of `to_quantized`
 Value = int | Mapping[str, Any] | None
-Rules = Mapping[Any, Value]  # from a pattern or a tuple of patterns; a Mapping's keys are invariant
+Rules = Mapping[Any, Value]  # from a pattern or several; not typed, as keys are invariant
 
 _CATCH_ALL = "**"
 
@@ -35,32 +35,33 @@ def quantize(
 ) -> Replacement:
     """Quantize the layers of a model by rules, in place.
 
-    The same as :func:`mlx.nn.quantize`, but the first pattern that matches the
-    path of a layer decides how many bits it gets. Only layers that have a method
-    ``to_quantized`` are asked for; those that are quantized already stay as they
+    This is like :func:`mlx.nn.quantize`, but the first pattern that matches the path
+    of a layer decides how many bits the layer gets. Only layers with a method
+    ``to_quantized`` are considered; layers that are quantized already stay as they
     are. As in :func:`~mlx_modswap.replace_layers`, all of the layers change or none does.
 
     The catch-all rule, whose key is exactly ``"**"``, does what ``mlx_lm.convert``
     does: it skips layers whose width the group size does not divide, and follows
-    the model's own ``quant_predicate``. Any other rule decides by itself.
+    the model's own ``quant_predicate``. Any other rule ignores the predicate, and
+    raises an error if the group size does not divide a width.
 
     Args:
         model (mlx.nn.Module): The model to change in place.
-        rules (Mapping): For a pattern, or a tuple of patterns, what to do with the
-            layers it matches: an ``int`` is the number of bits per weight, a
+        rules (Mapping): What to do with the layers that a pattern, or a tuple of
+            patterns, matches: an ``int`` is the number of bits per weight, a
             mapping holds keywords of ``to_quantized`` (``bits``, ``group_size``,
-            ``mode``), and ``None`` leaves the layer alone and all that is inside it.
-        group_size (int, optional): How many weights share a scale, where a rule
-            does not say it. Default: ``None``, MLX's default for the mode, which
-            is 64 for ``"affine"``.
-        mode (str): How to quantize, where a rule does not say it: ``"affine"``,
+            ``mode``), and ``None`` leaves a layer alone, with everything inside it.
+        group_size (int, optional): How many weights share a scale, unless a rule says
+            otherwise. Default: ``None``, MLX's default for the mode, which is 64 for
+            ``"affine"``.
+        mode (str): How to quantize, unless a rule says otherwise: ``"affine"``,
             ``"mxfp4"``, ``"nvfp4"`` or ``"mxfp8"``. See
             :func:`mlx.core.quantize`. Default: ``"affine"``.
         strict (bool): If ``True``, a rule that does nothing is an error. See
             :func:`~mlx_modswap.replace_layers`. Default: ``True``.
 
     Returns:
-        Replacement: A mapping of path to quantized layer. Print it to see the
+        Replacement: A mapping from path to quantized layer. Print it to see the
         change.
 
     Raises:
@@ -105,15 +106,15 @@ def quantize(
 def quantization_config(model: nn.Module) -> Settings:
     """Describe the quantized layers of a model, as the config of an mlx-lm folder does.
 
-    Belongs into the config under ``"quantization"``, and, as mlx-lm writes both,
-    under ``"quantization_config"``.
+    The result belongs in the config under ``"quantization"`` and, since mlx-lm
+    writes both, also under ``"quantization_config"``.
 
     Args:
         model (mlx.nn.Module): A model with quantized layers.
 
     Returns:
-        dict: ``"group_size"``, ``"bits"`` and ``"mode"`` of most layers, and the
-        settings of each quantized layer under its path.
+        dict: The ``"group_size"``, ``"bits"`` and ``"mode"`` that are most frequent,
+        and the settings of each quantized layer under its path.
 
     Raises:
         ValueError: If no layer of the model is quantized.
@@ -137,19 +138,19 @@ def quantization_config(model: nn.Module) -> Settings:
 
 
 def quantizable(path: str, layer: Any) -> bool:
-    """Whether a layer has a method ``to_quantized``."""
+    """Return whether a layer has a method ``to_quantized``."""
     return hasattr(layer, "to_quantized")
 
 
 def quantized(path: str, layer: Any) -> bool:
-    """Whether a layer holds packed weights, or would if it were not in training."""
+    """Return whether a layer holds packed weights, or would if it were not in training mode."""
     if isinstance(layer, nn.QQLinear):
         return True
     return "scales" in layer and hasattr(layer, "bits") and hasattr(layer, "group_size")
 
 
 def _settings_of(layer: Any) -> Settings:
-    """The keywords of ``to_quantized`` that make such a layer."""
+    """Return the keywords with which ``to_quantized`` makes such a layer."""
     settings = {
         "group_size": layer.group_size,
         "bits": layer.bits,
@@ -166,7 +167,7 @@ def _settings_of(layer: Any) -> Settings:
 
 
 def _settings(pattern: Any, value: Any, group_size: int | None, mode: str) -> Settings:
-    """The value of a rule as keywords of ``to_quantized``, with nothing left out."""
+    """Return the value of a rule as keywords of ``to_quantized``, including the defaults."""
     if isinstance(value, int) and not isinstance(value, bool):
         value = {"bits": value}
     if not isinstance(value, Mapping):
@@ -190,7 +191,7 @@ def _settings(pattern: Any, value: Any, group_size: int | None, mode: str) -> Se
 
 
 def _defaults(mode: str) -> tuple[int, int]:
-    """The group size and the bits that MLX takes for a mode, read off the shapes it makes."""
+    """Return MLX's default group size and bits for a mode, derived from the shapes it makes."""
     try:
         weight, scales, *_ = mx.quantize(mx.zeros((32, 512)), mode=mode)  # never computed
     except (TypeError, ValueError):
@@ -216,7 +217,7 @@ def _as_mlx_lm_does(
     predicate: Callable[[str, Any], bool | Settings] | None, settings: Settings
 ) -> Callable[[str, Any], nn.Module]:
     def catch_all(path: str, layer: Any) -> nn.Module:
-        is_leaf = not tree_flatten(layer.children())  # others are skipped by `nn.quantize`
+        is_leaf = not tree_flatten(layer.children())  # `nn.quantize` skips other modules
         if not is_leaf or _width(layer) % settings["group_size"]:
             return layer
         answer = predicate(path, layer) if predicate is not None else True
@@ -228,7 +229,7 @@ def _as_mlx_lm_does(
 
 
 def _to_quantized(path: str, layer: Any, settings: Mapping[str, Any]) -> nn.Module:
-    # Not every `to_quantized` knows `quantize_input`, so it is left out where it is off.
+    # Not every `to_quantized` knows `quantize_input`, so it is left out if it is off.
     keywords = {key: value for key, value in settings.items() if value or key != "quantize_input"}
     known = inspect.signature(layer.to_quantized).parameters
     takes_any = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in known.values())
@@ -247,11 +248,11 @@ def _to_quantized(path: str, layer: Any, settings: Mapping[str, Any]) -> nn.Modu
 
 
 def _width(layer: Any) -> int:
-    """The number of weights in a row, which the groups divide."""
+    """Return the number of weights in a row, which is divided into groups."""
     return layer.weight.shape[-1]
 
 
-# ---------------------------------------------------------------- words
+# ---------------------------------------------------------------- messages
 
 
 def _shown(pattern: Any) -> str:
@@ -263,7 +264,7 @@ def _patterns(pattern: Any) -> Pattern | Iterable[Pattern]:
 
 
 def _misfit(model: nn.Module, pattern: Any, group_size: int) -> str:
-    """That a group size does not divide some widths, and which ones do."""
+    """Write that a group size does not divide some widths, and which sizes do."""
 
     def misfits(path: str, layer: Any) -> bool:
         return quantizable(path, layer) and _width(layer) % group_size != 0
@@ -281,7 +282,7 @@ def _misfit(model: nn.Module, pattern: Any, group_size: int) -> str:
 
 
 def _refuse_quantized(model: nn.Module, rules: Rules) -> None:
-    """Raise the error for the first rule that finds nothing but layers quantized already."""
+    """Raise an error for the first rule that matches only layers that are quantized already."""
     for pattern, value in rules.items():
         if value is None or select(model, _patterns(pattern), where=quantizable, strict=False):
             continue

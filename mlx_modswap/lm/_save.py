@@ -1,4 +1,4 @@
-"""A model in memory -> a folder that mlx-lm loads, checked before it gets its name."""
+"""Save a model as a folder that mlx-lm loads, checked before it gets its name."""
 
 from __future__ import annotations
 
@@ -28,34 +28,32 @@ def save(
     config: Mapping[str, Any] | None = None,
     trust_remote_code: bool = False,
 ) -> None:
-    """Save a model as a folder that ``mlx_lm.load`` turns into this very model.
+    """Save a model as a folder from which ``mlx_lm.load`` builds the same model.
 
-    The folder holds the weights, the config and, as files, the tokenizer and
-    whatever else is in the folder that the model came from. It is written under
-    another name, loaded with ``mlx_lm.utils.load_model``, which reads no more
-    of the weights than their names, and compared with the model. It gets its name
-    when all of that has worked; otherwise nothing is left of it. The model stays
-    as it is.
+    The folder contains the weights, the config, and copies of the tokenizer and the
+    other files of the source folder. It is first written under another name, loaded
+    with ``mlx_lm.utils.load_model``, which reads only the names of the weights, and
+    compared with the model. It gets its own name when all of this has worked;
+    otherwise nothing is left of it. The model is not changed.
 
     Args:
-        model (mlx.nn.Module): The model to save, such as one of ``mlx_lm.load``
-            in which :func:`quantize` has changed layers.
+        model (mlx.nn.Module): The model to save, for example one that ``mlx_lm.load``
+            returned and :func:`quantize` changed.
         folder (str or pathlib.Path): The folder to make. It must not exist.
         source (str or pathlib.Path): The folder, or the name on the hub, from
             which the model was loaded.
         config (Mapping, optional): Entries of the config that differ from those of
             the source, such as ``{"num_hidden_layers": 20}`` after blocks were
-            removed. The quantization is always taken from the model. Under
-            ``"model_file"`` the path of a Python file that builds the model,
-            which is copied. Default: ``None``.
+            removed. The quantization is always taken from the model. An entry
+            ``"model_file"`` is the path of a Python file that builds the model;
+            the file is copied. Default: ``None``.
         trust_remote_code (bool): Whether to run the ``model_file`` that the config
             names. Default: ``False``.
 
     Raises:
-        ValueError: If mlx-lm would not build this model from the folder, with the
-            places where it builds something else; or if the source has no valid
-            config.
-        FileNotFoundError: If the source cannot be had.
+        ValueError: If mlx-lm would build another model from the folder (the message
+            says where it differs), or if the source has no valid config.
+        FileNotFoundError: If the source is not a folder here and cannot be downloaded.
         FileExistsError: If the folder exists.
         OSError: If the disk has too little space.
         TypeError: If an argument is of the wrong type.
@@ -94,7 +92,7 @@ def save(
 
 
 def finish(staging: Path, origin: Path, config: Config, model: nn.Module) -> None:
-    """Write all that a folder holds but weights."""
+    """Write everything in a folder except the weights."""
     _folders.copy_files(origin, staging)
     _folders.write_config(_with_quantization(config, model), staging, model)
 
@@ -106,7 +104,7 @@ def check(
     original: Outline | None,
     trust_remote_code: bool,
 ) -> None:
-    """Load what was written, and compare it with what it was written from.
+    """Load a folder that was written, and compare the result with the model it was written from.
 
     Raises:
         ValueError: If mlx-lm cannot load it, or builds something else.
@@ -114,7 +112,7 @@ def check(
     try:
         built, _ = _folders.load(staging, trust_remote_code=trust_remote_code)
     except ValueError as error:
-        # Its weights may not fit since mlx-lm builds other layers: that says more.
+        # If the weights do not fit because mlx-lm builds other layers, the message is about these.
         differs = _other_layers(staging, expected, trust_remote_code)
         told = differs or str(error).replace(str(staging), str(target))
         raise ValueError(f"{str(target)!r} was not written: {told}") from error
@@ -131,7 +129,7 @@ def _other_layers(staging: Path, expected: Outline, trust_remote_code: bool) -> 
 
 
 def _original(origin: Path, trust_remote_code: bool) -> Outline | None:
-    """What mlx-lm builds of the source, if it can: there may be no weights any more."""
+    """Return what mlx-lm builds from the source; ``None`` if it cannot, say without weights."""
     try:
         model, _ = _folders.load(origin, trust_remote_code=trust_remote_code, strict=False)
     except ValueError:
@@ -148,7 +146,7 @@ def _check_entries(changes: dict[str, Any]) -> None:
 
 
 def _model_file(changes: dict[str, Any], origin: Path) -> Path | None:
-    """The file that a new ``model_file`` is copied from; leaves its name in the changes."""
+    """Return the file to copy for a new ``model_file``, and leave only its name in ``changes``."""
     if changes.get("model_file") is None:
         return None
     file = Path(changes["model_file"])
@@ -160,11 +158,11 @@ def _model_file(changes: dict[str, Any], origin: Path) -> Path | None:
 
 
 def _with_quantization(config: Config, model: nn.Module) -> Config:
-    """A config that says how the layers of a model are quantized now."""
+    """Return a config that says how the layers of a model are quantized now."""
     if select(model, "**", where=quantized, strict=False):
         return {**config, "quantization": quantization_config(model)}
     if select(model, "**", where=BitLinear, strict=False):
-        return config  # its quantization is another one, and the source's
+        return config  # with another kind of quantization, which is the same as in the source
     left = {key: value for key, value in config.items() if not key.startswith("quantization")}
     if isinstance(text_config := left.get("text_config"), dict):
         kept = {key: one for key, one in text_config.items() if key != "quantization_config"}

@@ -1,4 +1,4 @@
-"""A model with adapters -> an adapter folder."""
+"""Write the adapters of a model as an adapter folder."""
 
 from __future__ import annotations
 
@@ -24,26 +24,27 @@ from ._uniform import make_uniform
 
 
 def save_adapters(model: nn.Module, folder: str | Path) -> None:
-    """Write the adapters of a model, for mlx-lm and for :func:`adapter_rules`.
+    """Write the adapters of a model to a folder for mlx-lm and :func:`adapter_rules`.
 
     ``mlx_lm.load(..., adapter_path=folder)``, ``mlx_lm.generate``, ``mlx_lm.server``
-    and ``mlx_lm.fuse`` read the folder. The adapters are those of mlx-lm
+    and ``mlx_lm.fuse`` read the folder. The adapters are of mlx-lm's classes
     (``LoRALinear``, ``LoRASwitchLinear``, ``LoRAEmbedding``, ``DoRALinear``,
-    ``DoRAEmbedding``), in any places and of any ranks and scales. Only they are
-    written: what else was trained is not.
+    ``DoRAEmbedding``), at any paths and with any ranks and scales. Only the adapters
+    are written, and no other parameters that were trained.
 
     mlx-lm reads one rank and one scale for all adapters. So lower ranks are padded
-    with zeros and other scales are folded into ``lora_b``, which changes no output
-    but by rounding, and ``adapter_config.json`` has the true rank and scale of
-    each adapter as well: :func:`adapter_rules` restores them. ``lora_a``, ``m`` and
-    the ranks are then the same bit by bit, and so is ``lora_b`` where all scales are
-    equal or differ by powers of two, or where it is float16 or bfloat16. Otherwise
-    it differs by at most one unit in the last place of float32.
+    with zeros, and other scales are folded into ``lora_b``, which changes the outputs
+    only by rounding. ``adapter_config.json`` also contains the true rank and scale of
+    each adapter, which :func:`adapter_rules` restores. The restored ranks, ``lora_a``
+    and ``m`` are the same bit for bit, and so is ``lora_b`` if all scales are
+    equal or differ by powers of two, or if ``lora_b`` is float16 or bfloat16.
+    Otherwise ``lora_b`` differs by at most one unit in the last place of float32.
 
-    The folder may exist, as it does from the second save of a training on. Its two
-    files are replaced and its other files stay. If something fails, the old files
-    stay; a reader finds the old adapter, none, or the new one, never parts of both.
-    A process that is killed may leave a folder ``.unfinished-*`` inside.
+    The folder may exist, as it does when a training saves again. Its two adapter
+    files are replaced, and its other files stay. If something fails, the old files
+    stay. A program that reads the folder meanwhile finds the old adapter, none, or
+    the new one, never parts of both. A process that is killed may leave a folder
+    ``.unfinished-*`` inside.
 
     Args:
         model (mlx.nn.Module): A model with adapters. It is not changed.
@@ -51,9 +52,10 @@ def save_adapters(model: nn.Module, folder: str | Path) -> None:
             ``adapter_config.json`` to.
 
     Raises:
-        ValueError: If the model has no adapters, or such that mlx-lm cannot read
-            together: of another class, one inside another, LoRA and DoRA, several
-            dropouts. If the folder has an adapter of PEFT. Nothing is written then.
+        ValueError: If the model has no adapters; if mlx-lm cannot read its adapters,
+            because they are of another class, one is inside another, some are LoRA
+            and some DoRA, or their dropouts differ; or if the folder contains an
+            adapter of PEFT. Then nothing is written.
 
     Example:
         >>> import os, tempfile
@@ -114,7 +116,7 @@ def _has_lora(path: str, module: nn.Module) -> bool:
 
 
 def _read(path: str, module: Any) -> Adapter:
-    """What an adapter computes with, if mlx-lm would build the same."""
+    """Read an adapter from its module, and check that mlx-lm would build the same."""
     name, kind = module.__class__.__name__, kind_of(module)
     if kind is None:
         raise ValueError(
@@ -140,13 +142,13 @@ def _read(path: str, module: Any) -> Adapter:
     if not isinstance(module.dropout, nn.Dropout):
         cls = module.dropout.__class__.__name__
         raise ValueError(f"the dropout of {path!r} must be an mlx.nn.Dropout, not a {cls}")
-    # nn.Dropout keeps 1 - p; for p = 0.1 the difference is 0.09999999999999998.
+    # nn.Dropout stores 1 - p; for p = 0.1, 1 - (1 - p) is 0.09999999999999998.
     dropout = round(1 - module.dropout._p_1, 12)
     return Adapter(arrays, kind.method, rank, float(module.scale), dropout)
 
 
 def _check_same(adapters: Mapping[str, Adapter], field: str, cure: str) -> None:
-    """All adapters must have the same, as mlx-lm reads only one."""
+    """Check that a field is the same for all adapters, since mlx-lm reads only one value."""
     groups: dict[Any, list[str]] = {}
     for path, adapter in adapters.items():
         groups.setdefault(getattr(adapter, field), []).append(path)
@@ -167,12 +169,13 @@ def _listed(paths: list[str]) -> str:
 
 
 def _keys(model: nn.Module, modules: Mapping[str, nn.Module]) -> tuple[list[str], int]:
-    """The ``keys`` and ``num_layers`` with which mlx-lm finds the places of the adapters.
+    """Return the ``keys`` and ``num_layers`` with which mlx-lm finds the places of the adapters.
 
-    mlx-lm adapts the modules whose path is one of the keys, in each of the last
-    ``num_layers`` blocks and then in the whole model. Keys relative to a block are
-    known to other readers too; whole paths can say any places. The search is done
-    here as mlx-lm does it, so what it finds are these places, or it is an error.
+    mlx-lm adapts the modules whose path is one of the keys: first the path from each of
+    the last ``num_layers`` blocks, and then the path from the model. Keys relative to a
+    block are preferred, since other programs can read them too; whole paths can name any
+    places. The search of mlx-lm is repeated here: either it finds exactly these places,
+    or it is an error.
     """
     layers = getattr(model, "layers", ())
     layers = layers if isinstance(layers, (list, tuple)) else ()
@@ -199,7 +202,7 @@ def _keys(model: nn.Module, modules: Mapping[str, nn.Module]) -> tuple[list[str]
 
 @contextmanager
 def _replaced(folder: Path) -> Iterator[Path]:
-    """Give a folder to write the two files to, and then put them into ``folder`` together."""
+    """Yield a folder to write the two files to, and then move both into ``folder``."""
     peft = Path(PEFT_WEIGHTS)
     if any((folder / name).exists() for name in (peft, peft.with_suffix(".bin"))):
         raise ValueError(
@@ -214,15 +217,16 @@ def _replaced(folder: Path) -> Iterator[Path]:
             yield Path(stage)
             _move_in(Path(stage), folder)
     except BaseException:
-        with suppress(OSError):  # somebody else put something there
+        with suppress(OSError):  # another program put something there
             for one in made:
                 one.rmdir()
         raise
 
 
 def _move_in(stage: Path, folder: Path) -> None:
-    # Without a config there is no adapter. It goes first and comes last, so whoever reads
-    # meanwhile, or after a crash, never finds the arrays of one adapter and the config of another.
+    # A folder without a config has no adapter. The old config is moved out first, and the new one
+    # is moved in last. So a program that reads the folder meanwhile, or after a crash, never finds
+    # the arrays of one adapter and the config of another.
     olds = [name for name in (CONFIG, WEIGHTS) if (folder / name).exists()]
     try:
         for name in olds:

@@ -1,15 +1,15 @@
-"""Adapters of any ranks and scales <-> adapters of one rank and one scale, as mlx-lm reads them.
+"""Convert adapters of any ranks and scales to one rank and scale, which mlx-lm reads, and back.
 
-A lower rank is padded with zeros, and taken off again exactly. The padding stays
+A lower rank is padded with zeros, and the padding can be removed exactly. It stays
 zero in training, because each side's gradient is a product with the other side.
 
-A scale is folded into ``lora_b``: the product of both stays the same. It is
-multiplied and divided in float64, so each way rounds once. Taken out again,
-``lora_b`` is the same bit by bit where the scale is the most frequent one or
-differs from it by a power of two, and where ``lora_b`` is float16 or bfloat16,
-which are written as float32 if their own dtype would round. Otherwise it differs
-by at most one unit in the last place: in float32 several numbers times a scale
-may round to the same product.
+A scale is folded into ``lora_b``, so that the product of both stays the same. It is
+multiplied and divided in float64, so each direction rounds once. When the scale is
+taken out again, ``lora_b`` is the same bit for bit if its scale is the most frequent
+one or differs from it by a power of two, or if ``lora_b`` is float16 or bfloat16,
+which is written as float32 if its own dtype would round. Otherwise ``lora_b`` differs
+by at most one unit in the last place: in float32, several numbers times a scale may
+round to the same product.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from ._paths import folded
 
 Truths = dict[str, dict[str, Any]]  # the true rank and scale of each path
 
-_DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16}  # those that are written as float32
+_DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16}  # these may be written as float32
 
 
 def make_uniform(adapters: Mapping[str, Adapter]) -> tuple[dict[str, Adapter], Truths]:
-    """Give all adapters one rank and one scale, without a change of what they compute.
+    """Give all adapters one rank and one scale, without changing what they compute.
 
     Returns:
         The adapters by path, and what :func:`restore` needs.
 
     Raises:
-        ValueError: If some scales are zero, which no array could be divided by later.
+        ValueError: If some but not all scales are zero: ``lora_b`` could not be restored.
     """
     scales = Counter(adapter.scale for adapter in adapters.values())
     zeros = [path for path, adapter in adapters.items() if adapter.scale == 0]
@@ -62,12 +62,12 @@ def make_uniform(adapters: Mapping[str, Adapter]) -> tuple[dict[str, Adapter], T
 
 
 def restore(adapters: Mapping[str, Adapter], truths: Any, what: str) -> dict[str, Adapter]:
-    """Give all adapters their own rank and scale again.
+    """Return all adapters with their own rank and scale.
 
     Args:
         adapters (Mapping): The adapters by path, all of one rank and scale.
-        truths (Any): What should be the second result of :func:`make_uniform`.
-        what (str): What to call it in a message.
+        truths (Any): What a file has as the second result of :func:`make_uniform`.
+        what (str): The name of ``truths`` in a message.
 
     Raises:
         ValueError: If the two do not fit each other.
@@ -105,7 +105,7 @@ def _restored(adapter: Adapter, truth: Any, what: str) -> Adapter:
 
 
 def _fold(lora_b: mx.array, scale: float, common: float) -> mx.array:
-    """Put a scale into ``lora_b``, in its own dtype if that takes no rounding, else in float32."""
+    """Fold a scale into ``lora_b``, in its own dtype if that does not round, else in float32."""
     if scale == common:
         return lora_b
     exact = _multiplied(lora_b, scale, common)
@@ -116,7 +116,7 @@ def _fold(lora_b: mx.array, scale: float, common: float) -> mx.array:
 
 
 def _multiplied(array: mx.array, factor: float, divisor: float) -> mx.array:
-    with mx.stream(mx.cpu):  # the one device that has float64
+    with mx.stream(mx.cpu):  # the only device with float64
         return array.astype(mx.float64) * factor / divisor
 
 
