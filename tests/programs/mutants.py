@@ -43,10 +43,14 @@ ROOT = Path(__file__).parents[2]
 FILES = (
     "patterns lists errors guarantees properties report tree memory capture wrapper fuzz pitfalls"
 )
-FILES += " command_line blocks hooks observe wrapper_own"
+FILES += " command_line blocks hooks observe wrapper_own proposals refused tuple_keys rules_text"
+FILES += " judged_after_where leaving_alone untying misuse"
+LM_FILES = "quantize save save_refused convert convert_stopped damaged_models layers_path"
+LM_FILES += " lm_package adapters adapters_bad_folders adapters_bad_models adapters_exactness"
+LM_FILES += " adapters_on_disk adapters_peft"
 # Left out: what fails for no reason when each function counts its calls, and what is slow.
 SLOW = "hard_pattern or cache_is_recorded"
-AT_ONCE = os.cpu_count() or 2
+AT_ONCE = int(os.environ.get("AT_ONCE", os.cpu_count() or 2))
 SPARE_SECONDS = 3  # of computing, for a test
 MOST_SECONDS = 300  # for all tests of a mutant
 SPARE_BYTES = 4 << 30
@@ -71,6 +75,7 @@ def main(wanted: list[str]) -> int:
     os.chdir("mutants")
     runs = Runs(changes, known)
     tests = [f"tests/test_{name}.py" for name in FILES.split()]
+    tests += [f"tests/lm/test_{name}.py" for name in LM_FILES.split()]
     options = ["-q", "-s", "-p", "no:cacheprovider", "--hypothesis-profile=mutants"]
     pytest.main([*options, "-k", f"not ({SLOW})", *tests], plugins=[runs])
     os.chdir(ROOT)
@@ -160,6 +165,9 @@ class Runs:
                     os.kill(pid, 9)
                 done, status = os.waitpid(pid, os.WNOHANG)
                 if done:
+                    left = len(waiting) + len(running)
+                    if left % 100 == 0:
+                        print(f"{left} mutants left", file=sys.stderr, flush=True)
                     del running[pid]
                     if os.WIFEXITED(status) and status:
                         self.killed[name] = "a test"
