@@ -112,7 +112,9 @@ def _add_convert(commands: Any) -> None:
         "--q-group-size", metavar="N", type=_positive, help="weights that share a scale"
     )
     parser.add_argument("--q-mode", choices=_MODES, default="affine", help="default: affine")
-    parser.add_argument("--dtype", choices=_DTYPES, help="of what is not packed; default: config's")
+    parser.add_argument(
+        "--dtype", choices=_DTYPES, help="of the unquantized rest; default: config's"
+    )
     parser.add_argument(
         "--max-shard-mb",
         metavar="N",
@@ -143,7 +145,7 @@ def _added(commands: Any, name: str, run: Any, summary: str) -> argparse.Argumen
     parser.add_argument(
         "--trust-remote-code",
         action="store_true",
-        help="run the Python file with which a model may come",
+        help="run the Python file that a model may come with",
     )
     return parser
 

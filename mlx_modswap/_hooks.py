@@ -258,9 +258,10 @@ def _check_function(name: str, arguments: str, function: Any) -> None:
 _SHARED, _PATHS = "_(shared)", "_(paths)"  # not identifiers, so they hide no attribute of a layer
 
 _REASONS = (
-    "likely reasons: the model was called outside the block (a generator is used up after it) or "
-    "in a function that was compiled before it; a layer is used through its weights or a method "
-    "other than __call__ (as_linear); it was replaced inside the block; strict=False allows it"
+    "likely reasons: the model was called outside the block (a generator runs only when it "
+    "is read) or in a function that was compiled before it; a layer is used through its weights or "
+    "a method other than __call__ (as_linear); a layer was replaced inside the block; strict=False "
+    "allows it"
 )
 
 

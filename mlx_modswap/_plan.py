@@ -334,7 +334,7 @@ def check_different(paths: list[str]) -> None:
     for path, number in Counter(paths).items():
         if number > 1:
             raise SelectionError(
-                f"{number} places have the path {path!r}, as with the keys 0 and '0' in one dict; "
+                f"{number} places have the path {path!r}, as the keys 0 and '0' of one dict do; "
                 "rename one of the keys"
             )
 

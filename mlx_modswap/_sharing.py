@@ -50,8 +50,8 @@ class Sharing:
                 self.location_counts[id(value)] += 1
         if sum(self.path_counts.values()) > _MOST_PATHS:
             raise SelectionError(
-                f"more than {_MOST_PATHS:,} paths lead through this model: modules in several "
-                "places hold modules in several places, again and again"
+                f"more than {_MOST_PATHS:,} paths lead through this model: shared modules "
+                "hold other shared modules, at many levels"
             )
 
 

@@ -421,7 +421,7 @@ def test_a_model_of_the_hub_that_cannot_be_had_is_one_line(hub):
     status, out, err = run("tree", "some/other", **hub)
     assert (status, out, err.count("\n")) == (1, "", 1)
     assert err.startswith(
-        "mlx_modswap: there is no folder 'some/other', and the hub does not give the config.json "
+        "mlx_modswap: there is no folder 'some/other', and the hub does not have the config.json "
         "of a model of that name: "
     )
 

@@ -404,7 +404,7 @@ def test_two_entries_that_print_the_same_path():
     model = Net()
     model.keyed[0] = nn.Tanh()
     message = (
-        "2 places have the path 'keyed.0', as with the keys 0 and '0' in one dict; "
+        "2 places have the path 'keyed.0', as the keys 0 and '0' of one dict do; "
         "rename one of the keys"
     )
     with pytest.raises(SelectionError) as error:
@@ -422,7 +422,7 @@ def test_a_key_with_a_dot_that_prints_the_path_of_another_place():
     with pytest.raises(SelectionError) as error:
         replace_layers(model, "keyed.a.b", identity)
     assert str(error.value) == (
-        "2 places have the path 'keyed.a.b', as with the keys 0 and '0' in one dict; "
+        "2 places have the path 'keyed.a.b', as the keys 0 and '0' of one dict do; "
         "rename one of the keys"
     )
 

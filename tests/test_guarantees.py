@@ -1111,8 +1111,8 @@ class TestLimits:
         model = build(first=shared, last=shared)  # three paths, with that of the model itself
         monkeypatch.setattr("mlx_modswap._sharing._MOST_PATHS", 2)
         assert refuses(model, "*", fresh) == (
-            "more than 2 paths lead through this model: modules in several places hold modules "
-            "in several places, again and again"
+            "more than 2 paths lead through this model: shared modules hold other shared modules, "
+            "at many levels"
         )
         monkeypatch.setattr("mlx_modswap._sharing._MOST_PATHS", 3)
         assert list(replace_layers(model, "*", fresh)) == ["first", "last"]

@@ -57,9 +57,10 @@ each_use = pytest.mark.parametrize("use", USES.values(), ids=USES)
 # Hooks that never ran
 
 REASONS = (
-    "likely reasons: the model was called outside the block (a generator is used up after it) or "
-    "in a function that was compiled before it; a layer is used through its weights or a method "
-    "other than __call__ (as_linear); it was replaced inside the block; strict=False allows it"
+    "likely reasons: the model was called outside the block (a generator runs only when it "
+    "is read) or in a function that was compiled before it; a layer is used through its weights or "
+    "a method other than __call__ (as_linear); a layer was replaced inside the block; strict=False "
+    "allows it"
 )
 
 

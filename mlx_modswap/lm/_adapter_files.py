@@ -32,7 +32,7 @@ def find_folder(folder: str | Path) -> Path:
         found = download(str(folder), allow_patterns=[CONFIG, WEIGHTS, PEFT_WEIGHTS])
     except Exception as error:  # of the hub, the network or the disk
         raise FileNotFoundError(
-            f"{quoted(path)} is not a folder here, and the hub does not give an adapter of that "
+            f"{quoted(path)} is not a folder here, and the hub does not have an adapter of that "
             f"name: {one_line(error)}"
         ) from error
     return Path(found)
@@ -68,7 +68,7 @@ def read_arrays(file: Path) -> dict[str, mx.array]:
                 f"{quoted(file)} has an array {name!r}, which is not the name of a parameter"
             )
         if not mx.issubdtype(array.dtype, mx.floating):
-            raise ValueError(f"{quoted(file)} has {name!r} as {array.dtype}, which is no float")
+            raise ValueError(f"{quoted(file)} has {name!r} as {array.dtype}, which is not a float")
     return dict(sorted(arrays.items()))
 
 

@@ -44,7 +44,7 @@ def find(source: Folder) -> Path:
         found = download(str(source), allow_patterns=utils.DEFAULT_ALLOW_PATTERNS)
     except Exception as error:  # of the hub, the network or the disk
         raise FileNotFoundError(
-            f"the source, {str(source)!r}, is not a folder here, and the hub does not give a model "
+            f"the source, {str(source)!r}, is not a folder here, and the hub does not have a model "
             f"of that name: {one_line(error)}"
         ) from error
     return Path(found)

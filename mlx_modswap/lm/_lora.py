@@ -123,7 +123,7 @@ def attach(path: str, layer: nn.Module, adapter: Adapter, file: str) -> nn.Modul
     if kind is None:
         raise ValueError(
             f"{file} has a {METHODS[adapter.method]} adapter for {path!r}, "
-            f"and mlx-lm reads none around a {name}"
+            f"and mlx-lm has no such adapter for {name}"
         )
     if wrong := misfit(layer, adapter.arrays, adapter.method, adapter.rank):
         raise ValueError(f"{file} does not fit {path!r}: {wrong}")

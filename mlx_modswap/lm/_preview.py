@@ -62,7 +62,7 @@ def _find(source: str) -> tuple[Path, bool]:
         file = huggingface_hub.hf_hub_download(source, "config.json")
     except Exception as error:  # of the hub, the network or the disk
         raise FileNotFoundError(
-            f"there is no folder {source!r}, and the hub does not give the config.json of a model "
+            f"there is no folder {source!r}, and the hub does not have the config.json of a model "
             f"of that name: {one_line(error)}"
         ) from error
     return Path(file).parent, False
@@ -84,7 +84,7 @@ def _built(folder: Path, config: Config, trust_remote_code: bool) -> nn.Module:
         )
     except Exception as error:  # code of mlx-lm and of the model may raise anything
         raise ValueError(
-            f"mlx-lm builds no model from {str(folder)!r}: {one_line(error)}"
+            f"mlx-lm cannot build a model from {str(folder)!r}: {one_line(error)}"
         ) from error
     text_config = config.get("text_config")
     for one in (config, text_config if isinstance(text_config, dict) else {}):

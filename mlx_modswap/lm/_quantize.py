@@ -299,7 +299,7 @@ def _nothing_fits(model: nn.Module, group_size: int) -> str:
     misfits = ", ".join(str(width) for width in sorted(widths) if width % group_size)
     reasons = [f"groups of {group_size} do not divide the widths {misfits}"] if misfits else []
     if any(width % group_size == 0 for width in widths):
-        reasons.append("the model's own quant_predicate keeps layers that fit")
+        reasons.append("the model's own quant_predicate excludes the layers that fit")
     cure = "name the layers in a rule of their own, with a group_size that fits"
     if stay := select(model, "**", where=quantized, strict=False):
         reasons.append(f"{len(stay)} layers are quantized already, and stay as they are")

@@ -191,7 +191,7 @@ def _keys(model: nn.Module, modules: Mapping[str, nn.Module]) -> tuple[list[str]
     for path in modules:
         if any(path in names for names in blocks):
             raise ValueError(
-                f"mlx-lm would take {path!r} for a path inside a block as well, and put adapters "
+                f"mlx-lm would take {path!r} for a path inside a block, too, and put adapters "
                 "there, too"
             )
     return list(modules), len(blocks)

@@ -74,7 +74,7 @@ def restore(adapters: Mapping[str, Adapter], truths: Any, what: str) -> dict[str
     """
     truths = read_object(truths, what)
     if unpaired := sorted(set(truths) ^ set(adapters)):
-        raise ValueError(f"{what} does not have the paths of the arrays: {unpaired[0]!r}")
+        raise ValueError(f"{what} and the arrays have different paths: {unpaired[0]!r}")
     return {
         path: _restored(adapter, truths[path], f"{path!r} under {what}")
         for path, adapter in adapters.items()
@@ -89,14 +89,14 @@ def _restored(adapter: Adapter, truth: Any, what: str) -> Adapter:
     if dtype not in (None, *_DTYPES):
         raise ValueError(f"'dtype' of {what} must be {' or '.join(map(repr, _DTYPES))}")
     if rank > adapter.rank:
-        raise ValueError(f"'rank' of {what} is {rank}, and the arrays have the rank {adapter.rank}")
+        raise ValueError(f"'rank' of {what} is {rank}, but the arrays have the rank {adapter.rank}")
     if scale != adapter.scale and 0 in (scale, adapter.scale):
         raise ValueError(f"'scale' of {what} cannot be {scale} where others are {adapter.scale}")
     arrays = dict(adapter.arrays)
     for name, axis in (("lora_a", A_RANK), ("lora_b", b_rank(arrays["lora_b"]))):
         arrays[name], padding = mx.split(arrays[name], [rank], axis=axis)
         if mx.any(padding).item():
-            raise ValueError(f"'rank' of {what} is {rank}, and {name} is not zero beyond it")
+            raise ValueError(f"'rank' of {what} is {rank}, but {name} is not zero beyond it")
     if scale != adapter.scale:
         own = _DTYPES[dtype] if dtype else arrays["lora_b"].dtype
         exact = _multiplied(arrays["lora_b"], adapter.scale, scale)

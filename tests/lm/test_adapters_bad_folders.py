@@ -74,7 +74,7 @@ def cut(file: Path, size: int) -> None:
 BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no folder": (
         lambda folder: shutil.rmtree(folder),
-        "FileNotFoundError: 'math' is not a folder here, and the hub does not give an adapter of "
+        "FileNotFoundError: 'math' is not a folder here, and the hub does not have an adapter of "
         "that name: ...",
     ),
     "a file": (
@@ -207,8 +207,8 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "arrays of integers": (
         lambda folder: set_array(folder, f"{Q1}.lora_a", mx.ones((64, 4), mx.int32)),
-        f"ValueError: 'math/adapters.safetensors' has '{Q1}.lora_a' as mlx.core.int32, which is no "
-        "float",
+        f"ValueError: 'math/adapters.safetensors' has '{Q1}.lora_a' as mlx.core.int32, which is "
+        "not a float",
     ),
     "true ranks that are a list": (
         lambda folder: rewrite(folder, mlx_modswap=[4, 2]),
@@ -216,17 +216,17 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "a true rank for another path": (
         lambda folder: set_truth(folder, "model.layers.9.self_attn.q_proj", rank=2, scale=1.0),
-        "ValueError: 'mlx_modswap' in 'math/adapter_config.json' does not have the paths of the "
-        "arrays: 'model.layers.9.self_attn.q_proj'",
+        "ValueError: 'mlx_modswap' in 'math/adapter_config.json' and the arrays have different "
+        "paths: 'model.layers.9.self_attn.q_proj'",
     ),
     "a true rank that is too high": (
         lambda folder: set_truth(folder, Q1, rank=5),
-        f"ValueError: 'rank' of '{Q1}' under 'mlx_modswap' in 'math/adapter_config.json' is 5, and "
+        f"ValueError: 'rank' of '{Q1}' under 'mlx_modswap' in 'math/adapter_config.json' is 5, but "
         "the arrays have the rank 4",
     ),
     "a true rank that is too low": (
         lambda folder: set_truth(folder, Q3, rank=3),
-        f"ValueError: 'rank' of '{Q3}' under 'mlx_modswap' in 'math/adapter_config.json' is 3, and "
+        f"ValueError: 'rank' of '{Q3}' under 'mlx_modswap' in 'math/adapter_config.json' is 3, but "
         "lora_a is not zero beyond it",
     ),
     "a true scale of zero": (
@@ -281,7 +281,7 @@ def test_a_hub_id_that_cannot_be_had_is_one_clear_error(monkeypatch, tmp_path):
 
     assert is_expected(
         text,
-        "FileNotFoundError: 'someone/math' is not a folder here, and the hub does not give an "
+        "FileNotFoundError: 'someone/math' is not a folder here, and the hub does not have an "
         "adapter of that name: Cannot find an appropriate cached snapshot folder ...",
     ), text
 

@@ -77,8 +77,8 @@ MISFITS: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "a layer of another class": (
         with_a_norm,
-        f"ValueError: 'math/adapters.safetensors' has a LoRA adapter for '{Q3}', and mlx-lm reads "
-        "none around a RMSNorm",
+        f"ValueError: 'math/adapters.safetensors' has a LoRA adapter for '{Q3}', and mlx-lm has no "
+        "such adapter for RMSNorm",
     ),
 }
 
@@ -103,7 +103,7 @@ def test_dora_has_no_place_around_experts_and_quantized_embeddings(tmp_path):
 
     assert message(lambda: replace_layers(fresh, lm.adapter_rules(tmp_path)), tmp_path) == (
         "ValueError: 'math/adapters.safetensors' has a DoRA adapter for 'model.embed_tokens', and "
-        "mlx-lm reads none around a QuantizedEmbedding"
+        "mlx-lm has no such adapter for QuantizedEmbedding"
     )
 
 
@@ -239,7 +239,7 @@ def test_the_fused_layers_of_afm7_whose_adapters_nothing_reads_are_refused(tmp_p
     lm.save_adapters(model, tmp_path)
     assert message(lambda: replace_layers(fresh, lm.adapter_rules(tmp_path)), tmp_path) == (
         f"ValueError: 'math/adapters.safetensors' has a LoRA adapter for '{path}', and mlx-lm "
-        "reads none around a FusedLinear"
+        "has no such adapter for FusedLinear"
     )
 
 
@@ -259,7 +259,7 @@ def test_a_path_that_mlx_lm_would_find_in_a_block_too_is_one_clear_error(tmp_pat
     replace_layers(model, "head", lora(2))
 
     assert message(lambda: lm.save_adapters(model, tmp_path), tmp_path) == (
-        "ValueError: mlx-lm would take 'head' for a path inside a block as well, and put adapters "
+        "ValueError: mlx-lm would take 'head' for a path inside a block, too, and put adapters "
         "there, too"
     )
 

@@ -273,7 +273,7 @@ def test_a_source_that_neither_the_disk_nor_the_hub_has_is_named(tmp_path):
         lm.convert("no/such/model", tmp_path / "converted", {"**": 4})
 
     assert str(caught.value) == (
-        "the source, 'no/such/model', is not a folder here, and the hub does not give a model of "
+        "the source, 'no/such/model', is not a folder here, and the hub does not have a model of "
         f"that name: {of_the_hub.value}"
     )
     assert list(tmp_path.iterdir()) == []
@@ -290,7 +290,7 @@ def test_a_name_on_the_hub_that_is_not_in_the_cache_is_an_error_of_one_line_offl
     run = subprocess.run(call, capture_output=True, text=True, check=True, env=offline)
 
     assert run.stdout.startswith(
-        "the source, 'no-such/model', is not a folder here, and the hub does not give a model of "
+        "the source, 'no-such/model', is not a folder here, and the hub does not have a model of "
         "that name: "
     )
     assert run.stdout.count("\n") == 1

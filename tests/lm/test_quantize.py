@@ -373,8 +373,8 @@ def test_an_error_says_that_the_model_itself_keeps_its_layers():
     with pytest.raises(NoMatchError) as caught:
         lm.quantize(Model(), {"**": 4})
     assert str(caught.value) == (
-        "rule '**' quantizes nothing: the model's own quant_predicate keeps layers that fit; name "
-        "the layers in a rule of their own, with a group_size that fits"
+        "rule '**' quantizes nothing: the model's own quant_predicate excludes the layers that "
+        "fit; name the layers in a rule of their own, with a group_size that fits"
     )
 
 
