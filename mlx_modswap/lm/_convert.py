@@ -169,7 +169,7 @@ def _parsed(dtype: Any) -> str | None:
 
 def _cast(model: nn.Module, config: Config, dtype: str | None) -> None:
     """Cast the same arrays as ``mlx_lm.convert``, to the same dtype."""
-    text_config = config.get("text_config") or {}
+    text_config = _folders.text_config(config)
     name = dtype or config.get("torch_dtype") or text_config.get("dtype")
     if name not in MODEL_CONVERSION_DTYPES:
         return

@@ -69,6 +69,12 @@ def read_config(folder: Path) -> Config:
     return config
 
 
+def text_config(config: Config) -> Config:
+    """Return the part of a config that is about the language model of a multimodal model."""
+    found = config.get("text_config")
+    return found if isinstance(found, dict) else {}
+
+
 def check_trust(config: Config, trust_remote_code: bool) -> None:
     """Raise a ``ValueError`` if a config names code that was not allowed to run."""
     if config.get("model_file") is not None and not trust_remote_code:

@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm import utils
 
-from ._folders import Config, check_trust, load, one_line, read_config
+from ._folders import Config, check_trust, load, one_line, read_config, text_config
 
 FROM_CONFIG = "drawn from config.json alone, without weights: bits are not known"
 
@@ -86,8 +86,7 @@ def _built(folder: Path, config: Config, trust_remote_code: bool) -> nn.Module:
         raise ValueError(
             f"mlx-lm cannot build a model from {str(folder)!r}: {one_line(error)}"
         ) from error
-    text_config = config.get("text_config")
-    for one in (config, text_config if isinstance(text_config, dict) else {}):
+    for one in (config, text_config(config)):
         name = str(one.get("dtype") or one.get("torch_dtype")).removeprefix("torch.")
         if isinstance(dtype := getattr(mx, name, None), mx.Dtype):
             model.set_dtype(dtype)

@@ -45,6 +45,7 @@ FILES = (
 )
 FILES += " command_line blocks hooks observe wrapper_own proposals refused tuple_keys rules_text"
 FILES += " judged_after_where leaving_alone untying misuse"
+# For the functions of lm, and for these alone: they take long.
 LM_FILES = "quantize save save_refused convert convert_stopped damaged_models layers_path"
 LM_FILES += " lm_package adapters adapters_bad_folders adapters_bad_models adapters_exactness"
 LM_FILES += " adapters_on_disk adapters_peft"
@@ -144,7 +145,8 @@ class Runs:
         tests_of: defaultdict[str, list[pytest.Item]] = defaultdict(list)
         for item in sorted(session.items, key=lambda item: seconds[item.nodeid]):
             for function in calls[item.nodeid]:
-                tests_of[function].append(item)
+                if (".lm." in function) == item.nodeid.startswith("tests/lm/"):
+                    tests_of[function].append(item)
         waiting = list(self.changes)[::-1]
         running: dict[int, tuple[str, list[pytest.Item], mmap, float]] = {}
         while waiting or running:
