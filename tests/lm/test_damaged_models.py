@@ -13,7 +13,7 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 pytest.importorskip("mlx_lm", reason="mlx_modswap.lm is made of functions of mlx-lm")
@@ -162,6 +162,7 @@ def assert_one_line(error: Exception) -> None:
     assert len(text) < 1000
 
 
+@example(some=[entry("text_config", True)])
 @given(st.lists(damages(), min_size=1, max_size=3))
 def test_a_damaged_model_is_refused_in_one_line_or_converted_as_it_is(
     tmp_path_factory, whole, some
