@@ -285,7 +285,8 @@ def test_without_mlx_lm_one_line_says_what_to_install(monkeypatch, capsys):
         assert main(arguments) == 1
         assert capsys.readouterr() == (
             "",
-            "mlx_modswap: mlx_modswap.lm needs mlx-lm: pip install 'mlx-modswap[lm]'\n",
+            "mlx_modswap: mlx_modswap.lm needs mlx-lm 0.32 or newer, and so Python 3.11 or newer: "
+            "pip install 'mlx-modswap[lm]' (import of mlx_lm halted; None in sys.modules)\n",
         )
 
 

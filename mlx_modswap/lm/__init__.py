@@ -1,15 +1,22 @@
 """Quantize, convert and save language models for mlx-lm; read and write their adapters.
 
-Needs mlx-lm (``pip install 'mlx-modswap[lm]'``); ``import mlx_modswap`` alone never
-imports it.
+Needs mlx-lm 0.32 or newer (``pip install 'mlx-modswap[lm]'``), and so Python 3.11 or
+newer; ``import mlx_modswap`` alone never imports mlx-lm.
 """
 
 try:
-    import mlx_lm as _  # noqa: F401
+    import mlx_lm
+
+    if tuple(map(int, mlx_lm.__version__.split(".")[:2])) < (0, 32):
+        raise ImportError(f"{mlx_lm.__version__} is installed", name="mlx_lm")
 except ImportError as error:
     raise ImportError(
-        "mlx_modswap.lm needs mlx-lm: pip install 'mlx-modswap[lm]'", name=error.name
+        "mlx_modswap.lm needs mlx-lm 0.32 or newer, and so Python 3.11 or newer: "
+        f"pip install 'mlx-modswap[lm]' ({error})",
+        name=error.name,
     ) from error
+except AttributeError as error:  # a name that an older MLX does not have
+    raise ImportError(f"mlx-lm needs a newer MLX: pip install -U mlx ({error})") from error
 
 from ._adapters import adapter_rules
 from ._blocks import layers_path

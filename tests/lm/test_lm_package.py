@@ -20,6 +20,12 @@ HAS_MLX_LM = importlib.util.find_spec("mlx_lm") is not None
 needs_mlx_lm = pytest.mark.skipif(not HAS_MLX_LM, reason="mlx-lm is not installed")
 
 
+NEEDS = (
+    "mlx_modswap.lm needs mlx-lm 0.32 or newer, and so Python 3.11 or newer: "
+    "pip install 'mlx-modswap[lm]'"
+)
+
+
 def run(code: str) -> str:
     command = [sys.executable, "-c", code]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -39,7 +45,29 @@ def test_lm_says_what_to_install_where_mlx_lm_is_missing():
         "try: from mlx_modswap import lm\n"
         "except ImportError as error: print(error)"
     )
-    assert told == "mlx_modswap.lm needs mlx-lm: pip install 'mlx-modswap[lm]'\n"
+    assert told == f"{NEEDS} (import of mlx_lm halted; None in sys.modules)\n"
+
+
+# What an install of other versions gives, in the fewest lines.
+@pytest.mark.parametrize(
+    ("code", "told"),
+    [
+        ("__version__ = '0.31.3'", f"{NEEDS} (0.31.3 is installed)"),
+        ("__version__ = '0.9.0'", f"{NEEDS} (0.9.0 is installed)"),
+        (
+            "import mlx.core as mx; mx.no_such_name",
+            "mlx-lm needs a newer MLX: pip install -U mlx (module 'mlx.core' has no attribute "
+            "'no_such_name')",
+        ),
+    ],
+)
+def test_lm_says_which_version_is_too_old(tmp_path, code, told):
+    (tmp_path / "mlx_lm.py").write_text(code)
+    assert told + "\n" == run(
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+        "try: from mlx_modswap import lm\n"
+        "except ImportError as error: print(error)"
+    )
 
 
 def test_what_is_used_of_mlx_lm_is_public():
@@ -52,7 +80,8 @@ def test_what_is_used_of_mlx_lm_is_public():
                 private += [name.name for name in node.names if name.name.startswith("_")]
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
                 is_of_mlx_lm = node.value.id in ("mlx_lm", "utils")
-                private += [node.attr] if is_of_mlx_lm and node.attr.startswith("_") else []
+                is_private = node.attr.startswith("_") and node.attr != "__version__"
+                private += [node.attr] if is_of_mlx_lm and is_private else []
     assert private == []
 
 
