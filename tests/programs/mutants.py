@@ -76,7 +76,8 @@ def main(wanted: list[str]) -> int:
     os.chdir("mutants")
     runs = Runs(changes, known)
     tests = [f"tests/test_{name}.py" for name in FILES.split()]
-    tests += [f"tests/lm/test_{name}.py" for name in LM_FILES.split()]
+    if any(file_of(name).startswith("lm.") for name in names):
+        tests += [f"tests/lm/test_{name}.py" for name in LM_FILES.split()]
     options = ["-q", "-s", "-p", "no:cacheprovider", "--hypothesis-profile=mutants"]
     pytest.main([*options, "-k", f"not ({SLOW})", *tests], plugins=[runs])
     os.chdir(ROOT)
