@@ -27,13 +27,23 @@ MODULE, DICT, LIST = 3, 2, 1  # the kinds of containers; 0 is anything else
 
 
 class Kinds(dict[type, int]):
-    """A cache: for each type, the kind of container that its values are."""
+    """A cache: for each type, the kind of container that its values are.
+
+    Attributes:
+        others (set[type]): The types seen so far whose values are not containers.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.others: set[type] = set()
 
     def __missing__(self, cls: type) -> int:
         if issubclass(cls, dict):
             kind = MODULE if issubclass(cls, nn.Module) else DICT
         else:
             kind = LIST if issubclass(cls, list) else 0
+        if not kind:
+            self.others.add(cls)
         self[cls] = kind
         return kind
 

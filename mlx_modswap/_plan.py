@@ -262,8 +262,8 @@ def _excluding(paths: Sequence[str]) -> str:
 def check_nesting(places: Places, advice: str) -> None:
     """Check that no place lies inside another; ``advice`` ends the message of the error."""
     rows = places.ancestors()
-    around = map(id, map(places.containers.__getitem__, rows))
-    if set(map(id, places.modules)).isdisjoint(around):
+    around = set(map(id, map(places.containers.__getitem__, rows)))
+    if around.isdisjoint(map(id, places.modules)):
         return
     outer_path = dict(zip(reversed(places.locations()), reversed(places.paths)))  # the first path
     outer = dict(zip(rows[1:], map(outer_path.get, places.container_locations(rows[1:]))))

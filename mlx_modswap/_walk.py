@@ -150,7 +150,7 @@ def find_and_note(model: nn.Module, matcher: Matcher) -> tuple[Places, Visited]:
     visited = Visited([model, *wrapped_layers(model)], [], [])
     seen, skipped, sharing = visited
     kinds = Kinds()
-    kind_of = kinds.__getitem__
+    kind_of, are_others = kinds.__getitem__, kinds.others.issuperset
     entered: set[int] = set()
     row, prefix = 0, ""
     steps = _steps(holders[0], matcher.start)
@@ -171,7 +171,8 @@ def find_and_note(model: nn.Module, matcher: Matcher) -> tuple[Places, Visited]:
                 skipped.append(value)
                 continue
             held: Any = dict.values(value) if kind > LIST else tuple(list.__iter__(value))
-            if not held or not any(map(kind_of, map(type, held))):
+            # The common case is a layer that holds nothing but arrays, so that comes first.
+            if not held or are_others(map(type, held)) or not any(map(kind_of, map(type, held))):
                 continue
             if id(value) in entered and not sharing:
                 sharing.append(Sharing(model))
