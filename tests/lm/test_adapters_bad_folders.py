@@ -219,6 +219,21 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
         "ValueError: 'mlx_modswap' in 'math/adapter_config.json' and the arrays have different "
         "paths: 'model.layers.9.self_attn.q_proj'",
     ),
+    "a truth that is a number": (
+        lambda folder: rewrite(folder, mlx_modswap={**config_of(folder)["mlx_modswap"], Q1: 3}),
+        f"ValueError: '{Q1}' under 'mlx_modswap' in 'math/adapter_config.json' must be a JSON "
+        "object, not 3",
+    ),
+    "a true rank that is not a number": (
+        lambda folder: set_truth(folder, Q1, rank="2"),
+        f"ValueError: 'rank' of '{Q1}' under 'mlx_modswap' in 'math/adapter_config.json' must be a "
+        'whole number of at least 1, not "2"',
+    ),
+    "a true scale that is not a number": (
+        lambda folder: set_truth(folder, Q1, scale=None),
+        f"ValueError: 'scale' of '{Q1}' under 'mlx_modswap' in 'math/adapter_config.json' must be "
+        "a finite number, not null",
+    ),
     "a true rank that is too high": (
         lambda folder: set_truth(folder, Q1, rank=5),
         f"ValueError: 'rank' of '{Q1}' under 'mlx_modswap' in 'math/adapter_config.json' is 5, but "

@@ -204,6 +204,12 @@ UNSAVABLE: dict[str, tuple[dict[str, Any], str]] = {
         {Q1: changed(scale=float("inf"))},
         f"ValueError: the scale of '{Q1}' must be a number, not inf",
     ),
+    "two scales of zero among others": (
+        {"**.q_proj": changed(scale=0), "**.k_proj": lora(4), "**.up_proj": changed(scale=0)},
+        "ValueError: the scale is 0 at model.layers[0:4].self_attn.q_proj, "
+        "model.layers[0:4].mlp.up_proj, and lora_b could not be restored from what mlx-lm reads; "
+        "set another scale, or take the adapters off",
+    ),
     "a scale of zero among others": (
         {Q1: changed(scale=0), "**.k_proj": lora(4)},
         f"ValueError: the scale is 0 at {Q1}, and lora_b could not be restored from what mlx-lm "

@@ -78,6 +78,15 @@ def test_missing_folders_are_made(tmp_path):
     assert sorted(files(tmp_path)) == [f"one/two/{name}" for name in FILES]
 
 
+def test_adapters_are_saved_and_read_if_all_of_their_scales_are_zero(tmp_path):
+    model, fresh = zoo.build("llama"), zoo.build("llama")
+    replace_layers(model, Q, lora(2, 0.0))
+    lm.save_adapters(model, tmp_path)
+    news = replace_layers(fresh, lm.adapter_rules(tmp_path))
+
+    assert [layer.scale for layer in news.values()] == [0.0] * 4
+
+
 def test_the_folder_may_be_given_as_text(tmp_path):
     lm.save_adapters(llama_with(4), str(tmp_path / "math"))
 
