@@ -109,7 +109,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "a truncated file": (
         lambda folder: cut(folder / "adapters.safetensors", 1000),
-        "ValueError: 'math/adapters.safetensors' is broken: ...",
+        "ValueError: 'math/adapters.safetensors' is broken: [...",  # as MLX's texts begin
     ),
     "a file cut in its header": (
         lambda folder: cut(folder / "adapters.safetensors", 100),
@@ -169,6 +169,16 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda folder: set_parameter(folder, "rank", 8),
         "ValueError: 'math/adapters.safetensors' has lora_a of shape (64, 4) and lora_b of shape "
         f"(4, 64) for '{Q1}', which are not of rank 8, as adapter_config.json says",
+    ),
+    "a dropout that is a text of 60 characters": (
+        lambda folder: set_parameter(folder, "dropout", 58 * "x"),
+        "ValueError: 'dropout' in 'math/adapter_config.json' must be a finite number, not "
+        f'"{58 * "x"}"',
+    ),
+    "a dropout that is a longer text": (
+        lambda folder: set_parameter(folder, "dropout", 59 * "x"),
+        f"ValueError: 'dropout' in 'math/adapter_config.json' must be a finite number, not "
+        f'"{56 * "x"}...',
     ),
     "a dropout of one": (
         lambda folder: set_parameter(folder, "dropout", 1.0),

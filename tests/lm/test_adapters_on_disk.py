@@ -78,6 +78,18 @@ def test_missing_folders_are_made(tmp_path):
     assert sorted(files(tmp_path)) == [f"one/two/{name}" for name in FILES]
 
 
+def test_an_adapter_without_a_type_is_lora_and_without_a_dropout_has_none(tmp_path):
+    model, fresh = llama_with(2), zoo.build("llama")
+    lm.save_adapters(model, tmp_path)
+    config = config_of(tmp_path)
+    del config["fine_tune_type"], config["lora_parameters"]["dropout"]
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    news = replace_layers(fresh, lm.adapter_rules(tmp_path))
+
+    assert {type(layer).__name__ for layer in news.values()} == {"LoRALinear"}
+    assert {layer.dropout._p_1 for layer in news.values()} == {1.0}  # the part that is kept
+
+
 def test_adapters_are_saved_and_read_if_all_of_their_scales_are_zero(tmp_path):
     model, fresh = zoo.build("llama"), zoo.build("llama")
     replace_layers(model, Q, lora(2, 0.0))
