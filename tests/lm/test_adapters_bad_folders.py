@@ -215,6 +215,11 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
         "ValueError: 'math/adapters.safetensors' has lora_a of shape (4,) and lora_b of shape "
         f"(4, 64) for '{Q1}', which are not of rank 4, as adapter_config.json says",
     ),
+    "arrays of one dimension": (
+        lambda folder: [set_array(folder, f"{Q1}.lora_{x}", mx.zeros(4)) for x in "ab"],
+        f"ValueError: 'math/adapters.safetensors' has lora_a of shape (4,) and lora_b of shape "
+        f"(4,) for '{Q1}', which are not of rank 4, as adapter_config.json says",
+    ),
     "arrays of integers": (
         lambda folder: set_array(folder, f"{Q1}.lora_a", mx.ones((64, 4), mx.int32)),
         f"ValueError: 'math/adapters.safetensors' has '{Q1}.lora_a' as mlx.core.int32, which is "

@@ -22,6 +22,7 @@ import model_folders
 from mlx_lm.utils import load_model
 
 from mlx_modswap import lm
+from mlx_modswap.lm import _folders
 
 Damage = Callable[[Path], None]
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"
@@ -153,6 +154,22 @@ def blocks_of(folder: Path) -> float:
         return float(blocks)
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return 0
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("two\n   lines"), "two lines"),
+        (OSError("no space"), "no space"),
+        (KeyError("bits"), "KeyError: 'bits'"),
+        (ValueError(), "ValueError: "),
+        (RuntimeError(400 * "x"), 400 * "x"),
+        (RuntimeError(401 * "x"), 400 * "x" + "..."),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_an_error_says_is_one_line(error, line):
+    assert _folders.one_line(error) == line
 
 
 def assert_one_line(error: Exception) -> None:

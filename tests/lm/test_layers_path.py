@@ -48,6 +48,7 @@ def test_the_list_itself_and_a_part_of_it_have_its_path():
     assert lm.layers_path(Model(body, body={"h": body})) == "body.h"
     assert lm.layers_path(Model(body[1:3], body={"h": body})) == "body.h"
     assert lm.layers_path(Model(tuple(body), body=[blocks(1), body])) == "body.1"
+    assert lm.layers_path(Model(body[:1], h=body)) == "h"
 
 
 def test_the_list_that_holds_all_of_the_blocks_is_taken():
@@ -93,6 +94,18 @@ def test_blocks_in_two_lists_are_in_none_of_them():
     assert str(caught.value) == (
         "Model.layers is not a list in the tree: only some of its 5 blocks are in 'a'"
     )
+
+
+def test_an_error_names_each_list_that_holds_the_first_block():
+    first, second = blocks(2)
+    with pytest.raises(ValueError, match="layers") as caught:
+        lm.layers_path(Model([first, second], a=[first], b=[first]))
+    assert str(caught.value).endswith("only some of its 2 blocks are in 'a' or 'b'")
+
+
+def test_an_error_names_the_class_of_the_first_block():
+    with pytest.raises(ValueError, match=r"its first block, a ReLU, is in no list of the model$"):
+        lm.layers_path(Model([nn.ReLU(), nn.Tanh()]))
 
 
 def test_a_model_without_layers_has_no_path():
