@@ -68,7 +68,8 @@ def written(proposal: Proposal) -> str:
         text, flags = proposal.pattern, ""
         if not _INLINE_FLAGS.match(text):
             flags = repr(re.compile("", proposal.flags)).removeprefix("re.compile(''")[:-1]
-        is_raw = '"' not in text and text.isprintable() and not text.endswith("\\")
+        # No regular expression ends in a single backslash, which a raw string could not.
+        is_raw = '"' not in text and text.isprintable()
         code = f're.compile(r"{text}"{flags})' if is_raw else f"re.compile({text!r}{flags})"
     return code if len(code) <= _LONGEST else ""
 
@@ -76,8 +77,7 @@ def written(proposal: Proposal) -> str:
 def widened(proposal: Proposal) -> Iterator[Proposal]:
     """Yield proposals that match the same names further down in a model."""
     if isinstance(proposal, str):
-        if not proposal.startswith("**."):
-            yield f"**.{proposal}"
+        yield f"**.{proposal}"
     elif isinstance(proposal, list):
         yield [f"**.{text}" for text in proposal]
     else:

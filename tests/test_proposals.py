@@ -138,6 +138,7 @@ MATCHES_NOTHING = [
     ("^model.layers.0.mlp$", '; re.compile(r"^model.layers.0.mlp$") matches 1'),
     ("^model.layers.0", '; re.compile(r"^model.layers.0") matches 1'),
     ("norm$", r'; re.compile(r"(.*\.)?(norm)") matches 12'),
+    ("^norm", r'; re.compile(r"(.*\.)?(norm)") matches 12'),
     ("(?i).*NORM", '; re.compile(r"(?i).*NORM") matches 12'),
     ("(?i)NORM", r'; re.compile(r"(.*\.)?(NORM)", re.IGNORECASE) matches 12'),
     ("re:.*norm", '; re.compile(r".*norm") matches 12'),
@@ -194,6 +195,21 @@ def test_an_error_of_a_pattern_that_matches_nothing_proposes_what_was_meant(text
     proposed = proposed_by(error.value)
     assert len(proposed) == (" matches " in told)
     assert all(len(select(llama(), one)) == number for one, number in proposed)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "proposed"),
+    [
+        ("price$", r"price\$", r're.compile(r"(.*\.)?(price\$)")'),
+        ("back\\", r"\w*\.back\\", r're.compile(r"\w*\.back\\")'),
+    ],
+)
+def test_a_regex_that_is_proposed_may_end_in_an_escaped_character(name, text, proposed):
+    model = module(keyed={name: nn.ReLU()})
+    with pytest.raises(NoMatchError) as error:
+        select(model, text)
+    assert str(error.value).endswith(f"; {proposed} matches 1")
+    assert list(select(model, eval(proposed))) == [f"keyed.{name}"]
 
 
 def test_a_place_below_another_prefix_is_proposed():
