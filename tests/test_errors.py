@@ -222,6 +222,11 @@ NO_MATCH = [
         're.compile(r".*(attn).*") matches 12',
     ),
     (
+        re.compile("ATTN", re.IGNORECASE),
+        "re.compile('ATTN', re.IGNORECASE) does not match any complete path (fullmatch); "
+        're.compile(r".*(ATTN).*", re.IGNORECASE) matches 12',
+    ),
+    (
         re.compile('q_proj"?'),
         "re.compile('q_proj\"?') does not match any complete path (fullmatch); "
         "re.compile('(.*\\\\.)?(q_proj\"?)') matches 4",

@@ -197,6 +197,13 @@ def test_an_error_of_a_pattern_that_matches_nothing_proposes_what_was_meant(text
     assert all(len(select(llama(), one)) == number for one, number in proposed)
 
 
+def test_a_text_of_up_to_200_characters_is_corrected():
+    for length, proposed in ((200, [("lm_head", 1)]), (201, [])):
+        with pytest.raises(NoMatchError) as error:
+            select(llama(), "lm_head".ljust(length))
+        assert proposed_by(error.value) == proposed
+
+
 @pytest.mark.parametrize(
     ("name", "text", "proposed"),
     [
