@@ -218,21 +218,20 @@ _LEFTOVERS: Rows = [
 _SEVERAL = re.compile(r"[,;|\s]+(?![^{]*\})")  # q_proj, v_proj
 _DEEP_BRACES = re.compile(r"\{[^{}]*[.{]")  # {a.b,c}, {a,{b,c}}
 _INNERMOST = re.compile(r"\{([^{}]*)\}")
-_MOST_ALTERNATIVES = 8
+_MOST_COMMAS = 7  # in a text whose braces are expanded: at most 128 alternatives
 
 
 def _mended(text: str) -> Iterator[Proposal]:
     *_, text = texts = _after_each_row(_SPELLINGS, text)
     yield from texts
-    if _DEEP_BRACES.search(text) and text.count(",") < _MOST_ALTERNATIVES:
+    if _DEEP_BRACES.search(text) and text.count(",") <= _MOST_COMMAS:
         alternatives = list(dict.fromkeys(_alternatives(text)))
-        if len(alternatives) <= _MOST_ALTERNATIVES:
-            yield alternatives if alternatives[1:] else alternatives[0]
+        yield alternatives if alternatives[1:] else alternatives[0]
     *_, text = texts = _after_each_row(_LEFTOVERS, text)
     yield from texts[1:]
     parts = [part for part in _SEVERAL.split(text) if part]
-    if len(parts) > 1:
-        yield parts
+    if parts and parts != [text]:
+        yield parts if parts[1:] else parts[0]
 
 
 def _after_each_row(rows: Rows, text: str) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -169,6 +170,7 @@ MATCHES_NOTHING = [
     ("up_proj,norm", "; ['**.up_proj', '**.norm'] matches 24"),
     ("up_proj | norm", "; ['**.up_proj', '**.norm'] matches 24"),
     ("'lm_head' ", "; 'lm_head' matches 1"),
+    ("norm,", "; '**.norm' matches 12"),
     # More than one of these.
     ("layers/0-3/(up|down)_prjo", ": the model holds 'model', 'lm_head'"),
     ("layers/0-3/mlp/(up|down)_proj", "; '**.layers[0:4].mlp.{up,down}_proj' matches 8"),
@@ -202,6 +204,25 @@ def test_a_text_of_up_to_200_characters_is_corrected():
         with pytest.raises(NoMatchError) as error:
             select(llama(), "lm_head".ljust(length))
         assert proposed_by(error.value) == proposed
+
+
+@pytest.mark.parametrize(("names", "are_expanded"), [("abcdefgh", True), ("abcdefghi", False)])
+def test_nested_braces_with_up_to_7_commas_are_expanded(names, are_expanded):
+    model = module(inner=linears(" ".join(names)))
+    with pytest.raises(PatternError) as error:
+        select(model, f"inner.{{{names[0]},{{{','.join(names[1:])}}}}}")
+    expanded = [f"inner.{name}" for name in names]
+    assert (f"; write {expanded}" in str(error.value)) == are_expanded
+
+
+def test_a_regex_that_is_too_deep_to_be_widened_matches_nothing_like_any_other():
+    depth, deepest = 1, re.compile("")
+    with suppress(RecursionError):
+        while True:
+            deepest = re.compile("(" * depth + "lm_head_" + ")" * depth)
+            depth += 1
+    with pytest.raises(NoMatchError, match=r"does not match any complete path \(fullmatch\)$"):
+        select(llama(), deepest)
 
 
 @pytest.mark.parametrize(
