@@ -194,6 +194,10 @@ def has_weight(module: Any) -> bool:
     return module.weight is not None
 
 
+def has_a_weight(module: Any, name: str) -> bool:
+    return module.weight is not None
+
+
 WHERE = "it was called as where(path, module)"
 WRONG_WHERE = {
     "a lambda of one": (
@@ -210,6 +214,11 @@ WRONG_WHERE = {
         lambda module, key="weight": module.weight is not None,
         NO_WEIGHT,
         WHERE,
+    ),
+    "a function that has a name": (
+        has_a_weight,
+        NO_WEIGHT,
+        f"{WHERE}; write lambda path, module: has_a_weight(module)",
     ),
 }
 
