@@ -118,6 +118,12 @@ PATTERNS = [
         "exclude: 4 LayerNorm",
     ),
     (
+        "**.{mlp,norm1}",
+        {"exclude": "**.{norm1,q_proj}"},  # no pattern matches the q_proj
+        "exclude '**.{norm1,q_proj}' has no effect: where=Linear rejects all 4 modules that it "
+        "would exclude: 4 LayerNorm",
+    ),
+    (
         ["**.mlp", "embed", "head"],
         {"exclude": ["embed", "head"]},
         "exclude 'embed' has no effect: where=Linear rejects the only module that it would "
@@ -359,7 +365,8 @@ def test_a_function_is_not_asked_about_an_excluded_module_if_nothing_is_judged()
 
 
 def test_before_an_error_a_function_is_asked_about_the_excluded_modules_that_could_prevent_it():
-    where = Asked(lambda path, module: path in ("head", "layers.0.mlp", "layers.1.mlp"))
+    linears = ("head", "layers.0.mlp", "layers.1.mlp")
+    where = Asked(lambda path, module: path in linears and isinstance(module, nn.Linear))
     found = select(
         Model(), ["head", "layers[:2].mlp", "layers[1:].mlp"], where=where, exclude="layers[:2]"
     )
