@@ -254,7 +254,7 @@ def _never_applies(matched: _Matched, number: int) -> str:
     let_through = len(its)
     if matched.passed is not None:
         pairs = zip(masks, matched.passed)
-        let_through -= sum(mask & bits > 0 and answer is False for mask, answer in pairs)
+        let_through -= sum(mask & bits and answer is False for mask, answer in pairs)
     which = f"all {let_through} of its modules" if let_through > 1 else "its only module"
     if let_through < len(its):
         which = f"all {let_through}" if let_through > 1 else "the only one"
@@ -276,7 +276,7 @@ def _works_inside(matched: _Matched, number: int) -> str:
     included, owners = tried.included, tried.owners
     with suppress(Exception):  # the user's `where` may fail for other modules
         places, _ = match(matched.model, tried)
-        passed = ask_where(places, tried, strict=False) or ()
+        passed = ask_where(places, tried) or ()
         count = sum(
             mask <= included and owners[first_pattern(mask)] == rule_number
             for mask in compress(places.masks, passed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -84,6 +85,12 @@ PATTERNS = [
         {},
         "where=Linear rejects all 2 modules that 'embed', 'layers[0]' matches: "
         "1 Embedding, 1 Block; 'layers[0].**' matches 3",
+    ),
+    (
+        re.compile(r"layers\.\d\.attention"),
+        {},
+        "where=Linear rejects all 4 modules that re.compile('layers\\\\.\\\\d\\\\.attention') "
+        "matches: 4 Attention",
     ),
     # Of those inside only what no exclude leaves alone is counted.
     (
@@ -407,6 +414,22 @@ def test_a_suggestion_that_where_cannot_bear_is_left_out():
     assert (
         str(error.value) == "where=is_wide rejects all 4 modules that 'layers.*' matches: 4 Block"
     )
+
+
+class Never:
+    """A `where` without a name."""
+
+    def __call__(self, path: str, module: nn.Module) -> bool:
+        return False
+
+    def __repr__(self) -> str:
+        return "Never()"
+
+
+def test_a_where_without_a_name_is_shown_as_python_shows_it():
+    with pytest.raises(NoMatchError) as error:
+        select(Model(), "head", where=Never())
+    assert str(error.value) == "where=Never() rejects the only module that 'head' matches: Linear"
 
 
 # ---------------------------------------------------------------- two classes of one name
