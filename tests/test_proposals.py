@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from oracle import Segment, proposed_by
 from strategies import USUAL, models, one_place, random_patterns, weighted
 
-from mlx_modswap import NoMatchError, PatternError, replace_layers, select, tree
+from mlx_modswap import NoMatchError, PatternError, capture, replace_layers, select, tree
 
 
 def module(**children: Any) -> nn.Module:
@@ -286,13 +286,19 @@ TRIED = [
 
 @pytest.mark.parametrize(("text", "message"), TRIED)
 def test_what_an_error_of_a_pattern_proposes_is_tried_on_the_model(text, message):
-    for look in (select, partial(replace_layers, factory=keep), tree):
+    calls: list[Callable[..., Any]] = [
+        select,
+        tree,
+        partial(replace_layers, factory=keep),
+        lambda *given, **options: capture(*given, **options).__enter__(),
+    ]
+    for call in calls:
         with pytest.raises(PatternError) as error:
-            look(llama(), text)
+            call(llama(), text)
         assert str(error.value).split("\n")[0] == message
-    with pytest.raises(PatternError) as error:
-        select(llama(), "**", exclude=text)
-    assert str(error.value).split("\n")[0] == message
+        with pytest.raises(PatternError) as error:
+            call(llama(), "**", exclude=text)
+        assert str(error.value).split("\n")[0] == message
     with pytest.raises(PatternError) as error:
         replace_layers(llama(), {"lm_head": keep, text: None})
     assert str(error.value).split("\n")[0] == message
