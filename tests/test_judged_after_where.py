@@ -393,6 +393,11 @@ def test_an_exception_of_where_about_an_excluded_module_counts_as_something():
         "layers.0.norm1",
         "layers.0.mlp",
     ]
+    # There is an exception for all that is excluded.
+    assert list(select(model, "layers.0.*", where=is_wide, exclude="layers[0].attention")) == [
+        "layers.0.norm1",
+        "layers.0.mlp",
+    ]
     report = replace_layers(model, {"head": q8, "**": q4}, where=is_wide, exclude="layers")
     assert list(report) == ["embed", "head"]
 
