@@ -171,6 +171,7 @@ MATCHES_NOTHING = [
     ("up_proj | norm", "; ['**.up_proj', '**.norm'] matches 24"),
     ("'lm_head' ", "; 'lm_head' matches 1"),
     ("norm,", "; '**.norm' matches 12"),
+    ("up_proj,nowhere", ": the model holds 'model', 'lm_head'"),  # select would refuse the two
     # More than one of these.
     ("layers/0-3/(up|down)_prjo", ": the model holds 'model', 'lm_head'"),
     ("layers/0-3/mlp/(up|down)_proj", "; '**.layers[0:4].mlp.{up,down}_proj' matches 8"),
