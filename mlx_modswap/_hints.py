@@ -182,8 +182,8 @@ def _close_patterns(model: nn.Module, source: str) -> Iterator[str]:
             yield from _corrected(model, _TOKENS.findall(text))
     # Only the beginning may be wrong, if the pattern is for another model of the same family.
     tokens = _TOKENS.findall(source)
-    for start in range(1, len(tokens)):
-        if _NAME.fullmatch(tokens[start]):
+    for start, token in enumerate(tokens):
+        if _NAME.fullmatch(token):
             yield f"**.{_joined(tokens[start:])}"
 
 
