@@ -322,6 +322,7 @@ PROJECTIONS = "q_a_proj q_b_proj kv_a_proj_with_mqa kv_b_norm o_proj"
         ("q_proj k_proj", "qproj", "q_proj"),
         ("q_proj k_proj", "Q_Proj", "q_proj"),
         ("gate_proj up_proj", "gate-proj", "gate_proj"),
+        ("q_proje " + " ".join(f"k{n}_projection" for n in range(9)), "q_projection", "q_proje"),
         ("self_attn mlp", "self_attention", "self_attn"),
         # A word more or less.
         ("self_attn mlp", "attn", "self_attn"),
