@@ -432,6 +432,17 @@ def test_a_key_with_a_dot_that_prints_the_path_of_another_place():
     )
 
 
+def test_two_paths_that_are_equal_although_every_key_has_a_dot():
+    model = nn.Module()
+    dict.update(model, {"a.b": {"c.d": nn.Tanh()}, "a.b.c.d": nn.Tanh()})
+    with pytest.raises(SelectionError) as error:
+        replace_layers(model, "a.b.c.d", identity)
+    assert str(error.value) == (
+        "2 places have the path 'a.b.c.d', as the keys 0 and '0' of one dict do; "
+        "rename one of the keys"
+    )
+
+
 def cycle() -> nn.Module:
     model = Net()
     model.layers[1].self_attn.back = model.layers
