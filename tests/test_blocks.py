@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import itertools
 import sys
 import weakref
 from collections.abc import Callable, Generator, Iterator
@@ -409,8 +408,8 @@ def test_an_interrupt_while_a_block_is_undone_out_of_order_does_not_stop_it():
     second.__enter__()
     with pytest.raises(KeyboardInterrupt) as caught:
         first.__exit__(None, None, None)
-    said = [covered("layers.1")]
-    assert getattr(caught.value, "__notes__", said) == said
+    if sys.version_info >= (3, 11):
+        assert caught.value.__notes__ == [covered("layers.1")]
     assert end(second) is None
     assert before.differences() == []
 
@@ -441,19 +440,22 @@ def interrupted(call: Callable[[], Any], line: int) -> bool:
 
 
 def test_an_interrupt_anywhere_while_a_block_begins_leaves_nothing_behind():
-    for line in itertools.count(1):
+    line, was_interrupted = 0, True
+    while was_interrupted:
+        line += 1
         model = Model()
         before = Snapshot(model)
         block = swapped(model, "layers.*", fresh)
-        if not interrupted(block.__enter__, line):
-            break
+        was_interrupted = interrupted(block.__enter__, line)
+        assert was_interrupted or end(block) is None
         assert before.differences() == []
     assert line > 5
-    assert end(block) is None
 
 
 def test_an_interrupt_anywhere_while_a_block_ends_out_of_order_does_not_stop_it():
-    for line in itertools.count(1):
+    line, was_interrupted = 0, True
+    while was_interrupted:
+        line += 1
         model = Model()
         before = Snapshot(model)
         first, second = swapped(model, "layers.*", fresh), swapped(model, "layers[1]", around)
@@ -462,8 +464,6 @@ def test_an_interrupt_anywhere_while_a_block_ends_out_of_order_does_not_stop_it(
         was_interrupted = interrupted(lambda block=first: end(block), line)
         assert end(second) is None
         assert before.differences() == []
-        if not was_interrupted:
-            break
     assert line > 50
 
 
