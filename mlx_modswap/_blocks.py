@@ -74,7 +74,7 @@ class Block:
     def __init__(self, places: Places, news: list[nn.Module]):
         self.places, self.news = places, news
         self.rewritten: dict[Location, nn.Module] = {}
-        self._is_restored = False
+        self._is_retry = False
 
     @cached_property
     def locations(self) -> list[Location]:
@@ -111,14 +111,14 @@ class Block:
         places, olds = self.places, self.places.modules
         above = self._above()
         lost: list[int] = []
-        if not self._is_restored:
+        is_retry, self._is_retry = self._is_retry, True
+        if not (is_retry and self._is_restored(above)):
             is_unmoved = places.first_moved() is None and places.first_without(self.news) is None
             if is_unmoved and not above:  # the common case
                 update(places, self.news, olds)
             else:
                 lost = self._check()
                 self._write_where_not(above)
-            self._is_restored = True
         self._tell_others(olds, above)
         for block in set(above.values()):
             block._take_over(self, above)
@@ -187,6 +187,15 @@ class Block:
 
     def _was_put_by_others(self, location: Location, value: Any) -> bool:
         return location in self.rewritten and self.rewritten[location] is value
+
+    def _is_restored(self, above: Mapping[Location, Block]) -> bool:
+        """Return whether the old modules are in their containers, except at those in ``above``."""
+        places = self.places
+        rows = zip(places.rows, places.keys, places.modules, self.locations)
+        return all(
+            location in above or value_at(places.holders[row], key) is old
+            for row, key, old, location in rows
+        )
 
     def _around(self, at: int) -> list[int]:
         """Return the rows of the containers around a place."""

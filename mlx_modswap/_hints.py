@@ -182,8 +182,8 @@ def _close_patterns(model: nn.Module, source: str) -> Iterator[str]:
             yield from _corrected(model, _TOKENS.findall(text))
     # Only the beginning may be wrong, if the pattern is for another model of the same family.
     tokens = _TOKENS.findall(source)
-    for start in range(1, len(tokens)):
-        if _NAME.fullmatch(tokens[start]):
+    for start, token in enumerate(tokens):
+        if _NAME.fullmatch(token):
             yield f"**.{_joined(tokens[start:])}"
 
 
@@ -204,7 +204,7 @@ def _corrected(model: nn.Module, tokens: list[str]) -> list[str]:
         else:
             return []
     texts = map(_joined, (mended, [*mended, "*"], mended[:-1]))
-    return [text for text in texts if text not in ("", "**")]  # these two say nothing of the model
+    return [text for text in texts if text != "**"]  # which says nothing of the model
 
 
 def _replacements(start: list[_Entry], token: str, before: list[str]) -> Iterator[list[str]]:
@@ -230,7 +230,9 @@ def _likely_name(token: str, start: list[_Entry]) -> list[str]:
         for child in chain.from_iterable(map(_children, start))
         if is_container(child.value) and _NAME.fullmatch(child.name)
     }
-    close = get_close_matches(token.lower(), names if _NAME.fullmatch(token) else {}, 8, 0.5)
+    if not names or not _NAME.fullmatch(token):
+        return []
+    close = get_close_matches(token.lower(), names, len(names), 0.5)
     scores = {name: _likeness(token.lower(), name) for name in close}
     best = [name for name in close if scores[name] == max(scores.values()) >= _LIKE]
     return [names[name] for name in best] if len(best) == 1 else []

@@ -279,7 +279,7 @@ class _Shared:
     def __init__(self, see: See, paths: list[str]):
         self.see: See | None = see
         self.calls = dict.fromkeys(paths, 0)
-        self.firsts = dict.fromkeys(paths, "")
+        self.firsts = dict(zip(paths, paths))
 
 
 class _Hooked(Wrapper):
@@ -388,7 +388,7 @@ def _check_calls(
         slices (bool): Whether every number in a path is an index of a list.
     """
     called = reduce(or_, (mask for path, mask in masks.items() if calls[path]), 0)
-    matched = reduce(or_, masks.values(), 0)
+    matched = reduce(or_, masks.values())
     for number, pattern in enumerate(patterns):
         if (matched & ~called) >> number & 1:
             paths = [path for path, mask in masks.items() if mask >> number & 1]

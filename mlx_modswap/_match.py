@@ -160,11 +160,11 @@ def check_where(where: Any) -> None:
 Passed = list[bool | None]  # what `where` says of each place; `None` if it was not asked
 
 
-def ask_where(places: Places, request: Request, strict: bool) -> Passed | None:
+def ask_where(places: Places, request: Request, strict: bool = False) -> Passed | None:
     """Return whether ``where`` accepts each place; ``None`` if there is no ``where``.
 
-    A function is called for an excluded place only until it is known that the exclude
-    does something.
+    A function is called for an excluded place only with ``strict``, and only until it is
+    known that the exclude does something.
     """
     where: Any = request.where
     if where is None:
@@ -172,14 +172,15 @@ def ask_where(places: Places, request: Request, strict: bool) -> Passed | None:
     if is_class(where):
         return list(map(isinstance, places.modules, repeat(where)))
     included = request.included
-    effective = 0  # the excludes that are known to do something
+    unsure = ~included  # the excludes of which it is not known whether they do something
     passed: Passed = []
     for path, module, mask in zip(places.paths, places.modules, places.masks):
         if mask <= included:
             passed.append(_ask(where, path, module))
-        elif strict and mask & included and mask & ~included & ~effective:
+        elif strict and mask & included and mask & unsure:
             passed.append(passes_or_fails(where, path, module))
-            effective |= mask if passed[-1] else 0
+            if passed[-1]:
+                unsure &= ~mask
         else:
             passed.append(None)
     return passed

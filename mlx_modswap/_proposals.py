@@ -68,7 +68,8 @@ def written(proposal: Proposal) -> str:
         text, flags = proposal.pattern, ""
         if not _INLINE_FLAGS.match(text):
             flags = repr(re.compile("", proposal.flags)).removeprefix("re.compile(''")[:-1]
-        is_raw = '"' not in text and text.isprintable() and not text.endswith("\\")
+        # No regular expression ends in a single backslash, which a raw string could not.
+        is_raw = '"' not in text and text.isprintable()
         code = f're.compile(r"{text}"{flags})' if is_raw else f"re.compile({text!r}{flags})"
     return code if len(code) <= _LONGEST else ""
 
@@ -76,8 +77,7 @@ def written(proposal: Proposal) -> str:
 def widened(proposal: Proposal) -> Iterator[Proposal]:
     """Yield proposals that match the same names further down in a model."""
     if isinstance(proposal, str):
-        if not proposal.startswith("**."):
-            yield f"**.{proposal}"
+        yield f"**.{proposal}"
     elif isinstance(proposal, list):
         yield [f"**.{text}" for text in proposal]
     else:
@@ -218,21 +218,20 @@ _LEFTOVERS: Rows = [
 _SEVERAL = re.compile(r"[,;|\s]+(?![^{]*\})")  # q_proj, v_proj
 _DEEP_BRACES = re.compile(r"\{[^{}]*[.{]")  # {a.b,c}, {a,{b,c}}
 _INNERMOST = re.compile(r"\{([^{}]*)\}")
-_MOST_ALTERNATIVES = 8
+_MOST_COMMAS = 7  # in a text whose braces are expanded: at most 128 alternatives
 
 
 def _mended(text: str) -> Iterator[Proposal]:
     *_, text = texts = _after_each_row(_SPELLINGS, text)
     yield from texts
-    if _DEEP_BRACES.search(text) and text.count(",") < _MOST_ALTERNATIVES:
+    if _DEEP_BRACES.search(text) and text.count(",") <= _MOST_COMMAS:
         alternatives = list(dict.fromkeys(_alternatives(text)))
-        if len(alternatives) <= _MOST_ALTERNATIVES:
-            yield alternatives if alternatives[1:] else alternatives[0]
+        yield alternatives if alternatives[1:] else alternatives[0]
     *_, text = texts = _after_each_row(_LEFTOVERS, text)
     yield from texts[1:]
     parts = [part for part in _SEVERAL.split(text) if part]
-    if len(parts) > 1:
-        yield parts
+    if parts and parts != [text]:
+        yield parts if parts[1:] else parts[0]
 
 
 def _after_each_row(rows: Rows, text: str) -> list[str]:

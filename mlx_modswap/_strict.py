@@ -48,7 +48,7 @@ def check_matches(model: nn.Module, request: Request, places: Places) -> None:
     for number, pattern in enumerate(patterns):
         if not found >> number & 1:
             raise NoMatchError(_hints.no_match(model, pattern))
-    removed = reduce(or_, (mask for mask in masks if mask & included), 0)
+    removed = reduce(or_, (mask for mask in masks if mask & included))
     for number, pattern in enumerate(request.excludes, start=len(patterns)):
         if not found >> number & 1:
             raise NoMatchError(f"exclude {_hints.no_match(model, pattern)}")
@@ -83,8 +83,7 @@ def check_effects(
     if excludes or passed is not None:
         _check_that_something_is_left(matched)
         _check_patterns(matched)
-    if len(request.rules) > 1:
-        _check_rules(matched)
+    _check_rules(matched)
     if excludes:
         _check_excludes(matched)
 
@@ -117,11 +116,10 @@ class _Matched:
     def do_something(self, masks: Collection[int]) -> bool:
         """Return whether a pattern with these masks, or a rule that decides them, does something.
 
-        It does if ``where`` accepts one of its modules, excluded or not. It also counts if all
-        of its modules are excluded, since one list of patterns can serve several models.
+        None of the masks is live. It does something all the same if ``where`` accepts an excluded
+        module that it has not been asked about, or if all of its modules are excluded, since one
+        list of patterns can serve several models.
         """
-        if any(mask in self.live for mask in masks):
-            return True
         if masks and all(mask not in self.free for mask in masks):
             return True
         return self._asked_late(masks)
@@ -151,7 +149,7 @@ def _check_that_something_is_left(matched: _Matched) -> None:
 
 
 def _check_patterns(matched: _Matched) -> None:
-    live = reduce(or_, matched.live, 0)
+    live = reduce(or_, matched.live)
     for number in range(len(matched.request.patterns)):
         if live >> number & 1:
             continue
@@ -173,7 +171,7 @@ def _check_rules(matched: _Matched) -> None:
 def _check_excludes(matched: _Matched) -> None:
     request = matched.request
     included = request.included
-    removed = reduce(or_, (mask for mask in matched.live if mask & included), 0)
+    removed = reduce(or_, (mask for mask in matched.live if mask & included))
     for number, pattern in enumerate(request.excludes, start=len(request.patterns)):
         if not removed >> number & 1:
             rejected = matched.modules(1 << number, included)
@@ -256,7 +254,7 @@ def _never_applies(matched: _Matched, number: int) -> str:
     let_through = len(its)
     if matched.passed is not None:
         pairs = zip(masks, matched.passed)
-        let_through -= sum(mask & bits > 0 and answer is False for mask, answer in pairs)
+        let_through -= sum(mask & bits and answer is False for mask, answer in pairs)
     which = f"all {let_through} of its modules" if let_through > 1 else "its only module"
     if let_through < len(its):
         which = f"all {let_through}" if let_through > 1 else "the only one"
@@ -278,7 +276,7 @@ def _works_inside(matched: _Matched, number: int) -> str:
     included, owners = tried.included, tried.owners
     with suppress(Exception):  # the user's `where` may fail for other modules
         places, _ = match(matched.model, tried)
-        passed = ask_where(places, tried, strict=False) or ()
+        passed = ask_where(places, tried) or ()
         count = sum(
             mask <= included and owners[first_pattern(mask)] == rule_number
             for mask in compress(places.masks, passed)

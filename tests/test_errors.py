@@ -222,6 +222,11 @@ NO_MATCH = [
         're.compile(r".*(attn).*") matches 12',
     ),
     (
+        re.compile("ATTN", re.IGNORECASE),
+        "re.compile('ATTN', re.IGNORECASE) does not match any complete path (fullmatch); "
+        're.compile(r".*(ATTN).*", re.IGNORECASE) matches 12',
+    ),
+    (
         re.compile('q_proj"?'),
         "re.compile('q_proj\"?') does not match any complete path (fullmatch); "
         "re.compile('(.*\\\\.)?(q_proj\"?)') matches 4",
@@ -423,6 +428,17 @@ def test_a_key_with_a_dot_that_prints_the_path_of_another_place():
         replace_layers(model, "keyed.a.b", identity)
     assert str(error.value) == (
         "2 places have the path 'keyed.a.b', as the keys 0 and '0' of one dict do; "
+        "rename one of the keys"
+    )
+
+
+def test_two_paths_that_are_equal_although_every_key_has_a_dot():
+    model = nn.Module()
+    dict.update(model, {"a.b": {"c.d": nn.Tanh()}, "a.b.c.d": nn.Tanh()})
+    with pytest.raises(SelectionError) as error:
+        replace_layers(model, "a.b.c.d", identity)
+    assert str(error.value) == (
+        "2 places have the path 'a.b.c.d', as the keys 0 and '0' of one dict do; "
         "rename one of the keys"
     )
 

@@ -344,10 +344,12 @@ class TestAllOrNothing:
         dict.__setitem__(locked, "act", nn.ReLU())
         model = build(first=build(act=nn.ReLU()), locked=locked)
         model.eval()
-        new = nn.Sequential(nn.Tanh(), nn.Tanh().eval())
+        bare = nn.Tanh()
+        del bare._training  # as in a class that does not call `super().__init__()`
+        new = nn.Sequential(nn.Tanh(), nn.Tanh().eval(), bare)
         with pytest.raises((SelectionError, KeyboardInterrupt)):
             swap(model, "*.act", lambda path, module: new).__enter__()
-        assert [module.training for module in (new, *new.layers)] == [True, True, False]
+        assert [module.training for module in (new, *new.layers)] == [True, True, False, True]
 
     def test_a_refused_swap_leaves_new_modules_in_their_training_mode(self):
         model = Model()

@@ -180,6 +180,18 @@ def test_a_tied_layer_inside_another_hooked_one_and_outside_of_it(use):
 
 
 @each_use
+def test_a_layer_of_the_model_itself_and_a_layer_inside_it(use):
+    model = nn.Module()
+    model.block = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+    model.block.inner = nn.Identity()
+    before = Snapshot(model)
+    with use(model, ["block", "block.inner"]):
+        model.block.inner(model.block(mx.ones((1, 2))))
+
+    assert before.differences() == []
+
+
+@each_use
 def test_a_layer_of_two_patterns_counts_for_both(model, use):
     with use(model, ["layers[0].attn", "layers.*.attn"]):
         model.layers[0].attn(mx.ones((1, 4)))
@@ -244,10 +256,11 @@ def test_a_wrapper_around_a_hooked_layer_keeps_its_own_too(use):
 def test_a_hooked_layer_is_quantized_without_its_hook(use):
     model: Any = nn.Sequential(nn.Linear(64, 64), Wrapper(nn.Linear(64, 64)), nn.ReLU())
     with use(model, "layers.*", strict=False):
-        quantized = [layer.to_quantized(bits=4) for layer in model.layers[:2]]
+        quantized = [layer.to_quantized(32, bits=8) for layer in model.layers[:2]]
         assert not hasattr(model.layers[2], "to_quantized")
 
     assert [type(layer) for layer in quantized] == [nn.QuantizedLinear, Wrapper]
+    assert [(layer.group_size, layer.bits) for layer in quantized] == [(32, 8)] * 2
 
 
 @each_use

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -85,6 +86,12 @@ PATTERNS = [
         "where=Linear rejects all 2 modules that 'embed', 'layers[0]' matches: "
         "1 Embedding, 1 Block; 'layers[0].**' matches 3",
     ),
+    (
+        re.compile(r"layers\.\d\.attention"),
+        {},
+        "where=Linear rejects all 4 modules that re.compile('layers\\\\.\\\\d\\\\.attention') "
+        "matches: 4 Attention",
+    ),
     # Of those inside only what no exclude leaves alone is counted.
     (
         ["head", "**.attention"],
@@ -116,6 +123,12 @@ PATTERNS = [
         {"exclude": "**.norm1"},
         "exclude '**.norm1' has no effect: where=Linear rejects all 4 modules that it would "
         "exclude: 4 LayerNorm",
+    ),
+    (
+        "**.{mlp,norm1}",
+        {"exclude": "**.{norm1,q_proj}"},  # no pattern matches the q_proj
+        "exclude '**.{norm1,q_proj}' has no effect: where=Linear rejects all 4 modules that it "
+        "would exclude: 4 LayerNorm",
     ),
     (
         ["**.mlp", "embed", "head"],
@@ -359,7 +372,8 @@ def test_a_function_is_not_asked_about_an_excluded_module_if_nothing_is_judged()
 
 
 def test_before_an_error_a_function_is_asked_about_the_excluded_modules_that_could_prevent_it():
-    where = Asked(lambda path, module: path in ("head", "layers.0.mlp", "layers.1.mlp"))
+    linears = ("head", "layers.0.mlp", "layers.1.mlp")
+    where = Asked(lambda path, module: path in linears and isinstance(module, nn.Linear))
     found = select(
         Model(), ["head", "layers[:2].mlp", "layers[1:].mlp"], where=where, exclude="layers[:2]"
     )
@@ -376,6 +390,11 @@ def test_an_exception_of_where_about_an_excluded_module_counts_as_something():
     with pytest.raises(AttributeError):
         select(model, "layers.0.**", where=is_wide)
     assert list(select(model, "layers.0.**", where=is_wide, exclude="layers[0].attention")) == [
+        "layers.0.norm1",
+        "layers.0.mlp",
+    ]
+    # There is an exception for all that is excluded.
+    assert list(select(model, "layers.0.*", where=is_wide, exclude="layers[0].attention")) == [
         "layers.0.norm1",
         "layers.0.mlp",
     ]
@@ -400,6 +419,22 @@ def test_a_suggestion_that_where_cannot_bear_is_left_out():
     assert (
         str(error.value) == "where=is_wide rejects all 4 modules that 'layers.*' matches: 4 Block"
     )
+
+
+class Never:
+    """A `where` without a name."""
+
+    def __call__(self, path: str, module: nn.Module) -> bool:
+        return False
+
+    def __repr__(self) -> str:
+        return "Never()"
+
+
+def test_a_where_without_a_name_is_shown_as_python_shows_it():
+    with pytest.raises(NoMatchError) as error:
+        select(Model(), "head", where=Never())
+    assert str(error.value) == "where=Never() rejects the only module that 'head' matches: Linear"
 
 
 # ---------------------------------------------------------------- two classes of one name

@@ -40,6 +40,23 @@ class Careless(nn.Module):
         self.half = layer.weight.shape[0] / "2"
 
 
+class Made:
+    """A class without a Python `__init__`, which fails for another reason."""
+
+    def __new__(cls, path: str, layer: Any) -> Any:
+        return layer.weight.shape[0] / "2"
+
+
+class Halving:
+    """Made with a number, called with path and layer, and fails for another reason."""
+
+    def __init__(self, parts: int):
+        self.parts = parts
+
+    def __call__(self, path: str, layer: Any) -> Any:
+        return layer.weight.shape[0] / str(self.parts)
+
+
 def adapt(layer: Any, rank: int) -> nn.Module:
     return Adapter(layer, rank)
 
@@ -132,6 +149,8 @@ RIGHT = {
         "missing 1 required",
     ),
     "a class that takes the path": (Careless, "unsupported operand type"),
+    "a class that takes it in __new__": (Made, "unsupported operand type"),
+    "an object that takes the path": (Halving(2), "unsupported operand type"),
     "another error": (lambda path, layer: {}[path], "head"),
 }
 
@@ -145,7 +164,37 @@ def test_a_factory_that_fails_for_another_reason_is_not_told_so(factory, text):
         assert error.value.__notes__ == ["while replacing 'head' (Linear)"]
 
 
+class WithoutNotes(AttributeError):
+    """An error that cannot have notes, like every error in Python 3.10."""
+
+    @property
+    def add_note(self) -> Any:
+        raise AttributeError("add_note")
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (("no weight",), (f"no weight; {CALLED}",)),
+        (("no weight", 1, 2), (f"no weight; {CALLED}", 1, 2)),
+        ((7,), (7,)),
+        ((), ()),
+    ],
+)
+def test_an_error_without_notes_is_told_it_in_its_text(before, after):
+    def factory(path: str, layer: Any) -> Any:
+        raise WithoutNotes(*before, obj=path)
+
+    with pytest.raises(WithoutNotes) as error:
+        replace_layers(build(), "head", factory)
+    assert error.value.args == after
+
+
 def has_weight(module: Any) -> bool:
+    return module.weight is not None
+
+
+def has_a_weight(module: Any, name: str) -> bool:
     return module.weight is not None
 
 
@@ -165,6 +214,11 @@ WRONG_WHERE = {
         lambda module, key="weight": module.weight is not None,
         NO_WEIGHT,
         WHERE,
+    ),
+    "a function that has a name": (
+        has_a_weight,
+        NO_WEIGHT,
+        f"{WHERE}; write lambda path, module: has_a_weight(module)",
     ),
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from oracle import Segment, proposed_by
 from strategies import USUAL, models, one_place, random_patterns, weighted
 
-from mlx_modswap import NoMatchError, PatternError, replace_layers, select, tree
+from mlx_modswap import NoMatchError, PatternError, capture, replace_layers, select, tree
 
 
 def module(**children: Any) -> nn.Module:
@@ -138,6 +139,7 @@ MATCHES_NOTHING = [
     ("^model.layers.0.mlp$", '; re.compile(r"^model.layers.0.mlp$") matches 1'),
     ("^model.layers.0", '; re.compile(r"^model.layers.0") matches 1'),
     ("norm$", r'; re.compile(r"(.*\.)?(norm)") matches 12'),
+    ("^norm", r'; re.compile(r"(.*\.)?(norm)") matches 12'),
     ("(?i).*NORM", '; re.compile(r"(?i).*NORM") matches 12'),
     ("(?i)NORM", r'; re.compile(r"(.*\.)?(NORM)", re.IGNORECASE) matches 12'),
     ("re:.*norm", '; re.compile(r".*norm") matches 12'),
@@ -168,6 +170,8 @@ MATCHES_NOTHING = [
     ("up_proj,norm", "; ['**.up_proj', '**.norm'] matches 24"),
     ("up_proj | norm", "; ['**.up_proj', '**.norm'] matches 24"),
     ("'lm_head' ", "; 'lm_head' matches 1"),
+    ("norm,", "; '**.norm' matches 12"),
+    ("up_proj,nowhere", ": the model holds 'model', 'lm_head'"),  # select would refuse the two
     # More than one of these.
     ("layers/0-3/(up|down)_prjo", ": the model holds 'model', 'lm_head'"),
     ("layers/0-3/mlp/(up|down)_proj", "; '**.layers[0:4].mlp.{up,down}_proj' matches 8"),
@@ -194,6 +198,47 @@ def test_an_error_of_a_pattern_that_matches_nothing_proposes_what_was_meant(text
     proposed = proposed_by(error.value)
     assert len(proposed) == (" matches " in told)
     assert all(len(select(llama(), one)) == number for one, number in proposed)
+
+
+def test_a_text_of_up_to_200_characters_is_corrected():
+    for length, proposed in ((200, [("lm_head", 1)]), (201, [])):
+        with pytest.raises(NoMatchError) as error:
+            select(llama(), "lm_head".ljust(length))
+        assert proposed_by(error.value) == proposed
+
+
+@pytest.mark.parametrize(("names", "are_expanded"), [("abcdefgh", True), ("abcdefghi", False)])
+def test_nested_braces_with_up_to_7_commas_are_expanded(names, are_expanded):
+    model = module(inner=linears(" ".join(names)))
+    with pytest.raises(PatternError) as error:
+        select(model, f"inner.{{{names[0]},{{{','.join(names[1:])}}}}}")
+    expanded = [f"inner.{name}" for name in names]
+    assert (f"; write {expanded}" in str(error.value)) == are_expanded
+
+
+def test_a_regex_that_is_too_deep_to_be_widened_matches_nothing_like_any_other():
+    depth, deepest = 1, re.compile("")
+    with suppress(RecursionError):
+        while True:
+            deepest = re.compile("(" * depth + "lm_head_" + ")" * depth)
+            depth += 1
+    with pytest.raises(NoMatchError, match=r"does not match any complete path \(fullmatch\)$"):
+        select(llama(), deepest)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "proposed"),
+    [
+        ("price$", r"price\$", r're.compile(r"(.*\.)?(price\$)")'),
+        ("back\\", r"\w*\.back\\", r're.compile(r"\w*\.back\\")'),
+    ],
+)
+def test_a_regex_that_is_proposed_may_end_in_an_escaped_character(name, text, proposed):
+    model = module(keyed={name: nn.ReLU()})
+    with pytest.raises(NoMatchError) as error:
+        select(model, text)
+    assert str(error.value).endswith(f"; {proposed} matches 1")
+    assert list(select(model, eval(proposed))) == [f"keyed.{name}"]
 
 
 def test_a_place_below_another_prefix_is_proposed():
@@ -242,13 +287,19 @@ TRIED = [
 
 @pytest.mark.parametrize(("text", "message"), TRIED)
 def test_what_an_error_of_a_pattern_proposes_is_tried_on_the_model(text, message):
-    for look in (select, partial(replace_layers, factory=keep), tree):
+    calls: list[Callable[..., Any]] = [
+        select,
+        tree,
+        partial(replace_layers, factory=keep),
+        lambda *given, **options: capture(*given, **options).__enter__(),
+    ]
+    for call in calls:
         with pytest.raises(PatternError) as error:
-            look(llama(), text)
+            call(llama(), text)
         assert str(error.value).split("\n")[0] == message
-    with pytest.raises(PatternError) as error:
-        select(llama(), "**", exclude=text)
-    assert str(error.value).split("\n")[0] == message
+        with pytest.raises(PatternError) as error:
+            call(llama(), "**", exclude=text)
+        assert str(error.value).split("\n")[0] == message
     with pytest.raises(PatternError) as error:
         replace_layers(llama(), {"lm_head": keep, text: None})
     assert str(error.value).split("\n")[0] == message
@@ -271,6 +322,7 @@ PROJECTIONS = "q_a_proj q_b_proj kv_a_proj_with_mqa kv_b_norm o_proj"
         ("q_proj k_proj", "qproj", "q_proj"),
         ("q_proj k_proj", "Q_Proj", "q_proj"),
         ("gate_proj up_proj", "gate-proj", "gate_proj"),
+        ("q_proje " + " ".join(f"k{n}_projection" for n in range(9)), "q_projection", "q_proje"),
         ("self_attn mlp", "self_attention", "self_attn"),
         # A word more or less.
         ("self_attn mlp", "attn", "self_attn"),

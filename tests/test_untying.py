@@ -81,6 +81,14 @@ TIED = [
         ["encoder.embed"],
     ),
     (
+        three,
+        ["shared", "encoder.*"],
+        "'shared' is tied to 'decoder.embed' (the same Embedding), which is not selected; select "
+        "all of them, or none (exclude=['shared', 'encoder.embed']); to untie them, use "
+        "model.update_modules(partial_modules(model, {'shared': new}))",
+        ["shared"],
+    ),
+    (
         recurrent,
         "layers[-2:]",
         "'layers.6' is tied to 'layers.0', 'layers.2', 'layers.4' (the same Block), which are not "
