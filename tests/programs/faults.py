@@ -554,8 +554,8 @@ OF_A_REQUEST = [
     Fault(
         "shadowing is judged before where",
         "_strict.py",
-        "        if any(mask in self.live for mask in masks):\n",
-        "        if masks:\n",
+        "    deciding = {rule for mask, rule in rule_of.items() if mask in matched.live}\n",
+        "    deciding = set(rule_of.values())\n",
     ),
     Fault(
         "where may reject all that an exclude removes",
@@ -572,7 +572,7 @@ OF_A_REQUEST = [
     Fault(
         "where is asked about everything that is excluded",
         "_match.py",
-        "mask & ~included & ~effective:",
+        "mask & unsure:",
         "mask & ~included:",
     ),
     Fault(
