@@ -87,9 +87,7 @@ def test_an_adapter_without_a_type_is_lora_and_without_a_dropout_has_none(tmp_pa
     news = replace_layers(fresh, lm.adapter_rules(tmp_path))
 
     assert {type(layer).__name__ for layer in news.values()} == {"LoRALinear"}
-    assert {cast(Any, layer).dropout._p_1 for layer in news.values()} == {
-        1.0
-    }  # the part that is kept
+    assert {cast(Any, layer).dropout._p_1 for layer in news.values()} == {1.0}
 
 
 def test_adapters_are_saved_and_read_if_all_of_their_scales_are_zero(tmp_path):
