@@ -79,7 +79,7 @@ FAULTS = [
         "where is ignored",
         "_select.py",
         "        places.keep(passed)\n",
-        "",
+        "        pass\n",
     ),
     # ---------------------------------------------------------------- walking
     Fault(
@@ -560,8 +560,8 @@ OF_A_REQUEST = [
     Fault(
         "where may reject all that an exclude removes",
         "_strict.py",
-        "    _check_excludes(matched)\n",
-        "",
+        "        _check_excludes(matched)\n",
+        "        pass\n",
     ),
     Fault(
         "a pattern must not be excluded as a whole",
