@@ -100,6 +100,6 @@ def _size(model: nn.Module) -> str:
     return f"{sum(array.size for _, array in arrays) / 1e9:.2f} billion parameters"
 
 
-# No goal for the ratio: 16-bit layers shrink less than 32-bit ones, so 3.8 is the most to gain.
+# No goal for the ratio: 16-bit layers shrink less than 32-bit ones, so there is less to gain.
 MEMORY_CASES = {"gpu memory": ("memory", "lazy", 32, 4096, "float16", 0)}
 LORA_CASES = {"gpu LoRA": ("gpu", "lora")}

@@ -8,11 +8,13 @@ import weakref
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager
 from itertools import permutations, product
+from types import FrameType
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
+from interrupting import interrupt_at
 from oracle import Snapshot
 
 from mlx_modswap import (
@@ -414,29 +416,8 @@ def test_an_interrupt_while_a_block_is_undone_out_of_order_does_not_stop_it():
     assert before.differences() == []
 
 
-def interrupted(call: Callable[[], Any], line: int) -> bool:
-    """Call, with an interrupt before a line of `_blocks`; return whether there was one."""
-    count = 0
-
-    def trace(frame: Any, event: str, argument: Any) -> Any:
-        nonlocal count
-        if frame.f_code.co_filename != _blocks.__file__ or "close" in frame.f_code.co_name:
-            return None
-        count += event == "line"
-        if count == line:
-            sys.settrace(None)
-            raise KeyboardInterrupt
-        return trace
-
-    tracing = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        call()
-    except KeyboardInterrupt:
-        return True
-    finally:
-        sys.settrace(tracing)
-    return False
+def in_blocks(frame: FrameType) -> bool:
+    return frame.f_code.co_filename == _blocks.__file__ and "close" not in frame.f_code.co_name
 
 
 def test_an_interrupt_anywhere_while_a_block_begins_leaves_nothing_behind():
@@ -446,7 +427,7 @@ def test_an_interrupt_anywhere_while_a_block_begins_leaves_nothing_behind():
         model = Model()
         before = Snapshot(model)
         block = swapped(model, "layers.*", fresh)
-        was_interrupted = interrupted(block.__enter__, line)
+        was_interrupted = interrupt_at(line, block.__enter__, in_blocks)
         assert was_interrupted or end(block) is None
         assert before.differences() == []
     assert line > 5
@@ -461,7 +442,7 @@ def test_an_interrupt_anywhere_while_a_block_ends_out_of_order_does_not_stop_it(
         first, second = swapped(model, "layers.*", fresh), swapped(model, "layers[1]", around)
         first.__enter__()
         second.__enter__()
-        was_interrupted = interrupted(lambda block=first: end(block), line)
+        was_interrupted = interrupt_at(line, lambda block=first: end(block), in_blocks)
         assert end(second) is None
         assert before.differences() == []
     assert line > 50

@@ -9,13 +9,13 @@ from __future__ import annotations
 import gc
 import sys
 import weakref
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
+from interrupting import interrupt_at
 from mlx.utils import tree_flatten
 from models import Block, Holder, Model, Recorder, around, build, fresh, unchanged
 from oracle import Snapshot
@@ -48,34 +48,6 @@ def misses(model: nn.Module, *arguments: Any, **options: Any) -> str:
         replace_layers(model, *arguments, **options)
     assert before.differences() == []
     return str(caught.value)
-
-
-def interrupt_at(line: int, call: Callable[[], Any]) -> bool:
-    """Press Ctrl-C when some line of the library or of MLX is reached; say whether it came so far.
-
-    The lines are counted, in the order in which they run.
-    """
-    count = 0
-
-    def trace(frame: Any, event: str, argument: Any) -> Any:
-        nonlocal count
-        if frame.f_globals["__name__"].partition(".")[0] not in ("mlx", "mlx_modswap"):
-            return None
-        count += event == "line"
-        if count == line:
-            sys.settrace(None)
-            raise KeyboardInterrupt
-        return trace
-
-    tracing = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        call()
-    except KeyboardInterrupt:
-        return True
-    finally:
-        sys.settrace(tracing)
-    return False
 
 
 class TestFrame:

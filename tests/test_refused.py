@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import mlx.nn as nn
 import pytest
+from interrupting import interrupt_at
 from oracle import Snapshot
 
 from mlx_modswap import SelectionError, Wrapper, replace_layers, swapped
@@ -207,7 +207,7 @@ def test_an_interrupt_at_any_line_leaves_the_modes_as_the_model_is():
     for line in range(1, 10_000, 7):
         model: Any = Model().eval()
         make = Maker()
-        interrupted = stopped_at(line, lambda m=model, f=make: replace_layers(m, "layers.*", f))
+        interrupted = interrupt_at(line, lambda m=model, f=make: replace_layers(m, "layers.*", f))
         is_in = any(layer is make.made[0] for layer in model.layers if make.made)
         modes = {module.training for new in make.made for module in new.modules()}
         if make.made:
@@ -216,28 +216,3 @@ def test_an_interrupt_at_any_line_leaves_the_modes_as_the_model_is():
         if not interrupted:
             break
     assert outcomes == {True, False}
-
-
-def stopped_at(line: int, call: Callable[[], Any]) -> bool:
-    """Press Ctrl-C at some line of the library or of MLX, of those that run; say if it came."""
-    count = 0
-
-    def trace(frame: Any, event: str, argument: Any) -> Any:
-        nonlocal count
-        if frame.f_globals["__name__"].partition(".")[0] not in ("mlx", "mlx_modswap"):
-            return None
-        count += event == "line"
-        if count == line:
-            sys.settrace(None)
-            raise KeyboardInterrupt
-        return trace
-
-    tracing = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        call()
-    except KeyboardInterrupt:
-        return True
-    finally:
-        sys.settrace(tracing)
-    return False
