@@ -227,8 +227,9 @@ def _bracket_mistake(start: int, segment: str) -> Mistake:
         return Mistake(f"unmatched '{stray[0]}'", start + stray.start(), 1)
     if segment.startswith("["):
         return Mistake("an index must follow the name of a list", start, len(segment))
-    at = segment.index("]") + 1
-    return Mistake("an index must end its segment", start + at, len(segment) - at)
+    name = re.search(r"(?<=\])[^\[].*", segment)
+    assert name is not None
+    return Mistake("an index must end its segment", start + name.start(), len(name[0]))
 
 
 def _brace_mistake(start: int, name: str) -> Mistake:

@@ -202,6 +202,8 @@ PARSE_ERRORS = [
     ("a]", "unmatched ']'; write 'a'\n    a]\n     ^"),
     ("[0]", "an index must follow the name of a list; write '*[0]'\n    [0]\n    ^^^"),
     ("a[0]b", "an index must end its segment; write 'a[0].b'\n    a[0]b\n        ^"),
+    ("a[0][1]b", "an index must end its segment; write 'a[0][1].b'\n    a[0][1]b\n           ^"),
+    ("a[0]b[1]", "an index must end its segment; write 'a[0].b[1]'\n    a[0]b[1]\n        ^^^^"),
     ("{q,k", "unmatched '{' in this segment; write '{q,k}'\n    {q,k\n    ^"),
     ("a.{b.c,d}", "unmatched '{' in this segment; write ['a.b.c', 'a.d']\n    a.{b.c,d}\n      ^"),
     ("a}", "unmatched '}'; write 'a'\n    a}\n     ^"),

@@ -148,7 +148,9 @@ class Runs:
             for function in calls[item.nodeid]:
                 if (".lm." in function) == item.nodeid.startswith("tests/lm/"):
                     tests_of[function].append(item)
+        # What is listed as equivalent runs last: all of the tests, as none of them should fail.
         waiting = list(self.changes)[::-1]
+        waiting.sort(key=lambda name: self.changes[name] not in self.known)
         running: dict[int, tuple[str, list[pytest.Item], mmap, float]] = {}
         while waiting or running:
             while waiting and len(running) < AT_ONCE:
