@@ -112,10 +112,12 @@ def check(
     try:
         built, _ = _folders.load(staging, trust_remote_code=trust_remote_code)
     except ValueError as error:
-        # If the weights do not fit because mlx-lm builds other layers, the message is about these.
+        # If the weights do not fit because mlx-lm builds other layers, the message is about these,
+        # and mlx-lm's list of the weights that do not fit is left out.
         differs = _other_layers(staging, expected, trust_remote_code)
         told = differs or str(error).replace(str(staging), str(target))
-        raise ValueError(f"{str(target)!r} was not written: {told}") from error
+        cause = None if differs else error
+        raise ValueError(f"{str(target)!r} was not written: {told}") from cause
     if differs := difference(outline(built), expected, original):
         raise ValueError(f"{str(target)!r} was not written: {differs}")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +164,17 @@ def test_a_model_that_would_not_load_is_refused(tmp_path, source, change, told):
     assert str(caught.value) == f"{target!r} was not written: {told}".replace("{target}", target)
     assert model_folders.content(tmp_path) == before
     assert all(model_folders.arrays_of(model)[name] is array for name, array in arrays.items())
+
+
+def test_the_refusal_of_other_layers_comes_without_the_traceback_of_mlx_lm(tmp_path, source):
+    model = load(source)
+    with_adapters(model)
+    with pytest.raises(ValueError, match="was not written") as caught:
+        lm.save(model, tmp_path / "saved", source)
+
+    error = caught.value
+    shown = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+    assert shown.count("Traceback") == 1
 
 
 def test_a_folder_whose_weights_mlx_lm_would_cast_is_refused(tmp_path, source):
