@@ -16,7 +16,8 @@ Product = tuple[Choice, ...]  # represents every path that takes one segment of 
 
 _INDEX = re.compile(r"0|[1-9][0-9]{0,17}")
 _WIDEST = 48  # characters for one choice
-_WORD = re.compile(r"[^\W\d_]+|[0-9]+|.", re.DOTALL)
+# Blanks are inside words, since an alternative in braces must not start or end with one.
+_WORD = re.compile(r"(?:[^\W\d_]+|[0-9]+|\S)(?:\s+(?:[^\W\d_]+|[0-9]+|\S))*")
 
 
 # A *product* has some choices for each segment of a path, and represents every path that takes
@@ -142,7 +143,10 @@ def is_plain(product: Product) -> bool:
 
 def _is_plain(choice: Choice) -> bool:
     return isinstance(choice[0], int) or not any(
-        not name or re.search(r"[*?\[\]{},]", name) or not name.isprintable()
+        not name
+        or re.search(r"[*?\[\]{},]", name)
+        or name != name.strip()
+        or not name.isprintable()
         for name in map(str, choice)
     )
 

@@ -206,6 +206,18 @@ PARSE_ERRORS = [
     ("a[0]b[1]", "an index must end its segment; write 'a[0].b[1]'\n    a[0]b[1]\n        ^^^^"),
     ("{q,k", "unmatched '{' in this segment; write '{q,k}'\n    {q,k\n    ^"),
     ("a.{b.c,d}", "unmatched '{' in this segment; write ['a.b.c', 'a.d']\n    a.{b.c,d}\n      ^"),
+    (
+        "x.{q, k}_proj",
+        "an alternative in braces starts or ends with a blank; write 'x.{q,k}_proj'\n"
+        "    x.{q, k}_proj\n"
+        "      ^^^^^^^^^^^",
+    ),
+    (
+        "{q ,k}*",
+        "an alternative in braces starts or ends with a blank; write '{q,k}*'\n"
+        "    {q ,k}*\n"
+        "    ^^^^^^^",
+    ),
     ("a}", "unmatched '}'; write 'a'\n    a}\n     ^"),
     ("{a,{b}}", "braces cannot be nested; write ['a', 'b']\n    {a,{b}}\n    ^"),
     ("a{}", "braces without alternatives; write 'a*'\n    a{}\n     ^^"),

@@ -583,6 +583,10 @@ def test_figures_stay_when_the_arrays_of_the_new_modules_are_gone(read):
             [f"a.{n}" for n in (50, *range(39, 2, -1), *range(98, 59, -1))],
             ["a[3:40]", "a[60:99]", "a.50"],
         ),
+        (["block 1", "block 2"], ["{block 1,block 2}"]),
+        (["a b", "a_b"], ["{a b,a_b}"]),
+        (["x_in 1", "x_out 1"], ["x_{in 1,out 1}"]),
+        ([" a", "b "], [r"re.compile('\\ a')", r"re.compile('b\\ ')"]),
         (["a.2", "a.0", "a.1"], ["a[0:3]"]),
         (["a.0", "a.x"], ["a.0", "a.x"]),
     ],
@@ -628,6 +632,21 @@ def test_any_choice_of_layers_folds_into_patterns_that_select_it(seed, layers, s
     chosen = {path for path in select(model, "layers.**") if chance.random() < share}
     folded = fold([segments(path, slices=True) for path in chosen])
     found = [path for product, _ in folded for path in select(model, pattern_of(product))]
+    assert sorted(found) == sorted(chosen)
+
+
+# Texts of the characters that patterns, words and regular expressions are about.
+odd_names = st.text("aB1_- ,*?[]{}()|\\\n.\u00a0", max_size=6)
+
+
+@given(st.sets(odd_names, min_size=1, max_size=8), st.integers(1, 3))
+def test_keys_of_any_text_fold_into_patterns_that_select_them(names, count):
+    model = nn.Module()
+    model.keyed = {name: nn.ReLU() for name in names}
+    model.lists = [{name: nn.ReLU() for name in names} for _ in range(count)]
+    chosen = [path for path, _ in model.named_modules() if path]
+    folded = fold([segments(path, slices=path.startswith("lists")) for path in chosen])
+    found = [path for product, _ in folded for path in select(model, read(pattern_of(product)))]
     assert sorted(found) == sorted(chosen)
 
 
