@@ -10,6 +10,7 @@ import mlx.nn as nn
 
 from ._containers import (
     MODULE,
+    WRAPPED,
     Container,
     Kinds,
     Location,
@@ -104,21 +105,22 @@ def sort_containers(model: nn.Module, swaps: Swaps | None = None) -> list[Contai
         SelectionError: If a container holds itself, at any depth.
     """
     order: list[Container] = []
-    done, path_of = set[int](), {id(model): ""}  # `path_of`: the containers on the stack
+    done = set[int]()
+    path_of = {id(model): ""}  # of the containers on the stack, each with a dot at the end
     stack: list[tuple[Container, str, Iterator[tuple[Any, Any]]]] = [
         (model, "", _child_entries(model, swaps))
     ]
     while stack:
         container, prefix, children = stack[-1]
         for key, value in children:
-            path = f"{prefix}{key}"
+            inside = prefix if key == WRAPPED else f"{prefix}{key}."
             if id(value) in path_of:
-                ancestor = path_of[id(value)][:-1]
+                path, ancestor = shorten(inside[:-1]), path_of[id(value)][:-1]
                 again = repr(shorten(ancestor)) if ancestor else "the model itself"
-                raise SelectionError(f"the model holds a cycle: {shorten(path)!r} is {again} again")
+                raise SelectionError(f"the model holds a cycle: {path!r} is {again} again")
             if id(value) not in done:
-                path_of[id(value)] = path + "."
-                stack.append((value, path + ".", _child_entries(value, swaps)))
+                path_of[id(value)] = inside
+                stack.append((value, inside, _child_entries(value, swaps)))
                 break
         else:
             stack.pop()

@@ -1116,6 +1116,15 @@ class TestLimits:
         message = refuses(model, "*", lambda path, module: one if path == "a" else two)
         assert message == "the model holds a cycle: 'a.other.other' is 'a' again"
 
+    def test_a_new_module_that_holds_the_layer_of_a_wrapper_around_its_place_is_refused(self):
+        layer = build(a=nn.ReLU())
+        message = refuses(Wrapper(layer), "a", lambda path, module: Holder(layer))
+        assert message == "the model holds a cycle: 'a.inner' is the model itself again"
+
+        model = build(b=Wrapper(layer))
+        message = refuses(model, "b.a", lambda path, module: Holder(layer))
+        assert message == "the model holds a cycle: 'b.a.inner' is 'b' again"
+
     @pytest.mark.parametrize("length", [1, 2, 3, 4])
     def test_a_cycle_inside_a_new_module_is_refused(self, length):
         new, ring = Holder(), [Holder() for _ in range(length)]

@@ -51,6 +51,7 @@ def test_a_rule_is_split_at_its_last_equals_sign(text, rule):
         ({"**.v_proj": 6, "**": 4}, {"**.v_proj": 6, "**": 4}),
         ({"lm_head": None, "embed": "keep"}, {"lm_head": None, "embed": None}),
         ({"**": {"bits": 4, "group_size": 32}}, {"**": {"bits": 4, "group_size": 32}}),
+        ({"**": {"bits": 1, "group_size": 1}}, {"**": {"bits": 1, "group_size": 1}}),
         ([["**.v_proj", 6], ["**", 4]], {"**.v_proj": 6, "**": 4}),
         ([[["embed", "lm_head"], 8]], {("embed", "lm_head"): 8}),
     ],

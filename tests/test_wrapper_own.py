@@ -136,6 +136,23 @@ def test_slots_belong_to_the_wrapper_and_its_copies():
     assert not hasattr(copied, "unset")
 
 
+class Counting:
+    def count(self) -> int:
+        return 1
+
+
+class SlottedBelow(Counting, Slotted):
+    pass
+
+
+def test_slots_of_a_base_class_are_copied_and_those_of_a_mixin_may_be_missing():
+    wrapper = SlottedBelow(Block())
+    wrapper.scale = 3
+    copied = copy.deepcopy(wrapper)
+
+    assert (copied.scale, copied.__wrapped__.scale, copied.count()) == (3, 0.5, 1)
+
+
 def test_a_copy_is_a_wrapper_of_a_copy():
     recorder = Recorder(nn.Linear(2, 2), scale=[1])
     recorder.latest = 5
