@@ -14,6 +14,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from .._select import select
+from ._lora import KINDS
 from ._paths import folded, listed
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), mx.Dtype, Enum)
@@ -122,6 +123,8 @@ def other_layers(built: Outline, model: Outline) -> str:
         cure = "give the entries of its config that have changed with config={...}"
     else:
         cure = "fuse or unwrap it, or give a model_file"
+        if any(kind.adapter in classes for kind in KINDS for classes in differing):
+            cure += "; lm.save_adapters writes the adapters alone"
     return f"{listed(texts, ', and ')}: {cure}"
 
 

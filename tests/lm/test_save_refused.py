@@ -108,7 +108,8 @@ def with_other_arguments(model: Any) -> None:
         (
             with_adapters,
             "mlx-lm builds Linear at model.layers[0:2].self_attn.{q,v}_proj, the model has "
-            "LoRALinear: fuse or unwrap it, or give a model_file",
+            "LoRALinear: fuse or unwrap it, or give a model_file; lm.save_adapters writes the "
+            "adapters alone",
         ),
         (
             with_wrappers_and_without_mlps,
