@@ -97,7 +97,6 @@ def _add_convert(commands: Any) -> None:
         "rules",
         metavar="PATTERN=BITS",
         nargs="*",
-        default=[],
         help="the first pattern that matches a layer decides; PATTERN=keep leaves layers alone",
     )
     parser.add_argument(

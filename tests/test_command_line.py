@@ -217,9 +217,10 @@ def test_files_of_weights_are_as_large_as_asked_for(tmp_path):
     ("arguments", "message"),
     [
         ([], "the following arguments are required: COMMAND"),
+        (["--hel"], "the following arguments are required: COMMAND"),
         (["draw", "llama"], "invalid choice: 'draw'"),
         (["tree"], "the following arguments are required: MODEL"),
-        (["tree", "llama", "**", "more"], "unrecognized arguments: more"),
+        (["tree", "llama", "**", "more", "yet"], "unrecognized arguments: more yet"),
         (["tree", "llama", "--json"], "unrecognized arguments: --json"),
         (["convert", "llama"], "the following arguments are required: FOLDER"),
         (["convert", "llama", "new", "**=4", "--quick"], "unrecognized arguments: --quick"),
@@ -254,23 +255,60 @@ def test_rules_and_options_come_in_any_order(models, monkeypatch):
     assert "new: " in printed.pop()
 
 
+OF_BOTH = [
+    "MODEL a folder, or the id of a model on the hub",
+    "--trust-remote-code run the Python file that a model may come with",
+    "MODEL is a folder, or the id of a model on the Hugging Face hub, as for mlx_lm.load. "
+    "A PATTERN is matched with the whole path of a module; put it in quotes. "
+    "Exit status: 0, 1 if what was asked for cannot be done, 2 if the arguments are wrong.",
+]
+
+
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        (["--help"], ["COMMAND", "tree", "draw the model", "convert", "quantize a model by rules"]),
-        (["tree", "--help"], ["MODEL", "[PATTERN]", "--exclude PATTERN", "--trust-remote-code"]),
+        (
+            ["--help"],
+            [
+                "usage: mlx_modswap [-h] COMMAND",
+                "Draw a language model, or quantize it by rules into a folder that mlx-lm loads.",
+                "tree draw the model that mlx_lm.load would build",
+                "convert quantize a model by rules into a new folder",
+            ],
+        ),
+        (
+            ["tree", "--help"],
+            [
+                "usage: mlx_modswap tree [-h]",
+                "Draw the model that mlx_lm.load would build.",
+                "PATTERN what to mark",
+                "--exclude PATTERN what not to mark",
+                *OF_BOTH,
+            ],
+        ),
         (
             ["convert", "--help"],
             [
-                *("MODEL", "FOLDER", "PATTERN=BITS", "--rules FILE.json", "--q-group-size N"),
-                *("--q-mode", "--dtype", "--max-shard-mb N", "--trust-remote-code", "--dry-run"),
-                "Exit status: 0, 1 if what was asked for cannot be done, 2 if the arguments",
+                "usage: mlx_modswap convert [-h]",
+                "Quantize a model by rules into a new folder.",
+                "FOLDER must not exist yet",
+                "PATTERN=BITS the first pattern that matches a layer decides; PATTERN=keep leaves "
+                "layers alone",
+                "--rules FILE.json more rules, after those above: {PATTERN: VALUE}, or [[PATTERN "
+                'or PATTERNS, VALUE], ...]; a VALUE is a number of bits, {"bits": 4, '
+                '"group_size": 32}, or null to leave alone',
+                "--q-group-size N weights that share a scale",
+                "--q-mode {affine,mxfp4,nvfp4,mxfp8} default: affine",
+                "--dtype {float16,bfloat16,float32} of the unquantized rest; default: config's",
+                "--max-shard-mb N size of a file; default: 1000",
+                "--dry-run print the plan and write nothing",
+                *OF_BOTH,
             ],
         ),
     ],
 )
 def test_the_help_says_what_can_be_given(arguments, parts, monkeypatch, capsys):
-    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("COLUMNS", "1000")
     with pytest.raises(SystemExit, match="0"):
         main(arguments)
     words = " ".join(capsys.readouterr().out.split())
@@ -384,6 +422,25 @@ def test_a_full_disk_is_one_line(models):
         )
     message = "mlx_modswap: cannot print: No space left on device\n"
     assert (done.returncode, done.stderr) == (1, message)
+
+
+@needs_mlx_lm
+@pytest.mark.parametrize(
+    ("is_full", "told"),
+    [(False, ""), (True, "mlx_modswap: cannot print: No space left on device\n")],
+)
+def test_what_could_not_be_printed_is_not_written_again_when_the_output_closes(
+    is_full, told, models, monkeypatch, capsys
+):
+    if is_full and not os.path.exists("/dev/full"):
+        pytest.skip("there is no full device to write to")
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as pipe, open("/dev/full", "w") if is_full else pipe as output:
+        monkeypatch.setattr(sys, "stdout", output)
+        status = main(["tree", str(models / "llama")])
+        # Python closes its output, too, when it exits; an error there would fail the test.
+    assert (status, capsys.readouterr().err) == (is_full, told)
 
 
 @pytest.fixture(scope="module")
