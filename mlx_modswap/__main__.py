@@ -119,7 +119,7 @@ def _add_convert(commands: Any) -> None:
         metavar="N",
         type=_positive,
         default=1000,
-        help="size of a file; default: 1000",
+        help="size of a file; default: %(default)s",
     )
     parser.add_argument("--dry-run", action="store_true", help="print the plan and write nothing")
 

@@ -311,8 +311,10 @@ def test_the_help_says_what_can_be_given(arguments, parts, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "1000")
     with pytest.raises(SystemExit, match="0"):
         main(arguments)
-    words = " ".join(capsys.readouterr().out.split())
+    printed = capsys.readouterr().out
+    words = " ".join(printed.split())
     assert [part for part in parts if part not in words] == []
+    assert "put it in quotes.\n\nExit status" in printed or arguments == ["--help"]
 
 
 def test_without_mlx_lm_one_line_says_what_to_install(monkeypatch, capsys):
