@@ -345,6 +345,21 @@ def test_a_new_module_that_holds_what_was_to_be_left_alone_is_fine(make):
         assert any(module is attention for module in model.modules())
 
 
+def test_a_cycle_in_a_new_module_around_a_place_left_alone_is_refused():
+    model = Model()
+    before = Snapshot(model)
+
+    def ring(path: str, block: Any) -> nn.Module:
+        holder: Any = Holder(block=block)
+        holder.again = holder
+        return holder
+
+    with pytest.raises(SelectionError) as error:
+        replace_layers(model, {"layers.0.attn": None, "layers[0]": ring})
+    assert str(error.value) == "the model holds a cycle: 'layers.0.again' is 'layers.0' again"
+    assert before.differences() == []
+
+
 def test_a_place_left_alone_does_not_keep_the_one_beside_it():
     rules = {"layers[0]": None, "layers[1]": new, "layers[2].attn": new}
     assert list(replace_layers(Model(), rules)) == ["layers.1", "layers.2.attn"]

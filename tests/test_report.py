@@ -269,6 +269,8 @@ def test_a_report_writes_slices_only_where_all_numbers_are_indices():
     model = build(by_key={"0": nn.Linear(2, 2), "1": nn.Linear(2, 2)}, by_index=[nn.Linear(2, 2)])
     assert patterns_of(replace_layers(model, "by_index.*", identity)) == ["by_index.0"]
     assert patterns_of(replace_layers(model, "by_key.*", identity)) == ["by_key.{0,1}"]
+    model = build(dotted={"a.0": nn.Linear(2, 2), "a.1": nn.Linear(2, 2)})
+    assert patterns_of(replace_layers(model, "dotted.**", identity)) == ["dotted.a.{0,1}"]
 
 
 def test_a_report_leaves_out_empty_columns():
