@@ -160,7 +160,7 @@ def check_where(where: Any) -> None:
 Passed = list[bool | None]  # what `where` says of each place; `None` if it was not asked
 
 
-def ask_where(places: Places, request: Request, strict: bool = False) -> Passed | None:
+def ask_where(places: Places, request: Request, strict: bool) -> Passed | None:
     """Return whether ``where`` accepts each place; ``None`` if there is no ``where``.
 
     A function is called for an excluded place only with ``strict``, and only until it is

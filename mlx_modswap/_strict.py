@@ -276,7 +276,7 @@ def _works_inside(matched: _Matched, number: int) -> str:
     included, owners = tried.included, tried.owners
     with suppress(Exception):  # the user's `where` may fail for other modules
         places, _ = match(matched.model, tried)
-        passed = ask_where(places, tried) or ()
+        passed = ask_where(places, tried, strict=False) or ()
         count = sum(
             mask <= included and owners[first_pattern(mask)] == rule_number
             for mask in compress(places.masks, passed)
