@@ -432,15 +432,15 @@ def test_a_full_disk_is_one_line(models):
     [(False, ""), (True, "mlx_modswap: cannot print: No space left on device\n")],
 )
 def test_what_could_not_be_printed_is_not_written_again_when_the_output_closes(
-    is_full, told, models, monkeypatch, capsys
+    is_full, told, models, capsys
 ):
     if is_full and not os.path.exists("/dev/full"):
         pytest.skip("there is no full device to write to")
     reader, writer = os.pipe()
     os.close(reader)
     with open(writer, "w") as pipe, open("/dev/full", "w") if is_full else pipe as output:
-        monkeypatch.setattr(sys, "stdout", output)
-        status = main(["tree", str(models / "llama")])
+        with contextlib.redirect_stdout(output):
+            status = main(["tree", str(models / "llama")])
         # Python closes its output, too, when it exits; an error there would fail the test.
     assert (status, capsys.readouterr().err) == (is_full, told)
 
