@@ -438,10 +438,13 @@ def test_what_could_not_be_printed_is_not_written_again_when_the_output_closes(
         pytest.skip("there is no full device to write to")
     reader, writer = os.pipe()
     os.close(reader)
-    with open(writer, "w") as pipe, open("/dev/full", "w") if is_full else pipe as output:
-        with contextlib.redirect_stdout(output):
-            status = main(["tree", str(models / "llama")])
-        # Python closes its output, too, when it exits; an error there would fail the test.
+    # Python closes its output, too, when it exits; an error there would fail the test.
+    with (
+        open(writer, "w") as pipe,
+        open("/dev/full", "w") if is_full else pipe as output,
+        contextlib.redirect_stdout(output),
+    ):
+        status = main(["tree", str(models / "llama")])
     assert (status, capsys.readouterr().err) == (is_full, told)
 
 
