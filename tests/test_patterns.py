@@ -213,10 +213,10 @@ PARSE_ERRORS = [
         "      ^^^^^^^^^^^",
     ),
     (
-        "{q ,k}*",
-        "an alternative in braces starts or ends with a blank; write '{q,k}*'\n"
-        "    {q ,k}*\n"
-        "    ^^^^^^^",
+        "{a,b}{q ,k}*",
+        "an alternative in braces starts or ends with a blank; write '{a,b}{q,k}*'\n"
+        "    {a,b}{q ,k}*\n"
+        "    ^^^^^^^^^^^^",
     ),
     ("a}", "unmatched '}'; write 'a'\n    a}\n     ^"),
     ("{a,{b}}", "braces cannot be nested; write ['a', 'b']\n    {a,{b}}\n    ^"),
