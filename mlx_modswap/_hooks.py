@@ -9,6 +9,7 @@ from functools import reduce
 from operator import or_
 from typing import Any, Protocol
 
+import mlx.core as mx
 import mlx.nn as nn
 
 from ._containers import WRAPPED
@@ -47,11 +48,12 @@ def observe(
 ) -> Iterator[dict[str, int]]:
     """Call a function after each call of a selected layer inside a ``with`` block.
 
-    The function sees the output and the arguments of each call, and changes nothing:
+    The function sees the output and the arguments of each call, as they are then, even
+    if the model changes them later (``h += y``); and it changes nothing:
     use it for calibration, for running statistics or to look at inputs, without
     keeping every array. After the block the model has its own layers back, and no
-    layer refers to ``hook`` any more. For a layer in several places, ``hook`` is
-    called once per call of the layer, with the first of its paths.
+    layer refers to ``hook`` any more. For a layer with parameters in several places,
+    ``hook`` is called once per call of the layer, with the first of its paths.
 
     If a function is compiled inside the block, ``hook`` is called only once, while
     the function is traced, with arrays that must not be kept.
@@ -102,14 +104,14 @@ def observe(
 
     def see(path: str, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         try:
-            hook(path, output, *args, **kwargs)
+            hook(path, _kept(output), *args, **kwargs)
         except Exception as error:
             note(error, f"while observing {path!r}")
             note_misuse(error, hook, path, "hook(path, output, *args, **kwargs)")
             raise
         return output
 
-    with _hooking(model, pattern, see, where, exclude, strict) as shared:
+    with _hooking(model, pattern, see, where, exclude, strict, sees_inputs=True) as shared:
         yield shared.calls
 
 
@@ -170,7 +172,7 @@ def capture(
     recorded: defaultdict[str, list[Any]] = defaultdict(list)
 
     def see(path: str, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        recorded[path].append(output)
+        recorded[path].append(_kept(output))
         return output
 
     with _hooking(model, pattern, see, where, exclude, strict) as shared:
@@ -241,7 +243,7 @@ def patch(
                 f"change returned None for {path!r}; it must return an output; return the output "
                 "it was given to leave it unchanged"
             )
-        return new
+        return _kept(new)
 
     with _hooking(model, pattern, see, where, exclude, strict):
         yield
@@ -251,6 +253,26 @@ def _check_function(name: str, arguments: str, function: Any) -> None:
     # A module is callable, but it takes arrays.
     if not callable(function) or isinstance(function, nn.Module):
         raise TypeError(f"{name} must be a function of {arguments}, not {described(function)}")
+
+
+_ARRAY = mx.array
+
+
+def _kept(value: Any) -> Any:
+    """Return the same arrays as other objects, also those in a tuple, a list or a dict.
+
+    In MLX ``h += y`` changes the object ``h`` itself. So a model that goes on with an
+    output in this way would change what a hook has kept of it, or a vector that
+    ``patch`` was told to use; and a hook would change what the model goes on with.
+    """
+    cls = type(value)
+    if cls is _ARRAY:
+        return value.astype(value.dtype)  # no computation, and nothing to differentiate
+    if cls is tuple or cls is list:
+        return cls(map(_kept, value))
+    if cls is dict:
+        return {key: _kept(one) for key, one in value.items()}
+    return value
 
 
 # ---------------------------------------------------------------- the hooks of a block
@@ -273,11 +295,13 @@ class _Shared:
             call; returns the output to use. ``None`` once the block has ended, since a
             hooked layer may live longer, for example inside a module of another block.
         calls (dict[str, int]): How often the layer at each path was called.
+        sees_inputs (bool): Whether ``see`` looks at the arguments.
         firsts (dict[str, str]): For each path, the first path of its layer.
     """
 
-    def __init__(self, see: See, paths: list[str]):
+    def __init__(self, see: See, sees_inputs: bool, paths: list[str]):
         self.see: See | None = see
+        self.sees_inputs = sees_inputs
         self.calls = dict.fromkeys(paths, 0)
         self.firsts = dict(zip(paths, paths))
 
@@ -291,14 +315,15 @@ class _Hooked(Wrapper):
         own[_SHARED], own[_PATHS] = shared, []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        output = dict.__getitem__(self, WRAPPED)(*args, **kwargs)
         own = object.__getattribute__(self, "__dict__")
         shared, paths = own[_SHARED], own[_PATHS]
+        given = _kept((args, kwargs)) if shared.sees_inputs else (args, kwargs)
+        output = dict.__getitem__(self, WRAPPED)(*args, **kwargs)
         if (see := shared.see) is None:
             return output
         for path in paths:
             shared.calls[path] += 1
-        return see(paths[0], output, args, kwargs)
+        return see(paths[0], output, *given)
 
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self.__wrapped__, name, value)
@@ -321,6 +346,8 @@ def _hooking(
     where: Where | None,
     exclude: Patterns,
     strict: bool,
+    *,
+    sees_inputs: bool = False,
 ) -> Iterator[_Shared]:
     """Hook the selected layers inside a ``with`` block; yield what the hooked layers share."""
     check_model(model)
@@ -330,7 +357,7 @@ def _hooking(
     masks, depths = dict(zip(places.paths, places.masks)), _depths(places)
     slices = not any(str(key).isdecimal() or "." in str(key) for key in places.dict_keys())
     del places  # which holds the layers
-    shared = _Shared(see, [*masks])
+    shared = _Shared(see, sees_inputs, [*masks])
     try:
         with ExitStack() as stack:
             for depth in sorted(set(depths.values())):

@@ -276,6 +276,85 @@ def test_a_model_that_is_quantized_inside_the_block_is_not_put_back(use):
     assert type(model.layers[0]) is nn.QuantizedLinear
 
 
+# A model that changes arrays in place
+
+
+class Doubling(nn.Module):
+    """Changes its input, and returns what it is given again, in containers of each kind."""
+
+    def __call__(self, x: mx.array, *, again: list[mx.array]) -> Any:
+        x *= 2
+        return {"sum": x + again[0], "parts": [x + 1, (x + 2,)]}
+
+
+class InPlace(nn.Module):
+    """Goes on with the outputs of its layers as arrays of its own, which it changes."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(2, 2)
+        self.embed.weight = mx.array([[1.0, 2.0], [3.0, 4.0]])
+        self.double = Doubling()
+
+    def __call__(self, ids: mx.array) -> mx.array:
+        h = self.embed(ids)
+        h += 10
+        out = self.double(h, again=[h])
+        total = out["sum"]
+        total *= 100
+        for part in (out["parts"][0], *out["parts"][1]):
+            part *= 0
+        out["parts"].clear()
+        h += 1000
+        return total
+
+
+H = [11.0, 12.0]  # the state between the two layers
+DOUBLED = {"sum": [44.0, 48.0], "parts": [[23.0, 25.0], ([24.0, 26.0],)]}
+
+
+def as_lists(value: Any) -> Any:
+    if isinstance(value, mx.array):
+        return value.tolist()
+    if isinstance(value, dict):
+        return {key: as_lists(one) for key, one in value.items()}
+    return type(value)(map(as_lists, value)) if isinstance(value, (list, tuple)) else value
+
+
+def test_outputs_are_recorded_as_the_layers_returned_them():
+    model = InPlace()
+    with capture(model, "*") as outputs:
+        assert model(mx.array(0)).tolist() == [4400.0, 4800.0]
+    assert as_lists(outputs) == {"embed": [[1.0, 2.0]], "double": [DOUBLED]}
+
+
+def test_a_hook_keeps_outputs_and_arguments_as_they_were_in_the_call():
+    model, kept = InPlace(), []
+    with observe(model, "double", lambda *args, **kwargs: kept.append((args, kwargs))):
+        assert model(mx.array(0)).tolist() == [4400.0, 4800.0]
+    ((args, kwargs),) = kept
+    assert as_lists(args) == ("double", DOUBLED, H)
+    assert as_lists(kwargs) == {"again": [H]}
+
+
+def test_a_hook_that_changes_what_it_sees_changes_nothing_in_the_model():
+    def spoil(path: str, output: Any, *args: Any, **kwargs: Any) -> None:
+        for array in [output] if path == "embed" else [output["sum"], *args, *kwargs["again"]]:
+            array *= 0
+
+    model = InPlace()
+    with observe(model, "*", spoil):
+        assert model(mx.array(0)).tolist() == [4400.0, 4800.0]
+
+
+def test_what_a_patch_returns_is_not_changed_by_the_model():
+    model, vector = InPlace(), mx.array([0.0, 1.0])
+    with patch(model, "embed", lambda path, output: vector):
+        first, second = model(mx.array(0)), model(mx.array(1))
+    assert first.tolist() == second.tolist() == [4000.0, 4400.0]
+    assert vector.tolist() == [0.0, 1.0]
+
+
 @each_use
 def test_a_copy_of_the_model_has_no_hooks(model, use):
     with use(model, "**", strict=False):
