@@ -10,6 +10,7 @@ import mlx.nn as nn
 
 from . import _hints
 from ._blocks import Block
+from ._containers import set_training_mode
 from ._errors import NoMatchError, SelectionError, described, note
 from ._match import Patterns, Where
 from ._pattern import literally
@@ -270,12 +271,8 @@ def _carry_out(plan: Plan) -> None:
 
 
 def _set_modes(modes: Iterable[tuple[nn.Module, bool]]) -> None:
-    """Set the mode of each module itself, with the method that ``train`` calls on each module."""
     for module, mode in modes:
-        if hasattr(module, "_set_training_mode"):
-            module._set_training_mode(mode)
-        else:  # MLX before 0.30
-            module._training = mode
+        set_training_mode(module, mode)
 
 
 def _update(places: Places, olds: Sequence[nn.Module], news: Sequence[nn.Module]) -> None:

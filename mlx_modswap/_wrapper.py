@@ -10,12 +10,13 @@ from typing import Any, TypeVar
 
 import mlx.nn as nn
 
-from ._containers import WRAPPED, has_parameters, is_container, unwrapped
+from ._containers import WRAPPED, has_parameters, is_container, set_training_mode, unwrapped
 from ._errors import described
 
 T = TypeVar("T")
 
 _SEALED, _SLOTS = "(sealed)", "(slots)"  # not identifiers, so they hide no attribute of a layer
+_OF_EVERY_MODULE = frozenset(nn.Module.__mro__)
 _LENT = frozenset(["__call__", "to_quantized"])  # methods of `Wrapper` that call the layer's own
 
 
@@ -33,6 +34,7 @@ class _Sealing(type):
         if not dict.__contains__(wrapper, WRAPPED):
             raise TypeError(f"{cls.__name__}.__init__ must call super().__init__(layer)")
         _check_own(wrapper)
+        _own_modules(wrapper).train(getattr(wrapper, "_training", True))
         _own(wrapper)[_SEALED] = True
         return wrapper
 
@@ -51,6 +53,8 @@ class Wrapper(nn.Module, metaclass=_Sealing):
     therefore an error if ``__init__`` sets a public attribute to an array or to a
     module that holds arrays. Give a constant a name that starts with ``_``; if the
     array is to be trained, write a plain :class:`mlx.nn.Module` that holds the layer.
+    A module without parameters, such as :class:`mlx.nn.Dropout`, has the training
+    mode of the layer.
 
     :func:`mlx.nn.quantize` keeps the wrapper: ``to_quantized`` returns a wrapper of
     the same class, with the same attributes, around the quantized layer. Override
@@ -127,11 +131,18 @@ class Wrapper(nn.Module, metaclass=_Sealing):
     def __getattr__(self, name: str) -> Any:
         return self.__getattribute__(name)
 
+    # MLX finds the layer's modules, but not those of the wrapper.
+    def _set_training_mode(self, mode: bool) -> None:
+        set_training_mode(self.__wrapped__, mode)
+        _own_modules(self).train(mode)
+
     # What a wrapper stores in its `__call__` (`self.last = x`) must not become a parameter of
     # the layer: it would be saved, and would stay after unwrapping.
     def __setattr__(self, name: str, value: Any) -> None:
         is_sealed = _SEALED in _own(self)
-        if is_sealed and not _is_own(self, name) and hasattr(unwrapped(self), name):
+        if name == "_training":  # MLX before 0.30
+            self._set_training_mode(value)
+        elif is_sealed and not _is_own(self, name) and hasattr(unwrapped(self), name):
             setattr(self.__wrapped__, name, value)
         else:
             object.__setattr__(self, name, value)
@@ -187,15 +198,22 @@ def _own_attributes(wrapper: Wrapper) -> dict[str, Any]:
     return attributes
 
 
+def _own_modules(wrapper: Wrapper) -> nn.Module:
+    """Return a module that holds what the wrapper has of its own and what has no parameters."""
+    holder = nn.Module()
+    for name, value in _own_attributes(wrapper).items():
+        if is_container(value) and not _holds_arrays(value):
+            dict.__setitem__(holder, name, value)
+    return holder
+
+
 def _is_own(wrapper: Wrapper, name: str) -> bool:
     """Return whether an attribute is the wrapper's: set on it, or defined in its class."""
     if name in _own(wrapper):
         return True
     for cls in type(wrapper).__mro__:
-        if cls is nn.Module:
-            return False
         if name in cls.__dict__:
-            return True
+            return cls not in _OF_EVERY_MODULE
     return False
 
 

@@ -153,6 +153,24 @@ def test_slots_of_a_base_class_are_copied_and_those_of_a_mixin_may_be_missing():
     assert (copied.scale, copied.__wrapped__.scale, copied.count()) == (3, 0.5, 1)
 
 
+class Helping:
+    def help(self) -> str:
+        return f"for {self.scale}"  # type: ignore[attr-defined]  # of the wrapper
+
+    def update(self) -> str:
+        return "hidden by nn.Module.update"
+
+
+class Helped(Recorder, Helping):
+    pass
+
+
+def test_a_mixin_after_the_wrapper_gives_it_methods():
+    wrapper: Any = Helped(Block(), scale=4)
+    assert wrapper.help() == "for 4"
+    assert wrapper.update({"scale": 1}, strict=False) is wrapper.__wrapped__
+
+
 def test_a_copy_is_a_wrapper_of_a_copy():
     recorder = Recorder(nn.Linear(2, 2), scale=[1])
     recorder.latest = 5
@@ -308,6 +326,68 @@ def test_slots_are_kept_when_a_wrapper_is_quantized():
     wrapper.scale = 3
 
     assert wrapper.to_quantized(bits=4).scale == 3
+
+
+# The training mode of what has no parameters
+
+
+class Dropping(Wrapper):
+    """A wrapper with modules of its own: one, one in a list, and a private one."""
+
+    __slots__ = ("in_a_slot",)
+
+    def __init__(self, layer: nn.Module):
+        super().__init__(layer)
+        self.dropout = nn.Dropout(0.5)
+        self.more = [nn.Dropout(0.5), "a note", {"inner": nn.Sequential(nn.Dropout(0.5))}]
+        self._private = nn.Dropout(0.5)
+        self.in_a_slot = nn.Dropout(0.5)
+        self._frozen = nn.Sequential(nn.Linear(2, 2))  # a constant: it has parameters
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.dropout(super().__call__(x))
+
+    def modes(self) -> set[bool]:
+        inner = self.more[2]["inner"]
+        found = [self.dropout, self.more[0], inner, inner.layers[0], self._private, self.in_a_slot]
+        return {one.training for one in [self, *found]}
+
+
+def test_modules_of_a_wrapper_follow_the_training_mode_of_the_model():
+    model: Any = nn.Sequential(nn.Sequential(nn.Linear(2, 2)))
+    replace_layers(model, "**.layers.0", lambda path, layer: Dropping(layer), where=nn.Linear)
+    wrapper, x = model.layers[0].layers[0], mx.ones((1, 2))
+    assert wrapper.modes() == {True}
+    model.eval()
+    assert wrapper.modes() == {False}
+    assert mx.array_equal(model(x), wrapper.__wrapped__(x))
+    model.train()
+    assert wrapper.modes() == {True}
+    assert wrapper._frozen.training
+
+
+@pytest.mark.parametrize(
+    "make", [lambda layer: layer, lambda layer: nn.Linear(2, 2)], ids=["old", "new"]
+)
+@pytest.mark.parametrize("mode", [True, False])
+def test_a_swap_gives_the_modules_of_a_wrapper_the_mode_of_the_old_layer(make, mode):
+    model: Any = nn.Sequential(nn.Linear(2, 2)).train(mode)
+    with swapped(model, "layers.0", lambda path, layer: Dropping(make(layer))):
+        assert model.layers[0].modes() == {mode}
+
+
+def test_the_mode_that_an_older_mlx_sets_as_an_attribute_reaches_the_modules_of_a_wrapper():
+    outer: Any = Wrapper(Dropping(nn.Linear(2, 2)))
+    outer._training = False
+    assert outer.__wrapped__.modes() == {False}
+
+
+def test_a_layer_without_a_mode_can_be_wrapped():
+    class Bare(nn.Module):
+        def __init__(self):
+            pass
+
+    assert Dropping(Bare()).dropout.training
 
 
 # What is refused
