@@ -136,16 +136,14 @@ def test_slots_belong_to_the_wrapper_and_its_copies():
     assert not hasattr(copied, "unset")
 
 
-class Counting:
-    def count(self) -> int:
-        return 1
-
-
-class SlottedBelow(Counting, Slotted):
-    pass
-
-
 def test_slots_of_a_base_class_are_copied_and_those_of_a_mixin_may_be_missing():
+    class Counting:
+        def count(self) -> int:
+            return 1
+
+    class SlottedBelow(Counting, Slotted):
+        pass
+
     wrapper = SlottedBelow(Block())
     wrapper.scale = 3
     copied = copy.deepcopy(wrapper)
@@ -153,22 +151,15 @@ def test_slots_of_a_base_class_are_copied_and_those_of_a_mixin_may_be_missing():
     assert (copied.scale, copied.__wrapped__.scale, copied.count()) == (3, 0.5, 1)
 
 
-class Helping:
-    def help(self) -> str:
-        return f"for {self.scale}"  # type: ignore[attr-defined]  # of the wrapper
-
-    def update(self) -> str:
-        return "hidden by nn.Module.update"
-
-
-class Helped(Recorder, Helping):
-    pass
-
-
 def test_a_mixin_after_the_wrapper_gives_it_methods():
+    mixin: Any = type("Mixin", (), {"help": lambda self: self.scale, "update": None})
+
+    class Helped(Recorder, mixin):
+        pass
+
     wrapper: Any = Helped(Block(), scale=4)
-    assert wrapper.help() == "for 4"
-    assert wrapper.update({"scale": 1}, strict=False) is wrapper.__wrapped__
+    assert wrapper.help() == 4
+    assert wrapper.update({"scale": 1}, strict=False) is wrapper.__wrapped__  # of nn.Module
 
 
 def test_a_copy_is_a_wrapper_of_a_copy():
