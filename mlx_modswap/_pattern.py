@@ -219,6 +219,8 @@ def _parse_subscript(start: int, found: re.Match[str]) -> _Subscript:
         return _Subscript(slice(*numbers))
     reason = f"{shorten(repr(found[0])[1:-1])} is not a valid index or slice"
     valid = "[0], [-1], [2:6], [-4:] and [::2] are, as for a Python list"
+    if inside.startswith("!"):
+        valid = "write a pattern that matches more, and leave out the rest with exclude"
     raise Mistake(reason, start, len(found[0]), otherwise=valid)
 
 

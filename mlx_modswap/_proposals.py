@@ -77,15 +77,19 @@ def written(proposal: Proposal) -> str:
 def widened(proposal: Proposal) -> Iterator[Proposal]:
     """Yield proposals that match the same names further down in a model."""
     if isinstance(proposal, str):
-        yield f"**.{proposal}"
+        yield _anywhere(proposal)
     elif isinstance(proposal, list):
-        yield [f"**.{text}" for text in proposal]
+        yield list(map(_anywhere, proposal))
     else:
         inner = _INLINE_FLAGS.sub("", proposal.pattern)  # only valid at the start
         inner = inner.removeprefix("^")
         inner = inner if inner.endswith(r"\$") else inner.removesuffix("$")
         yield from _compiled(rf"(.*\.)?({inner})", proposal.flags)
         yield from _compiled(rf".*({inner}).*", proposal.flags)
+
+
+def _anywhere(text: str) -> str:
+    return text if text.startswith("**.") else f"**.{text}"
 
 
 def _meant(text: str) -> Iterator[Proposal]:
@@ -136,9 +140,12 @@ def _span(found: re.Match[str]) -> str:
 
 
 def _characters(found: re.Match[str]) -> str:
-    """Write a glob's choice of characters, ``[qk]`` or ``[a-z]``, as braces or ``?``."""
+    """Write a glob's choice of characters, ``[qk]`` or ``[a-z]``, as braces or ``?``.
+
+    There is no such form for ``[!q]``: ``?`` would select what was to be left out.
+    """
     return re.sub(
-        r"\[([^\[\]]*)\]",
+        r"\[([^\[\]!^][^\[\]]*)\]",
         lambda one: "{" + ",".join(dict.fromkeys(one[1])) + "}" if one[1].isalnum() else "?",
         found[0],
     )
@@ -222,13 +229,24 @@ _MOST_COMMAS = 7  # in a text whose braces are expanded: at most 128 alternative
 
 
 def _mended(text: str) -> Iterator[Proposal]:
+    # Before a `**` after a comma is taken for one that is not a segment of its own.
+    yield from _expanded(text)
+    yield from _divided(text)
     *_, text = texts = _after_each_row(_SPELLINGS, text)
     yield from texts
+    yield from _expanded(text)
+    *_, text = texts = _after_each_row(_LEFTOVERS, text)
+    yield from texts[1:]
+    yield from _divided(text)
+
+
+def _expanded(text: str) -> Iterator[Proposal]:
     if _DEEP_BRACES.search(text) and text.count(",") <= _MOST_COMMAS:
         alternatives = list(dict.fromkeys(_alternatives(text)))
         yield alternatives if alternatives[1:] else alternatives[0]
-    *_, text = texts = _after_each_row(_LEFTOVERS, text)
-    yield from texts[1:]
+
+
+def _divided(text: str) -> Iterator[Proposal]:
     parts = [part for part in _SEVERAL.split(text) if part]
     if parts and parts != [text]:
         yield parts if parts[1:] else parts[0]

@@ -188,6 +188,11 @@ PARSE_ERRORS = [
         "          ^^^^^",
     ),
     ("layers[]", "[] is not a valid index or slice; write 'layers.*'\n    layers[]\n          ^^"),
+    (
+        "layers.[!0].mlp",
+        "[!0] is not a valid index or slice; write a pattern that matches more, and leave out the "
+        "rest with exclude\n    layers.[!0].mlp\n           ^^^^",
+    ),
     ("a**", "'**' must be a segment of its own; write '**.a.**'\n    a**\n    ^^^"),
     (
         "x.**proj",

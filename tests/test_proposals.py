@@ -66,7 +66,6 @@ REFUSED = [
     ("**.[qk]_proj", "[qk] is not a valid index or slice", "'**.{q,k}_proj'"),
     ("**.[a-z]_proj", "[a-z] is not a valid index or slice", "'**.?_proj'"),
     ("**.g[ao]te_proj", "[ao] is not a valid index or slice", "'**.g{a,o}te_proj'"),
-    ("**.[!q]_proj", "[!q] is not a valid index or slice", "'**.?_proj'"),
     ("model.layers.[0-9]*", "[0-9] is not a valid index or slice", "'model.layers.?*'"),
     ("model.layers.[01][0-9]", "[0-9] is not a valid index or slice", "'model.layers.{0,1}?'"),
     # Whatever entry: JSONPath, f-strings, str.format.
@@ -97,6 +96,17 @@ REFUSED = [
         "model.layers[0-1], lm_head",
         "[0-1] is not a valid index or slice",
         "['model.layers[0:2]', 'lm_head']",
+    ),
+    *(
+        (text, "'**' must be a segment of its own", "['**.up_proj', '**.down_proj']")
+        for text in (
+            "**.up_proj, **.down_proj",
+            "**.up_proj,**.down_proj",
+            "**.up_proj **.down_proj",
+            "**.up_proj|**.down_proj",
+            "{**.up_proj,**.down_proj}",
+            "up_proj, **.down_proj",
+        )
     ),
     # Regular expressions.
     (".*q_proj", "a segment is empty", 're.compile(r".*q_proj")'),
