@@ -150,7 +150,9 @@ def _what_is_at(token: str, entry: _Entry) -> str:
 
 
 def _not_a_module(entry: _Entry, pattern: str) -> str:
-    place = "it" if entry.path == pattern else repr(shorten(entry.path))
+    place = repr(shorten(entry.path)) if entry.path else "the model"
+    if entry.path == pattern:
+        place = "it"
     if entry.in_tuple:
         return f"{place} is in a tuple, and MLX sees modules in lists and dicts only"
     if issubclass(type(entry.value), nn.Module):

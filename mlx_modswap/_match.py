@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
-from ._errors import described, note_misuse
+from ._errors import described, note, note_misuse
 from ._hints import count
 from ._pattern import Matcher, Parsed, Pattern, inside, parse_all
 from ._sharing import Visited
@@ -190,6 +190,7 @@ def _ask(where: Any, path: str, module: nn.Module) -> bool:
     try:
         return bool(where(path, module))
     except Exception as error:
+        note(error, f"while asking where of {path!r} ({type(module).__name__})")
         note_misuse(error, where, path, "where(path, module)", "lambda path, module: {}(module)")
         raise
 

@@ -567,6 +567,13 @@ def test_a_name_that_comes_after_a_tied_module_is_suggested():
     )
 
 
+@pytest.mark.parametrize("pattern", ["*", "**"])
+def test_a_model_without_modules_is_named_as_the_model(pattern):
+    with pytest.raises(NoMatchError) as error:
+        select(nn.ReLU(), pattern)
+    assert str(error.value) == f"'{pattern}' matches nothing: the model holds no modules"
+
+
 def test_a_factory_that_would_make_a_cycle():
     model = Net()
     with pytest.raises(SelectionError) as error:

@@ -228,16 +228,18 @@ def test_a_where_for_another_call_is_told_how_it_is_called(where, text, note):
     with pytest.raises((TypeError, AttributeError)) as error:
         select(build(), "head", where=where)
     if sys.version_info >= (3, 11):
-        assert (str(error.value), error.value.__notes__) == (text, [note])
+        asked = "while asking where of 'head' (Linear)"
+        assert (str(error.value), error.value.__notes__) == (text, [asked, note])
     else:
         assert str(error.value) == f"{text}; {note}"
 
 
-def test_a_where_that_fails_for_another_reason_is_not_told_so():
+def test_a_where_that_fails_for_another_reason_says_for_which_module():
     with pytest.raises(AttributeError) as error:
         select(build(), "head", where=lambda path, module: module.nothing)
     assert str(error.value) == "'Linear' object has no attribute 'nothing'"
-    assert not hasattr(error.value, "__notes__")
+    if sys.version_info >= (3, 11):
+        assert error.value.__notes__ == ["while asking where of 'head' (Linear)"]
 
 
 def test_an_adapter_of_mlx_lm_as_the_factory_is_told_how_to_write_it():
