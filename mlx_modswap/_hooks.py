@@ -297,6 +297,8 @@ class _Shared:
         calls (dict[str, int]): How often the layer at each path was called.
         sees_inputs (bool): Whether ``see`` looks at the arguments.
         firsts (dict[str, str]): For each path, the first path of its layer.
+        kind (type): The class of the hooked layers of this block alone, since mlx-lm's
+            ``grad_checkpoint`` changes the class of a layer.
     """
 
     def __init__(self, see: See, sees_inputs: bool, paths: list[str]):
@@ -304,6 +306,7 @@ class _Shared:
         self.sees_inputs = sees_inputs
         self.calls = dict.fromkeys(paths, 0)
         self.firsts = dict(zip(paths, paths))
+        self.kind: Any = type(_Hooked)("_Hooked", (_Hooked,), {})
 
 
 class _Hooked(Wrapper):
@@ -395,7 +398,7 @@ def _hook_layers_at(
         return path in shared.calls and depths.get(id(layer)) == depth
 
     def hooked(path: str, layer: nn.Module) -> nn.Module:
-        return _Hooked(layer, shared)
+        return shared.kind(layer, shared)
 
     for path, layer in stack.enter_context(swapped(model, "**", hooked, where=is_selected)).items():
         paths: list[str] = object.__getattribute__(layer, "__dict__")[_PATHS]

@@ -252,6 +252,18 @@ def test_a_wrapper_around_a_hooked_layer_keeps_its_own_too(use):
     assert model.layers[0].weight is new
 
 
+def test_a_class_that_is_changed_inside_a_block_is_not_that_of_later_blocks():
+    """As mlx-lm's ``grad_checkpoint`` changes the class of a layer."""
+    model: Any = nn.Sequential(nn.Linear(2, 2))
+    with capture(model, "layers.0", strict=False):
+        type(model.layers[0]).__call__ = lambda self, x: 0
+        assert model(mx.ones((1, 2))) == 0
+
+    with capture(model, "layers.0") as outputs:
+        y = model(mx.ones((1, 2)))
+    assert mx.array_equal(outputs["layers.0"][0], y)
+
+
 @each_use
 def test_a_hooked_layer_is_quantized_without_its_hook(use):
     model: Any = nn.Sequential(nn.Linear(64, 64), Wrapper(nn.Linear(64, 64)), nn.ReLU())
