@@ -55,9 +55,10 @@ def check_matches(model: nn.Module, request: Request, places: Places) -> None:
         if not removed >> number & 1:
             alone = sum(mask >> number & 1 for mask in places.masks)
             others = sum(mask & included > 0 for mask in places.masks)
+            none = f"none of the {others}" if others > 1 else "not the one"
             raise NoMatchError(
-                f"exclude {pattern.text} has no effect: it matches {counted(alone)}, but none of "
-                f"the {others} matched by {_union(patterns)}"
+                f"exclude {pattern.text} has no effect: it matches {counted(alone)}, but "
+                f"{none} matched by {_union(patterns)}"
             )
 
 

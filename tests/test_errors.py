@@ -567,6 +567,15 @@ def test_a_name_that_comes_after_a_tied_module_is_suggested():
     )
 
 
+def test_an_exclude_beside_the_only_match_is_told_so():
+    with pytest.raises(NoMatchError) as error:
+        select(nn.Sequential(nn.ReLU(), nn.Tanh()), "layers.0", exclude="layers.1")
+    assert str(error.value) == (
+        "exclude 'layers.1' has no effect: it matches 1 module, but not the one matched by "
+        "'layers.0'"
+    )
+
+
 @pytest.mark.parametrize("pattern", ["*", "**"])
 def test_a_model_without_modules_is_named_as_the_model(pattern):
     with pytest.raises(NoMatchError) as error:
