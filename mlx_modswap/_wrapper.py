@@ -218,8 +218,16 @@ def _is_own(wrapper: Wrapper, name: str) -> bool:
 
 
 def _check_own(wrapper: Wrapper) -> None:
-    """Check that no public attribute set in ``__init__`` holds arrays: MLX would not find them."""
+    """Check that no public attribute set in ``__init__`` holds arrays: MLX would not find them.
+
+    Nor may it hide a method of every module, such as ``items``: MLX calls them.
+    """
     for name, value in _own_attributes(wrapper).items():
+        if callable(getattr(nn.Module, name, None)):
+            raise TypeError(
+                f"{type(wrapper).__name__}.__init__ sets {name!r}, which is a method of every "
+                "mlx.nn.Module; give the attribute another name"
+            )
         if not name.startswith("_") and _holds_arrays(value):
             what = described(value) + " that holds arrays" * is_container(value)
             raise TypeError(

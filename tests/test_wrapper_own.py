@@ -462,6 +462,21 @@ def test_a_list_that_init_fills_later_is_looked_at_as_well():
         Filling(nn.ReLU())
 
 
+@pytest.mark.parametrize("name", ["items", "children", "update"])
+def test_an_attribute_that_hides_a_method_of_every_module_is_refused(name):
+    class Hiding(Wrapper):
+        def __init__(self, layer: nn.Module):
+            super().__init__(layer)
+            setattr(self, name, [])
+
+    with pytest.raises(TypeError) as error:
+        Hiding(nn.ReLU())
+    assert str(error.value) == (
+        f"Hiding.__init__ sets {name!r}, which is a method of every mlx.nn.Module; give the "
+        "attribute another name"
+    )
+
+
 def test_an_array_in_a_slot_is_refused_as_well():
     class InASlot(Wrapper):
         __slots__ = ("gain",)
