@@ -74,17 +74,20 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     _add_tree(commands)
     _add_convert(commands)
     given, left = parser.parse_known_args(arguments)
-    # argparse refuses rules after an option: `convert MODEL FOLDER --dtype float16 '**=4'`.
-    if left and ("rules" not in given or any(text.startswith("-") for text in left)):
-        parser.error(f"unrecognized arguments: {' '.join(left)}")
+    # argparse refuses these after an option: `convert MODEL FOLDER --dtype float16 '**=4'`.
+    if left and not any(text.startswith("-") for text in left):
+        if "rules" in given:
+            given.rules, left = [*given.rules, *left], []
+        elif given.pattern is None:
+            given.pattern, *left = left
     if left:
-        given.rules = [*given.rules, *left]
+        parser.error(f"unrecognized arguments: {' '.join(left)}")
     return given
 
 
 def _add_tree(commands: Any) -> None:
     parser = _added(commands, "tree", _tree, "draw the model that mlx_lm.load would build")
-    parser.add_argument("pattern", metavar="PATTERN", nargs="?", default="**", help="what to mark")
+    parser.add_argument("pattern", metavar="PATTERN", nargs="?", help="what to mark")
     parser.add_argument(
         "--exclude", metavar="PATTERN", action="append", default=[], help="what not to mark"
     )
@@ -101,11 +104,14 @@ def _add_convert(commands: Any) -> None:
     )
     parser.add_argument(
         "--rules",
-        dest="file",
+        dest="files",
         metavar="FILE.json",
         type=Path,
+        action="append",
+        default=[],
         help="more rules, after those above: {PATTERN: VALUE}, or [[PATTERN or PATTERNS, VALUE], "
-        '...]; a VALUE is a number of bits, {"bits": 4, "group_size": 32}, or null to leave alone',
+        "...]; can be given several times; a VALUE is a number of bits, "
+        '{"bits": 4, "group_size": 32}, or null to leave alone',
     )
     parser.add_argument(
         "--q-group-size", metavar="N", type=_positive, help="weights that share a scale"
@@ -156,12 +162,13 @@ def _tree(given: argparse.Namespace) -> str:
     from .lm._preview import preview
 
     model, note = preview(given.model, trust_remote_code=given.trust_remote_code)
-    picture = tree(model, given.pattern, exclude=given.exclude)
+    pattern = "**" if given.pattern is None else given.pattern
+    picture = tree(model, pattern, exclude=given.exclude)
     return f"{picture}\n{note}" if note else str(picture)
 
 
 def _convert(given: argparse.Namespace) -> str:
-    rules = read_rules(given.rules, given.file)
+    rules = read_rules(given.rules, given.files)
     from .lm import _convert, _folders
 
     settings = {

@@ -20,25 +20,26 @@ class RulesError(ValueError):
     """The text of a rule, or a file of rules, is wrong."""
 
 
-def read_rules(texts: Sequence[str], file: Path | None) -> dict[Key, Value]:
-    """Read the rules of a command line, and then the rules of a file.
+def read_rules(texts: Sequence[str], files: Sequence[Path] = ()) -> dict[Key, Value]:
+    """Read the rules of a command line, and then the rules of each file.
 
     Args:
         texts (Sequence of str): Each is ``PATTERN=BITS``, or ``PATTERN=keep`` to leave what it
             matches alone.
-        file (Path, optional): A JSON file, with an object of pattern to value, or a list of
-            ``[pattern or patterns, value]``. A value is a number of bits, an object such as
+        files (Sequence of Path): JSON files, each with an object of pattern to value, or a list
+            of ``[pattern or patterns, value]``. A value is a number of bits, an object such as
             ``{"bits": 4, "group_size": 32}``, or null or ``"keep"`` to leave alone.
+            Default: ``()``.
 
     Returns:
         dict: Patterns to values, in the order in which they were given, for
         :func:`mlx_modswap.lm.quantize`.
 
     Raises:
-        RulesError: If a text or the file is wrong, or two rules have the same pattern.
+        RulesError: If a text or a file is wrong, or two rules have the same pattern.
     """
     given = [_rule(text) for text in texts]
-    if file is not None:
+    for file in files:
         given += _rules_in(file)
     if not given:
         raise RulesError("no rules: give at least one, such as '**=4', or --rules FILE.json")
