@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line, and return the exit status."""
     given = _parse(arguments)
     try:
-        _print(given.run(given))
+        with _interrupted_when_ended():
+            _print(given.run(given))
     except (RulesError, PatternError, NoMatchError, SelectionError, TypeError) as error:
         return _refuse(error, 2)
     except (ImportError, OSError, ValueError) as error:
@@ -45,6 +49,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _refuse("interrupted", 1)
     return 0
+
+
+@contextmanager
+def _interrupted_when_ended() -> Iterator[None]:
+    """Treat SIGTERM and SIGHUP like Ctrl-C, so that a conversion removes what it has written."""
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    ending = [one for one in signal.Signals if one.name in ("SIGTERM", "SIGHUP")]
+    # A signal that is ignored, as with nohup, stays ignored.
+    replaced = [one for one in ending if signal.getsignal(one) is signal.SIG_DFL]
+    if threading.current_thread() is not threading.main_thread():
+        replaced = []  # Python changes handlers in the main thread only
+    for one in replaced:
+        signal.signal(one, interrupt)
+    try:
+        yield
+    finally:
+        for one in replaced:
+            signal.signal(one, signal.SIG_DFL)
 
 
 def _refuse(why: object, status: int) -> int:

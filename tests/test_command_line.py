@@ -14,9 +14,11 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -470,6 +472,53 @@ def test_what_could_not_be_printed_is_not_written_again_when_the_output_closes(
     ):
         status = main(["tree", str(models / "llama")])
     assert (status, capsys.readouterr().err) == (is_full, told)
+
+
+# Sends a signal to its process when the unfinished folder is loaded.
+ENDING = """
+import os, signal
+from pathlib import Path
+from mlx_lm.models.llama import Model, ModelArgs
+
+if Path(__file__).parent.parent.name.startswith(".new-"):
+    os.kill(os.getpid(), signal.{name})
+"""
+
+
+@pytest.fixture
+def ending(tmp_path, request) -> str:
+    """The command that converts a model whose code sends a signal."""
+    folders.write(tmp_path / "model", {"model_file": "own.py"})
+    (tmp_path / "model" / "own.py").write_text(ENDING.format(name=request.param))
+    return f"convert {tmp_path / 'model'} {tmp_path / 'new'} **=4 --trust-remote-code"
+
+
+@needs_mlx_lm
+@pytest.mark.parametrize("ending", ["SIGINT", "SIGTERM", "SIGHUP"], indirect=True)
+def test_a_conversion_that_is_ended_by_a_signal_leaves_nothing(ending, tmp_path):
+    assert run(*ending.split()) == (1, "", "mlx_modswap: interrupted\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@needs_mlx_lm
+@pytest.mark.parametrize("ending", ["SIGHUP"], indirect=True)
+def test_a_signal_that_is_ignored_does_not_end_a_conversion(ending, tmp_path):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        status, _, err = run(*ending.split())
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert (status, err) == (0, "")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "new"]
+
+
+@needs_mlx_lm
+def test_the_handlers_of_signals_are_the_same_afterwards_and_other_threads_work(models):
+    before = [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGHUP)]
+    with ThreadPoolExecutor(1) as pool:
+        printed = pool.submit(run_here, f"mlx_modswap tree {models / 'llama'}").result()
+    assert printed == run_here(f"mlx_modswap tree {models / 'llama'}")
+    assert [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGHUP)] == before
 
 
 @pytest.fixture(scope="module")
