@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import signal
 import sys
 import threading
@@ -17,7 +18,7 @@ from mlx.utils import tree_flatten
 
 from . import NoMatchError, PatternError, SelectionError, tree
 from ._report import size
-from ._rules_text import RulesError, read_rules
+from ._rules_text import MODES, RulesError, read_rules
 
 _DETAILS = """\
 MODEL is a folder, or the id of a model on the Hugging Face hub, as for mlx_lm.load.
@@ -25,14 +26,15 @@ A PATTERN is matched with the whole path of a module; put it in quotes.
 
 Exit status: 0, 1 if what was asked for cannot be done, 2 if the arguments are wrong.
 """
-_MODES = ("affine", "mxfp4", "nvfp4", "mxfp8")  # as in mlx_lm.convert, like the dtypes
-_DTYPES = ("float16", "bfloat16", "float32")
+_DTYPES = ("float16", "bfloat16", "float32")  # as in mlx_lm.convert
 
-# What the library's errors say -> what the command line says instead.
+# What the library's errors say, as regular expressions -> what the command line says instead.
 _OPTIONS = {
     "trust_remote_code=True": "--trust-remote-code",
     "a group_size": "a --q-group-size",
     "alone with None": "alone with 'keep'",
+    r"; (for a regular expression write )?re\.compile\(.*": "; regular expressions work only in "
+    "Python: write * for a name, ** for any path, [0:2] for a slice of a list, {a,b} for a choice",
 }
 
 
@@ -75,7 +77,7 @@ def _interrupted_when_ended() -> Iterator[None]:
 def _refuse(why: object, status: int) -> int:
     line = str(why).partition("\n")[0]
     for argument, option in _OPTIONS.items():
-        line = line.replace(argument, option)
+        line = re.sub(argument, option, line)
     print(f"mlx_modswap: {line}", file=sys.stderr)
     return status
 
@@ -141,7 +143,7 @@ def _add_convert(commands: Any) -> None:
     parser.add_argument(
         "--q-group-size", metavar="N", type=_positive, help="weights that share a scale"
     )
-    parser.add_argument("--q-mode", choices=_MODES, default="affine", help="default: affine")
+    parser.add_argument("--q-mode", choices=MODES, default="affine", help="default: affine")
     parser.add_argument(
         "--dtype", choices=_DTYPES, help="of the unquantized rest; default: config's"
     )

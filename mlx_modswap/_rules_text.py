@@ -11,6 +11,7 @@ Key = str | tuple[str, ...]
 Value = int | dict[str, Any] | None
 Rule = tuple[Key, Value]
 
+MODES = ("affine", "mxfp4", "nvfp4", "mxfp8")  # as in mlx_lm.convert
 _KEEP = "keep"  # leaves a layer alone, like None in the library and null in JSON
 _BITS = range(1, 33)  # MLX says which of these it supports
 _FORMS = '{"PATTERN": VALUE} or [["PATTERN" or ["PATTERN", ...], VALUE], ...]'
@@ -114,6 +115,11 @@ def _value(file: Path, key: str, value: Any) -> Value:
                     f"{file}: {name!r} of {key} is {json.dumps(value[name])}; it must be a whole "
                     "number above 0"
                 )
+        if "mode" in value and value["mode"] not in MODES:
+            raise RulesError(
+                f"{file}: 'mode' of {key} is {json.dumps(value['mode'])}; it must be one of "
+                f"{', '.join(map(json.dumps, MODES))}"
+            )
         return value
     if not (_is_number(value) and value in _BITS):
         raise RulesError(

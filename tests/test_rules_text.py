@@ -51,6 +51,7 @@ def test_a_rule_is_split_at_its_last_equals_sign(text, rule):
         ({"**.v_proj": 6, "**": 4}, {"**.v_proj": 6, "**": 4}),
         ({"lm_head": None, "embed": "keep"}, {"lm_head": None, "embed": None}),
         ({"**": {"bits": 4, "group_size": 32}}, {"**": {"bits": 4, "group_size": 32}}),
+        ({"**": {"mode": "mxfp8"}}, {"**": {"mode": "mxfp8"}}),
         ({"**": {"bits": 1, "group_size": 1}}, {"**": {"bits": 1, "group_size": 1}}),
         ([["**.v_proj", 6], ["**", 4]], {"**.v_proj": 6, "**": 4}),
         ([[["embed", "lm_head"], 8]], {("embed", "lm_head"): 8}),
@@ -140,6 +141,14 @@ def test_a_wrong_argument(texts, message):
             )
             for name in ("bits", "group_size")
             for value in ("0", "-1", '"4"', "true", "null", "[4]")
+        ),
+        *(
+            (
+                f'{{"**": {{"bits": 4, "mode": {value}}}}}',
+                f"rules.json: 'mode' of \"**\" is {value}; it must be one of "
+                '"affine", "mxfp4", "nvfp4", "mxfp8"',
+            )
+            for value in ('"int4"', "4", "null", '["affine"]')
         ),
     ],
 )
