@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +18,7 @@ from mlx.utils import tree_flatten
 
 from . import NoMatchError, PatternError, SelectionError, tree
 from ._report import size
-from ._rules_text import RulesError, read_rules
+from ._rules_text import MODES, RulesError, read_rules
 
 _DETAILS = """\
 MODEL is a folder, or the id of a model on the Hugging Face hub, as for mlx_lm.load.
@@ -22,14 +26,15 @@ A PATTERN is matched with the whole path of a module; put it in quotes.
 
 Exit status: 0, 1 if what was asked for cannot be done, 2 if the arguments are wrong.
 """
-_MODES = ("affine", "mxfp4", "nvfp4", "mxfp8")  # as in mlx_lm.convert, like the dtypes
-_DTYPES = ("float16", "bfloat16", "float32")
+_DTYPES = ("float16", "bfloat16", "float32")  # as in mlx_lm.convert
 
-# What the library's errors say -> what the command line says instead.
+# What the library's errors say, as regular expressions -> what the command line says instead.
 _OPTIONS = {
     "trust_remote_code=True": "--trust-remote-code",
     "a group_size": "a --q-group-size",
     "alone with None": "alone with 'keep'",
+    r"; (for a regular expression write )?re\.compile\(.*": "; regular expressions work only in "
+    "Python: write * for a name, ** for any path, [0:2] for a slice of a list, {a,b} for a choice",
 }
 
 
@@ -37,7 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line, and return the exit status."""
     given = _parse(arguments)
     try:
-        _print(given.run(given))
+        with _interrupted_when_ended():
+            _print(given.run(given))
     except (RulesError, PatternError, NoMatchError, SelectionError, TypeError) as error:
         return _refuse(error, 2)
     except (ImportError, OSError, ValueError) as error:
@@ -47,10 +53,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+@contextmanager
+def _interrupted_when_ended() -> Iterator[None]:
+    """Treat SIGTERM and SIGHUP like Ctrl-C, so that a conversion removes what it has written."""
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    ending = [one for one in signal.Signals if one.name in ("SIGTERM", "SIGHUP")]
+    # A signal that is ignored, as with nohup, stays ignored.
+    replaced = [one for one in ending if signal.getsignal(one) is signal.SIG_DFL]
+    if threading.current_thread() is not threading.main_thread():
+        replaced = []  # Python changes handlers in the main thread only
+    for one in replaced:
+        signal.signal(one, interrupt)
+    try:
+        yield
+    finally:
+        for one in replaced:
+            signal.signal(one, signal.SIG_DFL)
+
+
 def _refuse(why: object, status: int) -> int:
     line = str(why).partition("\n")[0]
     for argument, option in _OPTIONS.items():
-        line = line.replace(argument, option)
+        line = re.sub(argument, option, line)
     print(f"mlx_modswap: {line}", file=sys.stderr)
     return status
 
@@ -74,17 +101,20 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     _add_tree(commands)
     _add_convert(commands)
     given, left = parser.parse_known_args(arguments)
-    # argparse refuses rules after an option: `convert MODEL FOLDER --dtype float16 '**=4'`.
-    if left and ("rules" not in given or any(text.startswith("-") for text in left)):
-        parser.error(f"unrecognized arguments: {' '.join(left)}")
+    # argparse refuses these after an option: `convert MODEL FOLDER --dtype float16 '**=4'`.
+    if left and not any(text.startswith("-") for text in left):
+        if "rules" in given:
+            given.rules, left = [*given.rules, *left], []
+        elif given.pattern is None:
+            given.pattern, *left = left
     if left:
-        given.rules = [*given.rules, *left]
+        parser.error(f"unrecognized arguments: {' '.join(left)}")
     return given
 
 
 def _add_tree(commands: Any) -> None:
     parser = _added(commands, "tree", _tree, "draw the model that mlx_lm.load would build")
-    parser.add_argument("pattern", metavar="PATTERN", nargs="?", default="**", help="what to mark")
+    parser.add_argument("pattern", metavar="PATTERN", nargs="?", help="what to mark")
     parser.add_argument(
         "--exclude", metavar="PATTERN", action="append", default=[], help="what not to mark"
     )
@@ -101,16 +131,19 @@ def _add_convert(commands: Any) -> None:
     )
     parser.add_argument(
         "--rules",
-        dest="file",
+        dest="files",
         metavar="FILE.json",
         type=Path,
+        action="append",
+        default=[],
         help="more rules, after those above: {PATTERN: VALUE}, or [[PATTERN or PATTERNS, VALUE], "
-        '...]; a VALUE is a number of bits, {"bits": 4, "group_size": 32}, or null to leave alone',
+        "...]; can be given several times; a VALUE is a number of bits, "
+        '{"bits": 4, "group_size": 32}, or null to leave alone',
     )
     parser.add_argument(
         "--q-group-size", metavar="N", type=_positive, help="weights that share a scale"
     )
-    parser.add_argument("--q-mode", choices=_MODES, default="affine", help="default: affine")
+    parser.add_argument("--q-mode", choices=MODES, default="affine", help="default: affine")
     parser.add_argument(
         "--dtype", choices=_DTYPES, help="of the unquantized rest; default: config's"
     )
@@ -156,12 +189,13 @@ def _tree(given: argparse.Namespace) -> str:
     from .lm._preview import preview
 
     model, note = preview(given.model, trust_remote_code=given.trust_remote_code)
-    picture = tree(model, given.pattern, exclude=given.exclude)
+    pattern = "**" if given.pattern is None else given.pattern
+    picture = tree(model, pattern, exclude=given.exclude)
     return f"{picture}\n{note}" if note else str(picture)
 
 
 def _convert(given: argparse.Namespace) -> str:
-    rules = read_rules(given.rules, given.file)
+    rules = read_rules(given.rules, given.files)
     from .lm import _convert, _folders
 
     settings = {

@@ -11,6 +11,7 @@ Key = str | tuple[str, ...]
 Value = int | dict[str, Any] | None
 Rule = tuple[Key, Value]
 
+MODES = ("affine", "mxfp4", "nvfp4", "mxfp8")  # as in mlx_lm.convert
 _KEEP = "keep"  # leaves a layer alone, like None in the library and null in JSON
 _BITS = range(1, 33)  # MLX says which of these it supports
 _FORMS = '{"PATTERN": VALUE} or [["PATTERN" or ["PATTERN", ...], VALUE], ...]'
@@ -20,25 +21,26 @@ class RulesError(ValueError):
     """The text of a rule, or a file of rules, is wrong."""
 
 
-def read_rules(texts: Sequence[str], file: Path | None) -> dict[Key, Value]:
-    """Read the rules of a command line, and then the rules of a file.
+def read_rules(texts: Sequence[str], files: Sequence[Path] = ()) -> dict[Key, Value]:
+    """Read the rules of a command line, and then the rules of each file.
 
     Args:
         texts (Sequence of str): Each is ``PATTERN=BITS``, or ``PATTERN=keep`` to leave what it
             matches alone.
-        file (Path, optional): A JSON file, with an object of pattern to value, or a list of
-            ``[pattern or patterns, value]``. A value is a number of bits, an object such as
+        files (Sequence of Path): JSON files, each with an object of pattern to value, or a list
+            of ``[pattern or patterns, value]``. A value is a number of bits, an object such as
             ``{"bits": 4, "group_size": 32}``, or null or ``"keep"`` to leave alone.
+            Default: ``()``.
 
     Returns:
         dict: Patterns to values, in the order in which they were given, for
         :func:`mlx_modswap.lm.quantize`.
 
     Raises:
-        RulesError: If a text or the file is wrong, or two rules have the same pattern.
+        RulesError: If a text or a file is wrong, or two rules have the same pattern.
     """
     given = [_rule(text) for text in texts]
-    if file is not None:
+    for file in files:
         given += _rules_in(file)
     if not given:
         raise RulesError("no rules: give at least one, such as '**=4', or --rules FILE.json")
@@ -113,6 +115,11 @@ def _value(file: Path, key: str, value: Any) -> Value:
                     f"{file}: {name!r} of {key} is {json.dumps(value[name])}; it must be a whole "
                     "number above 0"
                 )
+        if "mode" in value and value["mode"] not in MODES:
+            raise RulesError(
+                f"{file}: 'mode' of {key} is {json.dumps(value['mode'])}; it must be one of "
+                f"{', '.join(map(json.dumps, MODES))}"
+            )
         return value
     if not (_is_number(value) and value in _BITS):
         raise RulesError(

@@ -14,9 +14,11 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -221,6 +223,8 @@ def test_files_of_weights_are_as_large_as_asked_for(tmp_path):
         (["draw", "llama"], "invalid choice: 'draw'"),
         (["tree"], "the following arguments are required: MODEL"),
         (["tree", "llama", "**", "more", "yet"], "unrecognized arguments: more yet"),
+        (["tree", "llama", "--exclude", "a", "**", "more"], "unrecognized arguments: more"),
+        (["tree", "llama", "**", "--exclude", "a", "more"], "unrecognized arguments: more"),
         (["tree", "llama", "--json"], "unrecognized arguments: --json"),
         (["convert", "llama"], "the following arguments are required: FOLDER"),
         (["convert", "llama", "new", "**=4", "--quick"], "unrecognized arguments: --quick"),
@@ -253,6 +257,28 @@ def test_rules_and_options_come_in_any_order(models, monkeypatch):
     }
     assert len(printed) == 1
     assert "new: " in printed.pop()
+
+
+@needs_mlx_lm
+def test_the_pattern_of_tree_may_come_after_an_option(models, monkeypatch):
+    monkeypatch.chdir(models)
+    printed = run_here("mlx_modswap tree llama **.q_proj --exclude model.layers[0]")
+    assert printed.endswith("'**.q_proj' with exclude selects 1 of 29 modules\n")
+    assert run_here("mlx_modswap tree llama --exclude model.layers[0] **.q_proj") == printed
+    assert run_here("mlx_modswap tree --exclude model.layers[0] llama **.q_proj") == printed
+
+
+@needs_mlx_lm
+def test_several_files_of_rules_are_read_in_their_order(models, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("first.json").write_text('{"**.q_proj": 8}')
+    Path("second.json").write_text('{"**": 4}')
+    convert = f"mlx_modswap convert {models / 'llama'} new --dry-run"
+    printed = run_here(f"{convert} --rules first.json --rules second.json")
+    assert printed == run_here(f"{convert} **.q_proj=8 **=4")
+    assert run_here(f"{convert} --rules second.json --rules second.json") == (
+        "mlx_modswap: two rules for '**': keep one of them\n[exit status 2]\n"
+    )
 
 
 OF_BOTH = [
@@ -295,8 +321,8 @@ OF_BOTH = [
                 "PATTERN=BITS the first pattern that matches a layer decides; PATTERN=keep leaves "
                 "layers alone",
                 "--rules FILE.json more rules, after those above: {PATTERN: VALUE}, or [[PATTERN "
-                'or PATTERNS, VALUE], ...]; a VALUE is a number of bits, {"bits": 4, '
-                '"group_size": 32}, or null to leave alone',
+                "or PATTERNS, VALUE], ...]; can be given several times; a VALUE is a number of "
+                'bits, {"bits": 4, "group_size": 32}, or null to leave alone',
                 "--q-group-size N weights that share a scale",
                 "--q-mode {affine,mxfp4,nvfp4,mxfp8} default: affine",
                 "--dtype {float16,bfloat16,float32} of the unquantized rest; default: config's",
@@ -446,6 +472,53 @@ def test_what_could_not_be_printed_is_not_written_again_when_the_output_closes(
     ):
         status = main(["tree", str(models / "llama")])
     assert (status, capsys.readouterr().err) == (is_full, told)
+
+
+# Sends a signal to its process when the unfinished folder is loaded.
+ENDING = """
+import os, signal
+from pathlib import Path
+from mlx_lm.models.llama import Model, ModelArgs
+
+if Path(__file__).parent.parent.name.startswith(".new-"):
+    os.kill(os.getpid(), signal.{name})
+"""
+
+
+@pytest.fixture
+def ending(tmp_path, request) -> str:
+    """The command that converts a model whose code sends a signal."""
+    folders.write(tmp_path / "model", {"model_file": "own.py"})
+    (tmp_path / "model" / "own.py").write_text(ENDING.format(name=request.param))
+    return f"convert {tmp_path / 'model'} {tmp_path / 'new'} **=4 --trust-remote-code"
+
+
+@needs_mlx_lm
+@pytest.mark.parametrize("ending", ["SIGINT", "SIGTERM", "SIGHUP"], indirect=True)
+def test_a_conversion_that_is_ended_by_a_signal_leaves_nothing(ending, tmp_path):
+    assert run(*ending.split()) == (1, "", "mlx_modswap: interrupted\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@needs_mlx_lm
+@pytest.mark.parametrize("ending", ["SIGHUP"], indirect=True)
+def test_a_signal_that_is_ignored_does_not_end_a_conversion(ending, tmp_path):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        status, _, err = run(*ending.split())
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert (status, err) == (0, "")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "new"]
+
+
+@needs_mlx_lm
+def test_the_handlers_of_signals_are_the_same_afterwards_and_other_threads_work(models):
+    before = [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGHUP)]
+    with ThreadPoolExecutor(1) as pool:
+        printed = pool.submit(run_here, f"mlx_modswap tree {models / 'llama'}").result()
+    assert printed == run_here(f"mlx_modswap tree {models / 'llama'}")
+    assert [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGHUP)] == before
 
 
 @pytest.fixture(scope="module")

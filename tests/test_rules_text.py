@@ -42,7 +42,7 @@ def file(tmp_path, monkeypatch):
     ],
 )
 def test_a_rule_is_split_at_its_last_equals_sign(text, rule):
-    assert read_rules([text], None) == rule
+    assert read_rules([text]) == rule
 
 
 @pytest.mark.parametrize(
@@ -51,18 +51,26 @@ def test_a_rule_is_split_at_its_last_equals_sign(text, rule):
         ({"**.v_proj": 6, "**": 4}, {"**.v_proj": 6, "**": 4}),
         ({"lm_head": None, "embed": "keep"}, {"lm_head": None, "embed": None}),
         ({"**": {"bits": 4, "group_size": 32}}, {"**": {"bits": 4, "group_size": 32}}),
+        ({"**": {"mode": "mxfp8"}}, {"**": {"mode": "mxfp8"}}),
         ({"**": {"bits": 1, "group_size": 1}}, {"**": {"bits": 1, "group_size": 1}}),
         ([["**.v_proj", 6], ["**", 4]], {"**.v_proj": 6, "**": 4}),
         ([[["embed", "lm_head"], 8]], {("embed", "lm_head"): 8}),
     ],
 )
 def test_a_file_holds_a_mapping_or_a_list(file, content, rules):
-    assert read_rules([], file(content)) == rules
+    assert read_rules([], [file(content)]) == rules
 
 
 def test_rules_keep_their_order_and_those_of_the_file_come_last(file):
-    rules = read_rules(["c=1", "a=2"], file({"z": 3, "b": 4}))
+    rules = read_rules(["c=1", "a=2"], [file({"z": 3, "b": 4})])
     assert list(rules.items()) == [("c", 1), ("a", 2), ("z", 3), ("b", 4)]
+
+
+def test_several_files_are_read_in_their_order(tmp_path):
+    (tmp_path / "one.json").write_text('{"b": 1, "a": 2}')
+    (tmp_path / "two.json").write_text('[["c", 3]]')
+    files = [tmp_path / "two.json", tmp_path / "one.json"]
+    assert list(read_rules([], files).items()) == [("c", 3), ("b", 1), ("a", 2)]
 
 
 @given(st.dictionaries(st.text(), st.integers(1, 32) | st.just("keep")))
@@ -70,7 +78,7 @@ def test_any_pattern_can_be_given_a_value(rules):
     texts = [f"{pattern}={value}" for pattern, value in rules.items()]
     expected = {pattern: None if value == "keep" else value for pattern, value in rules.items()}
     if texts:
-        assert list(read_rules(texts, None).items()) == list(expected.items())
+        assert list(read_rules(texts).items()) == list(expected.items())
 
 
 # ---------------------------------------------------------------- what is refused
@@ -94,7 +102,7 @@ def test_any_pattern_can_be_given_a_value(rules):
 )
 def test_a_wrong_argument(texts, message):
     with pytest.raises(RulesError) as error:
-        read_rules(texts, None)
+        read_rules(texts)
     assert str(error.value) == message
 
 
@@ -134,26 +142,34 @@ def test_a_wrong_argument(texts, message):
             for name in ("bits", "group_size")
             for value in ("0", "-1", '"4"', "true", "null", "[4]")
         ),
+        *(
+            (
+                f'{{"**": {{"bits": 4, "mode": {value}}}}}',
+                f"rules.json: 'mode' of \"**\" is {value}; it must be one of "
+                '"affine", "mxfp4", "nvfp4", "mxfp8"',
+            )
+            for value in ('"int4"', "4", "null", '["affine"]')
+        ),
     ],
 )
 def test_a_wrong_file(file, content, message):
     path = file(content)
     with pytest.raises(RulesError) as error:
-        read_rules([], path)
+        read_rules([], [path])
     assert str(error.value).startswith(message)
     assert message.endswith(": ") or str(error.value) == message
 
 
 def test_a_pattern_of_the_file_is_given_as_an_argument_as_well(file):
     with pytest.raises(RulesError) as error:
-        read_rules(["**=4"], file({"**": 8}))
+        read_rules(["**=4"], [file({"**": 8})])
     assert str(error.value) == "two rules for '**': keep one of them"
 
 
 def test_a_file_that_cannot_be_read(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(RulesError) as error:
-        read_rules([], tmp_path.relative_to(tmp_path) / "rules.json")
+        read_rules([], [tmp_path.relative_to(tmp_path) / "rules.json"])
     assert str(error.value) == "rules.json cannot be read: No such file or directory"
 
 
@@ -161,4 +177,4 @@ def test_a_file_that_is_no_text(file, tmp_path):
     path = file({})
     path.write_bytes(b"\xff\xfe{")
     with pytest.raises(RulesError, match=r"rules\.json is not JSON: 'utf-8' codec can't decode"):
-        read_rules([], path)
+        read_rules([], [path])

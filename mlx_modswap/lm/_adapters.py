@@ -45,9 +45,9 @@ def adapter_rules(folder: str | Path) -> dict[Any, Factory]:
 
     * LoRA or DoRA of mlx-lm. If :func:`save_adapters` wrote the folder, each adapter
       gets the rank and the scale with which it was saved;
-    * LoRA of PEFT, of linear layers and embeddings, with ``rank_pattern``,
-      ``alpha_pattern`` and ``use_rslora``. The paths are those of the model in
-      transformers. If mlx-lm has other paths, change the keys:
+    * LoRA of PEFT, of linear layers, with ``rank_pattern``, ``alpha_pattern`` and
+      ``use_rslora``. The paths are those of the model in transformers. If mlx-lm has
+      other paths, change the keys:
       ``{f"language_model.{path}": rule for path, rule in rules.items()}``.
 
     The layers that get an adapter may be quantized. Their frozen state does not
@@ -70,8 +70,9 @@ def adapter_rules(folder: str | Path) -> dict[Any, Factory]:
         ValueError: If a file is damaged, if the files do not fit each other, or if
             the folder contains something that is not an adapter in MLX: a full
             fine-tune, ``modules_to_save``, biases, or a variant of LoRA such as
-            PEFT's DoRA. The factories raise a ``ValueError`` if an array does not
-            fit the layer.
+            PEFT's DoRA. So is PEFT's adapter of an embedding: it changes only the
+            inputs, and mlx-lm's also the outputs if the embedding is the head, too.
+            The factories raise a ``ValueError`` if an array does not fit the layer.
 
     Example:
         >>> import tempfile

@@ -11,6 +11,8 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from mlx_lm.tuner.dora import DoRAEmbedding, DoRALinear
 from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
 
+from .._hooks import _Hooked
+
 METHODS = {"lora": "LoRA", "dora": "DoRA"}  # the names in a config, and in a message
 A_RANK = 1  # the axis of the rank in `lora_a`, for every kind of layer
 
@@ -63,11 +65,17 @@ class Adapter(NamedTuple):
     dropout: float
 
 
+def class_of(module: nn.Module) -> type:
+    """Return the class of a module or, inside a block such as ``capture``, of the hooked module."""
+    while type(module) is _Hooked:
+        module = module.__wrapped__
+    return type(module)
+
+
 def kind_of(module: nn.Module) -> Kind | None:
     """Return the kind of an adapter; ``None`` if it is not one of mlx-lm's adapters."""
-    # A subclass may compute something else, and mlx-lm would not build it. `__class__` and not
-    # `type`, since a Wrapper around an adapter, such as a hook, counts as that adapter.
-    return next((kind for kind in KINDS if module.__class__ is kind.adapter), None)
+    # `is`, since a subclass or a Wrapper may compute something else, and mlx-lm would not build it.
+    return next((kind for kind in KINDS if class_of(module) is kind.adapter), None)
 
 
 def kind_for(layer: nn.Module, method: str) -> Kind | None:

@@ -22,10 +22,8 @@ from ._adapter_files import (
 )
 from ._lora import Adapter
 
-_NAME = re.compile(
-    r"base_model\.model\.(?P<path>.+)\."
-    r"(?:lora_(?P<linear>[AB])\.weight|lora_embedding_(?P<embedding>[AB]))"
-)
+_NAME = re.compile(r"base_model\.model\.(?P<path>.+)\.lora_(?P<side>[AB])\.weight")
+_EMBEDDING = re.compile(r"(?:base_model\.model\.)?(?P<path>.+)\.lora_embedding_[AB]")
 
 # Keys that do not change the result of plain LoRA, or that are read below. Any other key that is
 # set may change it, as the keys of PEFT's many variants of LoRA do.
@@ -81,17 +79,23 @@ def _check_plain(config: Mapping[str, Any], file: Path) -> None:
 
 def _pairs(file: Path) -> dict[str, dict[str, mx.array]]:
     """Read the arrays by path, under the names that mlx-lm gives them."""
+    given = read_arrays(file)
+    for found in filter(None, map(_EMBEDDING.fullmatch, given)):
+        raise ValueError(
+            f"{quoted(file)} has an adapter of an embedding, {found['path']!r}: PEFT's changes "
+            "only the inputs, and mlx-lm's also the outputs if the embedding is the head, too; "
+            f"untie the two, {_MERGE}"
+        )
     pairs: dict[str, dict[str, mx.array]] = {}
-    for name, array in read_arrays(file).items():
+    for name, array in given.items():
         found = _NAME.fullmatch(name)
         if found is None or array.ndim != 2:
             shape = "" if found is None else f" of shape {array.shape}"
             raise ValueError(
-                f"{quoted(file)} has an array {name!r}{shape}, which is not LoRA of a linear layer "
-                f"or an embedding; {_MERGE}"
+                f"{quoted(file)} has an array {name!r}{shape}, which is not LoRA of a linear "
+                f"layer; {_MERGE}"
             )
-        side = found["linear"] or found["embedding"]
-        pairs.setdefault(found["path"], {})[f"lora_{side.lower()}"] = array.T
+        pairs.setdefault(found["path"], {})[f"lora_{found['side'].lower()}"] = array.T
     return pairs
 
 

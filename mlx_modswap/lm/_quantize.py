@@ -86,7 +86,7 @@ def quantize(
             f"not {described(rules)}"
         )
     factories = {
-        pattern: _factory(model, pattern, _settings(pattern, value, group_size, mode))
+        pattern: _factory(model, rules, pattern, _settings(pattern, value, group_size, mode))
         if value is not None
         else None
         for pattern, value in rules.items()
@@ -96,6 +96,8 @@ def quantize(
     except NoMatchError:
         _refuse_quantized(model, rules)
         raise
+    if strict and all(value is None for value in rules.values()):
+        raise NoMatchError("every rule leaves its layers alone; give at least one a number of bits")
     catch_all = rules.get(_CATCH_ALL)
     if strict and not report and catch_all is not None:
         settings = _settings(_CATCH_ALL, catch_all, group_size, mode)
@@ -201,13 +203,15 @@ def _defaults(mode: str) -> tuple[int, int]:
     return 512 // scales.shape[-1], weight.shape[-1] * 32 // 512
 
 
-def _factory(model: nn.Module, pattern: Any, settings: Settings) -> Callable[[str, Any], nn.Module]:
+def _factory(
+    model: nn.Module, rules: Rules, pattern: Any, settings: Settings
+) -> Callable[[str, Any], nn.Module]:
     if pattern == _CATCH_ALL:
         return _as_mlx_lm_does(getattr(model, "quant_predicate", None), settings)
 
     def by_rule(path: str, layer: Any) -> nn.Module:
         if _width(layer) % settings["group_size"]:
-            raise ValueError(_misfit(model, pattern, settings["group_size"]))
+            raise ValueError(_misfit(model, rules, pattern, settings["group_size"]))
         return _to_quantized(path, layer, settings)
 
     return by_rule
@@ -263,15 +267,21 @@ def _patterns(pattern: Any) -> Pattern | Iterable[Pattern]:
     return cast("Pattern | Iterable[Pattern]", pattern)
 
 
-def _misfit(model: nn.Module, pattern: Any, group_size: int) -> str:
+def _misfit(model: nn.Module, rules: Rules, pattern: Any, group_size: int) -> str:
     """Write that a group size does not divide some widths, and which sizes do."""
-
-    def misfits(path: str, layer: Any) -> bool:
-        return quantizable(path, layer) and _width(layer) % group_size != 0
-
     paths: dict[int, list[str]] = {}
-    for path, layer in select(model, _patterns(pattern), where=misfits).items():
-        paths.setdefault(_width(layer), []).append(path)
+
+    def note(path: str, layer: Any) -> nn.Module:
+        if _width(layer) % group_size:
+            paths.setdefault(_width(layer), []).append(path)
+        return layer
+
+    # Rules that change nothing show which layers this rule decides, and not one before it.
+    noting = {
+        one: None if value is None else note if one == pattern else lambda path, layer: layer
+        for one, value in rules.items()
+    }
+    replace_layers(model, noting, where=quantizable, strict=False)
     places = [f"{', '.join(folded(some))} ({width})" for width, some in paths.items()]
     fitting = [str(size) for size in (128, 64, 32) if not any(width % size for width in paths)]
     cure = f"use a group_size of {' or '.join(fitting)}" if fitting else "no group size does"

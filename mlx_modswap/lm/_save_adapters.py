@@ -18,7 +18,7 @@ from mlx_lm.utils import save_config
 
 from .._select import check_model, select
 from ._adapter_files import CONFIG, PEFT_WEIGHTS, TRUTH, WEIGHTS, quoted
-from ._lora import A_RANK, METHODS, Adapter, kind_for, kind_of, misfit, shapes
+from ._lora import A_RANK, METHODS, Adapter, class_of, kind_for, kind_of, misfit, shapes
 from ._paths import folded
 from ._uniform import make_uniform
 
@@ -117,7 +117,7 @@ def _has_lora(path: str, module: nn.Module) -> bool:
 
 def _read(path: str, module: Any) -> Adapter:
     """Read an adapter from its module, and check that mlx-lm would build the same."""
-    name, kind = module.__class__.__name__, kind_of(module)
+    name, kind = class_of(module).__name__, kind_of(module)
     if kind is None:
         raise ValueError(
             f"{path!r} is a {name}, which mlx-lm does not build; use the classes of "

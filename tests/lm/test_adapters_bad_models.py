@@ -11,7 +11,7 @@ import mlx.nn as nn
 import pytest
 import zoo
 
-from mlx_modswap import replace_layers
+from mlx_modswap import Wrapper, capture, replace_layers
 
 pytest.importorskip("mlx_lm", reason="adapters are those of mlx-lm")
 
@@ -127,6 +127,11 @@ def subclassed(path: str, layer: Any) -> nn.Module:
     return adapter
 
 
+class Half(Wrapper):
+    def __call__(self, x: mx.array) -> mx.array:
+        return 0.5 * super().__call__(x)
+
+
 def stacked(path: str, layer: nn.Module) -> nn.Module:
     inner = adapted(layer, r=4)
     outer = LoRALinear(64, 64, r=2)
@@ -164,6 +169,11 @@ UNSAVABLE: dict[str, tuple[dict[str, Any], str]] = {
     "a subclass of mlx-lm's": (
         {Q1: subclassed},
         f"ValueError: '{Q1}' is a Doubled, which mlx-lm does not build; use the classes of "
+        "mlx_lm.tuner.lora and mlx_lm.tuner.dora",
+    ),
+    "a wrapper around mlx-lm's": (
+        {Q1: lambda path, layer: Half(adapted(layer, r=4))},
+        f"ValueError: '{Q1}' is a Half, which mlx-lm does not build; use the classes of "
         "mlx_lm.tuner.lora and mlx_lm.tuner.dora",
     ),
     "an adapter in an adapter": (
@@ -229,6 +239,15 @@ def test_what_mlx_lm_cannot_read_is_one_clear_error_and_nothing_is_written(name,
     assert is_expected(text, expected), text
     assert contents(model)[0] == before[0]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_wrapper_around_an_adapter_is_named_inside_a_block_with_hooks_too(tmp_path):
+    model = llama()
+    replace_layers(model, Q1, lambda path, layer: Half(adapted(layer, r=4)))
+    with capture(model, Q1, strict=False), capture(model, Q1, strict=False):
+        text = message(lambda: lm.save_adapters(model, tmp_path / "math"), tmp_path)
+
+    assert is_expected(text, UNSAVABLE["a wrapper around mlx-lm's"][1]), text
 
 
 def test_the_fused_layers_of_afm7_whose_adapters_nothing_reads_are_refused(tmp_path):

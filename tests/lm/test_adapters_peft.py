@@ -63,7 +63,6 @@ CONFIG = {
 Q0, V0, Q3 = (
     f"model.layers.{place}_proj" for place in ("0.self_attn.q", "0.self_attn.v", "3.self_attn.q")
 )
-EMBED = "model.embed_tokens"
 
 
 @pytest.fixture(autouse=True)
@@ -84,16 +83,11 @@ def write(folder: Path, ranks: dict[str, int], **entries: Any) -> dict[str, np.n
     deltas: dict[str, np.ndarray] = {}
     for path, rank in ranks.items():
         outputs, inputs = layer_at(model, path).weight.shape
-        is_embedding = path == EMBED  # whose weight is transposed, for PEFT
-        if is_embedding:
-            outputs, inputs = inputs, outputs
         a = chance.normal(size=(rank, inputs)).astype(np.float32) / 8
         b = chance.normal(size=(outputs, rank)).astype(np.float32) / 8
-        start, a_name, b_name = f"base_model.model.{path}", "lora_A.weight", "lora_B.weight"
-        if is_embedding:
-            a_name, b_name = "lora_embedding_A", "lora_embedding_B"
-        arrays |= {f"{start}.{a_name}": mx.array(a), f"{start}.{b_name}": mx.array(b)}
-        deltas[path] = (b @ a).T if is_embedding else b @ a
+        start = f"base_model.model.{path}"
+        arrays |= {f"{start}.lora_A.weight": mx.array(a), f"{start}.lora_B.weight": mx.array(b)}
+        deltas[path] = b @ a
     mx.save_safetensors(str(folder / "adapter_model.safetensors"), arrays, {"format": "pt"})
     (folder / "adapter_config.json").write_text(json.dumps({**CONFIG, **entries}))
     return deltas
@@ -104,7 +98,6 @@ SCALES = {
     "plain": ({}, {Q0: 4, V0: 4}, {Q0: 2.0, V0: 2.0}),
     "alpha": ({"lora_alpha": 1}, {Q0: 4}, {Q0: 0.25}),
     "rslora": ({"use_rslora": True}, {Q0: 4}, {Q0: 4.0}),
-    "embedding": ({}, {EMBED: 4, Q0: 4}, {EMBED: 2.0, Q0: 2.0}),
     "rank of the end of a path": (
         {"rank_pattern": {"q_proj": 2}},
         {Q0: 2, V0: 4, Q3: 2},
@@ -161,15 +154,12 @@ def test_ranks_scales_and_outputs_are_those_of_peft(name, tmp_path):
 
 
 def test_around_quantized_layers(tmp_path):
-    write(tmp_path, {Q0: 4, EMBED: 4})
+    write(tmp_path, {Q0: 4})
     model = zoo.build("llama")
     nn.quantize(model, 32, 4)
-    news = replace_layers(model, lm.adapter_rules(tmp_path))
+    news: Any = replace_layers(model, lm.adapter_rules(tmp_path))
 
-    assert {path: type(new).__name__ for path, new in news.items()} == {
-        EMBED: "LoRAEmbedding",
-        Q0: "LoRALinear",
-    }
+    assert isinstance(news[Q0].linear, nn.QuantizedLinear)
     assert model(mx.array([[1, 2]])).shape == (1, 2, 96)
 
 
@@ -282,7 +272,27 @@ def test_an_array_that_is_not_lora_is_one_clear_error(name, shape, told, tmp_pat
 
     assert message(lambda: lm.adapter_rules(tmp_path), tmp_path) == (
         f"ValueError: 'math/adapter_model.safetensors' has an array {name!r}{told}, which is not "
-        f"LoRA of a linear layer or an embedding; {MERGE}"
+        f"LoRA of a linear layer; {MERGE}"
+    )
+
+
+@pytest.mark.parametrize("with_base", [False, True])
+def test_an_adapter_of_an_embedding_is_one_clear_error(with_base, tmp_path):
+    write(tmp_path, {Q0: 4})
+    file = str(tmp_path / "adapter_model.safetensors")
+    arrays: Any = mx.load(file)
+    mx.eval(arrays)
+    start = "base_model.model.model.embed_tokens"
+    if with_base:  # which save_pretrained writes unless it is told not to
+        arrays[f"{start}.base_layer.weight"] = mx.ones((96, 64))
+    pair = {"A": mx.ones((4, 96)), "B": mx.ones((64, 4))}
+    arrays |= {f"{start}.lora_embedding_{side}": array for side, array in pair.items()}
+    mx.save_safetensors(file, arrays)
+
+    assert message(lambda: lm.adapter_rules(tmp_path), tmp_path) == (
+        "ValueError: 'math/adapter_model.safetensors' has an adapter of an embedding, "
+        "'model.embed_tokens': PEFT's changes only the inputs, and mlx-lm's also the outputs if "
+        f"the embedding is the head, too; untie the two, {MERGE}"
     )
 
 

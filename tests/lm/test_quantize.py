@@ -262,6 +262,24 @@ def told_by_first(model: nn.Module, rules: dict[str, Any]) -> dict[str, str]:
             "group_size of 32, or leave these layers alone with None",
         ),
         (
+            {
+                "**.down_proj": {"group_size": 32},
+                "model.layers[0]": None,
+                "**.layers.*.**": {"group_size": 128},
+            },
+            {},
+            ValueError,
+            "rule '**.layers.*.**' asks for groups of 128, which do not divide the width of "
+            "model.layers[1:4].self_attn.{q,k,v,o}_proj, model.layers[1:4].mlp.{gate,up}_proj "
+            "(64); use a group_size of 64 or 32, or leave these layers alone with None",
+        ),
+        (
+            {"**.q_proj": None, "**.layers": None},
+            {},
+            NoMatchError,
+            "every rule leaves its layers alone; give at least one a number of bits",
+        ),
+        (
             {"**.q_proj": 7},
             {},
             ValueError,
