@@ -66,7 +66,8 @@ def quantize(
 
     Raises:
         PatternError: If the text of a pattern is wrong.
-        NoMatchError: If a rule does nothing, or nothing was quantized.
+        NoMatchError: If a rule does nothing, or if none of the layers that the rules
+            are to quantize can be quantized.
         SelectionError: If tied layers would get different settings.
         ValueError: If a group size does not divide the width of a layer, or if MLX
             does not know a number of bits, a group size or a mode.
@@ -96,8 +97,6 @@ def quantize(
     except NoMatchError:
         _refuse_quantized(model, rules)
         raise
-    if strict and all(value is None for value in rules.values()):
-        raise NoMatchError("every rule leaves its layers alone; give at least one a number of bits")
     catch_all = rules.get(_CATCH_ALL)
     if strict and not report and catch_all is not None:
         settings = _settings(_CATCH_ALL, catch_all, group_size, mode)

@@ -274,12 +274,6 @@ def told_by_first(model: nn.Module, rules: dict[str, Any]) -> dict[str, str]:
             "(64); use a group_size of 64 or 32, or leave these layers alone with None",
         ),
         (
-            {"**.q_proj": None, "**.layers": None},
-            {},
-            NoMatchError,
-            "every rule leaves its layers alone; give at least one a number of bits",
-        ),
-        (
             {"**.q_proj": 7},
             {},
             ValueError,
