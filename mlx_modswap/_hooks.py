@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import reduce
 from operator import or_
@@ -33,7 +33,7 @@ class Hook(Protocol):
         """Look at one call of a layer. The result is ignored."""
 
 
-See = Callable[[str, Any, tuple[Any, ...], dict[str, Any]], Any]
+See = Callable[[str, Any, Sequence[Any], dict[str, Any]], Any]
 
 
 @contextmanager
@@ -102,7 +102,7 @@ def observe(
     """
     _check_function("hook", "path, output and the arguments of the call", hook)
 
-    def see(path: str, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def see(path: str, output: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         try:
             hook(path, _kept(output), *args, **kwargs)
         except Exception as error:
@@ -171,7 +171,7 @@ def capture(
     """
     recorded: defaultdict[str, list[Any]] = defaultdict(list)
 
-    def see(path: str, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def see(path: str, output: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         recorded[path].append(_kept(output))
         return output
 
@@ -231,7 +231,7 @@ def patch(
     """
     _check_function("change", "path and output", change)
 
-    def see(path: str, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def see(path: str, output: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         try:
             new = change(path, output)
         except Exception as error:
@@ -255,7 +255,7 @@ def _check_function(name: str, arguments: str, function: Any) -> None:
         raise TypeError(f"{name} must be a function of {arguments}, not {described(function)}")
 
 
-_ARRAY = mx.array
+_ARRAY, _copied = mx.array, mx.array.__copy__  # another object for the same array
 
 
 def _kept(value: Any) -> Any:
@@ -267,9 +267,9 @@ def _kept(value: Any) -> Any:
     """
     cls = type(value)
     if cls is _ARRAY:
-        return value.astype(value.dtype)  # no computation, and nothing to differentiate
+        return _copied(value)
     if cls is tuple or cls is list:
-        return cls(map(_kept, value))
+        return cls([_kept(one) for one in value])
     if cls is dict:
         return {key: _kept(one) for key, one in value.items()}
     return value
@@ -320,7 +320,9 @@ class _Hooked(Wrapper):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         own = object.__getattribute__(self, "__dict__")
         shared, paths = own[_SHARED], own[_PATHS]
-        given = _kept((args, kwargs)) if shared.sees_inputs else (args, kwargs)
+        given: Any = args, kwargs
+        if shared.sees_inputs:
+            given = [_kept(one) for one in args], _kept(kwargs) if kwargs else kwargs
         output = dict.__getitem__(self, WRAPPED)(*args, **kwargs)
         if (see := shared.see) is None:
             return output

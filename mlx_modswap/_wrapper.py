@@ -34,7 +34,7 @@ class _Sealing(type):
         if not dict.__contains__(wrapper, WRAPPED):
             raise TypeError(f"{cls.__name__}.__init__ must call super().__init__(layer)")
         _check_own(wrapper)
-        _own_modules(wrapper).train(getattr(wrapper, "_training", True))
+        _set_own_modes(wrapper, getattr(wrapper, "_training", True))
         _own(wrapper)[_SEALED] = True
         return wrapper
 
@@ -134,7 +134,7 @@ class Wrapper(nn.Module, metaclass=_Sealing):
     # MLX finds the layer's modules, but not those of the wrapper.
     def _set_training_mode(self, mode: bool) -> None:
         set_training_mode(self.__wrapped__, mode)
-        _own_modules(self).train(mode)
+        _set_own_modes(self, mode)
 
     # What a wrapper stores in its `__call__` (`self.last = x`) must not become a parameter of
     # the layer: it would be saved, and would stay after unwrapping.
@@ -198,13 +198,13 @@ def _own_attributes(wrapper: Wrapper) -> dict[str, Any]:
     return attributes
 
 
-def _own_modules(wrapper: Wrapper) -> nn.Module:
-    """Return a module that holds what the wrapper has of its own and what has no parameters."""
-    holder = nn.Module()
-    for name, value in _own_attributes(wrapper).items():
-        if is_container(value) and not _holds_arrays(value):
-            dict.__setitem__(holder, name, value)
-    return holder
+def _set_own_modes(wrapper: Wrapper, mode: bool) -> None:
+    """Set the training mode of the wrapper's own modules that have no parameters."""
+    for value in _own_attributes(wrapper).values():
+        if not issubclass(type(value), nn.Module) and not (is_container(value) and value):
+            continue
+        if not _holds_arrays(value):
+            _holder(value).train(mode)
 
 
 def _is_own(wrapper: Wrapper, name: str) -> bool:
@@ -239,9 +239,14 @@ def _check_own(wrapper: Wrapper) -> None:
 
 
 def _holds_arrays(value: Any) -> bool:
+    return has_parameters(_holder(value))
+
+
+def _holder(value: Any) -> nn.Module:
+    """Return a module with a value as its only attribute."""
     holder = nn.Module()
     dict.__setitem__(holder, "value", value)
-    return has_parameters(holder)
+    return holder
 
 
 def _lent(wrapper: Wrapper, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
