@@ -202,6 +202,7 @@ def _convert(given: argparse.Namespace) -> str:
         "group_size": given.q_group_size,
         "mode": given.q_mode,
         "dtype": given.dtype,
+        "strict": True,
         "trust_remote_code": given.trust_remote_code,
     }
     if given.dry_run:

@@ -137,11 +137,11 @@ def plan(
     source: Folder,
     rules: Rules,
     *,
-    group_size: int | None = None,
-    mode: str = "affine",
-    dtype: str | mx.Dtype | None = None,
-    strict: bool = True,
-    trust_remote_code: bool = False,
+    group_size: int | None,
+    mode: str,
+    dtype: str | mx.Dtype | None,
+    strict: bool,
+    trust_remote_code: bool,
 ) -> Plan:
     """Load and quantize a model lazily, with the arguments of ``convert``; return the plan."""
     wanted = _parsed(dtype)

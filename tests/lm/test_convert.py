@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import pty
+import re
 import struct
 import subprocess
 import sys
@@ -24,7 +25,8 @@ from mlx_lm import utils
 from mlx_lm.models.mixtral import Model as Mixtral
 from mlx_lm.models.mixtral import ModelArgs as MixtralArgs
 
-from mlx_modswap import lm
+from mlx_modswap import NoMatchError, lm
+from mlx_modswap.lm import _convert
 
 
 @pytest.fixture(autouse=True)
@@ -147,6 +149,36 @@ def test_a_model_of_one_shard_has_one_file_as_mlx_lm_names_it(tmp_path, source):
     assert files == {"config.json", "model.safetensors", "model.safetensors.index.json"}
 
 
+def test_the_index_and_the_metadata_of_the_weights_are_those_of_mlx_lm(tmp_path, source):
+    model_folders.add_tokenizer(source)
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    lm.convert(source, ours, {"**": 4})
+    mlx_lm.convert(str(source), str(theirs), quantize=True, q_bits=4)
+    index, weights = "model.safetensors.index.json", str(ours / "model.safetensors")
+
+    assert (ours / index).read_text() == (theirs / index).read_text()
+    metadata: Any = mx.load(weights, return_metadata=True)[1]
+    assert metadata == mx.load(str(theirs / "model.safetensors"), return_metadata=True)[1]
+    assert metadata == {"format": "mlx"}
+
+
+@pytest.mark.parametrize(
+    ("most", "shards"),
+    [(7, ["a", "b", "c", "d"]), (8, ["ab", "c", "d"]), (12, ["ab", "c", "d"]), (20, ["abc", "d"])],
+)
+def test_shards_are_filled_up_to_the_last_byte(most, shards):
+    arrays = {name: mx.zeros((size,), mx.uint8) for name, size in zip("abcd", (4, 4, 12, 12))}
+    assert ["".join(shard) for shard in _convert._shards(arrays, most)] == shards
+
+
+def test_a_rule_without_effect_is_skipped_if_not_strict(tmp_path, source):
+    rules = {"**.nowhere": 8, "**": 4}
+    with pytest.raises(NoMatchError, match=r"\*\*\.nowhere' matches nothing"):
+        lm.convert(source, tmp_path / "converted", rules)
+    report = lm.convert(source, tmp_path / "converted", rules, strict=False)
+    assert len(report) == 26
+
+
 def test_the_source_stays_as_it_is(tmp_path, source):
     before = model_folders.content(source)
     lm.convert(source, tmp_path / "converted", {"**": 4})
@@ -178,7 +210,15 @@ def test_the_plan_of_a_conversion_writes_nothing(tmp_path, source):
 
     before = model_folders.content(tmp_path)
     rules = {"**.q_proj": 8, "**": 4}
-    planned = plan(source, rules, dtype="float16")
+    planned = plan(
+        source,
+        rules,
+        group_size=None,
+        mode="affine",
+        dtype="float16",
+        strict=True,
+        trust_remote_code=False,
+    )
     memory = mx.get_active_memory()
     bits = utils.compute_bits_per_weight(planned.model)
     text = str(planned.report)
@@ -280,4 +320,4 @@ def test_a_bar_is_shown_on_a_terminal_and_nowhere_else(tmp_path, source):
     os.close(ours)
 
     assert (piped.stdout, piped.stderr) == (b"", b"")
-    assert "b: 100%" in shown
+    assert re.search(r"b: 100%.* 113k/113k .*[kM]B/s\]", shown)

@@ -410,3 +410,53 @@ def test_a_model_that_is_larger_than_the_disk_is_refused_before_the_first_byte(t
         lm.convert(source, tmp_path / "converted", {"**": 4}, trust_remote_code=True)
 
     assert model_folders.content(tmp_path) == before
+
+
+TRUNCATING = """
+import os
+from mlx_lm.models import llama
+from mlx_lm.models.llama import ModelArgs
+
+class Model(llama.Model):
+    def sanitize(self, weights):
+        os.truncate({weights!r}, 100)
+        return super().sanitize(weights)
+"""
+
+
+def test_weights_that_are_cut_off_while_they_are_read_are_named(tmp_path, source):
+    (source / "own.py").write_text(TRUNCATING.format(weights=str(source / "model.safetensors")))
+    (source / "config.json").write_text(json.dumps({**model_folders.LLAMA, "model_file": "own.py"}))
+    with pytest.raises(ValueError, match="cannot be computed") as caught:
+        lm.convert(source, tmp_path / "converted", {"**": 4}, trust_remote_code=True)
+
+    reading = str(caught.value.__cause__)
+    assert reading.startswith("[read] Unable to read")
+    assert str(caught.value) == f"'model.embed_tokens.weight' cannot be computed: {reading}"
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+CASTING = """
+import mlx.core as mx
+from mlx_lm.models import llama
+from mlx_lm.models.llama import ModelArgs
+
+class Model(llama.Model):
+    def sanitize(self, weights):
+        norm = "model.norm.weight"
+        return {**super().sanitize(weights), norm: weights[norm].astype(mx.float32)}
+"""
+
+
+def test_a_model_that_would_be_loaded_with_other_dtypes_is_refused(tmp_path, source):
+    (source / "own.py").write_text(CASTING)
+    config = {**model_folders.LLAMA, "model_file": "own.py", "torch_dtype": "float16"}
+    (source / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="was not written") as caught:
+        lm.convert(source, tmp_path / "converted", {"**": 4}, trust_remote_code=True)
+
+    assert str(caught.value) == (
+        f"'{tmp_path}/converted' was not written: mlx-lm builds float32 (64,) at "
+        "model.norm.weight, the model has float16 (64,)"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
