@@ -16,6 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.utils import save_config
 
+from .._errors import described
 from .._select import check_model, select
 from ._adapter_files import CONFIG, PEFT_WEIGHTS, TRUTH, WEIGHTS, quoted
 from ._lora import A_RANK, METHODS, Adapter, class_of, kind_for, kind_of, misfit, shapes
@@ -140,8 +141,8 @@ def _read(path: str, module: Any) -> Adapter:
     if not isinstance(module.scale, Real) or not math.isfinite(module.scale):
         raise ValueError(f"the scale of {path!r} must be a number, not {module.scale!r}")
     if not isinstance(module.dropout, nn.Dropout):
-        cls = module.dropout.__class__.__name__
-        raise ValueError(f"the dropout of {path!r} must be an mlx.nn.Dropout, not a {cls}")
+        found = described(module.dropout)
+        raise ValueError(f"the dropout of {path!r} must be an mlx.nn.Dropout, not {found}")
     # nn.Dropout stores 1 - p; for p = 0.1, 1 - (1 - p) is 0.09999999999999998.
     dropout = round(1 - module.dropout._p_1, 12)
     return Adapter(arrays, kind.method, rank, float(module.scale), dropout)

@@ -70,6 +70,11 @@ MISFITS: dict[str, tuple[Callable[[], Any], str]] = {
         f"ValueError: 'math/adapters.safetensors' does not fit '{Q1}': lora_b has the shape "
         "(2, 64), and the QuantizedLinear needs (2, 128)",
     ),
+    "wider layers that are quantized": (
+        lambda: nn.quantize(model := llama(hidden_size=128), 32, 4) or model,
+        f"ValueError: 'math/adapters.safetensors' does not fit '{Q1}': lora_a has the shape "
+        "(64, 2), and the QuantizedLinear needs (128, 2)",
+    ),
     "adapters": (
         with_adapters,
         f"ValueError: '{Q3}' already has an adapter, a LoRALinear; to replace it, take it off "
@@ -92,6 +97,21 @@ def test_an_adapter_of_another_model_is_one_clear_error_that_changes_nothing(nam
 
     assert is_expected(text, expected), text
     assert contents(model)[0] == before[0]
+
+
+def test_magnitudes_of_dora_of_another_length_do_not_fit(tmp_path):
+    model = llama()
+    replace_layers(model, Q1, lora(4, method="dora"))
+    lm.save_adapters(model, tmp_path)
+    file = str(tmp_path / "adapters.safetensors")
+    arrays: Any = mx.load(file)
+    mx.eval(arrays)
+    mx.save_safetensors(file, {**arrays, f"{Q1}.m": mx.zeros((65,))})
+
+    assert message(lambda: replace_layers(llama(), lm.adapter_rules(tmp_path)), tmp_path) == (
+        f"ValueError: 'math/adapters.safetensors' does not fit '{Q1}': m has the shape (65,), and "
+        "the Linear needs (64,)"
+    )
 
 
 def test_dora_has_no_place_around_experts_and_quantized_embeddings(tmp_path):
@@ -199,7 +219,7 @@ UNSAVABLE: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "another class of dropout": (
         {Q1: changed(dropout=nn.Identity())},
-        f"ValueError: the dropout of '{Q1}' must be an mlx.nn.Dropout, not a Identity",
+        f"ValueError: the dropout of '{Q1}' must be an mlx.nn.Dropout, not a module (Identity)",
     ),
     "arrays of two ranks": (
         {Q1: changed(lora_b=mx.zeros((8, 64)))},
