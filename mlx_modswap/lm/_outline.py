@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from enum import Enum
@@ -13,7 +14,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from .._containers import wrapped_layers
 from .._select import select
+from .._wrapper import Wrapper, _own_attributes
 from ._lora import KINDS
 from ._paths import folded, listed
 
@@ -21,18 +24,21 @@ _PLAIN = (bool, int, float, complex, str, bytes, type(None), mx.Dtype, Enum)
 # Entries of the config that some models keep. They are skipped: the layers show what they say.
 _ABOUT_LAYERS = frozenset({"quantization", "quantization_config"})
 
+Classes = tuple[type, ...]  # of a module and of the layers under it, if it is a Wrapper
+
 
 class Outline(NamedTuple):
     """What a model is made of.
 
     Attributes:
-        classes (dict): The class of the module at each path; ``""`` is the model.
+        classes (dict): The class of the module at each path, followed by the classes of
+            the layers under a Wrapper; ``""`` is the model.
         attributes (dict): What the module at each path has besides modules and
             parameters, in words, by name.
         arrays (dict): Shape and dtype of each parameter, in words, by name.
     """
 
-    classes: dict[str, type]
+    classes: dict[str, Classes]
     attributes: dict[str, dict[str, str]]
     arrays: dict[str, str]
 
@@ -42,13 +48,31 @@ def outline(model: nn.Module) -> Outline:
     modules = {"": model, **select(model, "**", strict=False)}
     parameters: Any = tree_flatten(model.parameters())
     return Outline(
-        {path: type(module) for path, module in modules.items()},
+        {path: _classes(module) for path, module in modules.items()},
         {path: dict(_attributes(module)) for path, module in modules.items()},
         {name: _told(array) for name, array in parameters},
     )
 
 
+def _classes(module: nn.Module) -> Classes:
+    return (type(module), *map(type, wrapped_layers(module)))
+
+
 def _attributes(module: nn.Module) -> Iterator[tuple[str, str]]:
+    around = ""
+    for layer in (module, *wrapped_layers(module)):
+        told = _of_wrapper(layer) if issubclass(type(layer), Wrapper) else _of_module(layer)
+        yield from ((around + name, text) for name, text in told)
+        around += "__wrapped__."
+
+
+def _of_wrapper(wrapper: Any) -> Iterator[tuple[str, str]]:
+    for name, value in _own_attributes(wrapper).items():
+        if name.isidentifier():  # the library's own names are not
+            yield name, _with_values(value) if isinstance(value, mx.array) else _told(value)
+
+
+def _of_module(module: Any) -> Iterator[tuple[str, str]]:
     # MLX keeps arrays, modules, lists and dicts in the module, which is a dict, and everything else
     # in its `__dict__`. Private names there belong to MLX, or are made anew when they are needed.
     for name, value in {**vars(module), **module}.items():
@@ -60,6 +84,12 @@ def _attributes(module: nn.Module) -> Iterator[tuple[str, str]]:
                     yield f"{name}.{field.name}", _told(getattr(value, field.name))
         elif name not in _ABOUT_LAYERS:
             yield name, _told(value)
+
+
+def _with_values(array: mx.array) -> str:
+    """Describe an array that is not a parameter, so that the text differs if a value does."""
+    octets: Any = array.flatten().view(mx.uint8)
+    return f"{_told(array)} with checksum {zlib.crc32(memoryview(octets)):08x}"
 
 
 def _told(value: Any) -> str:
@@ -103,27 +133,27 @@ def difference(built: Outline, model: Outline, original: Outline | None = None) 
 
 def other_layers(built: Outline, model: Outline) -> str:
     """Say where mlx-lm builds modules of other classes than a model has; ``""`` if nowhere."""
-    differing: dict[tuple[type | None, type | None], list[str]] = {}
+    differing: dict[tuple[Classes, Classes], list[str]] = {}
     seen: set[str] = set()
     for path in dict.fromkeys([*model.classes, *built.classes]):
-        one, other = built.classes.get(path), model.classes.get(path)
-        if _is_same(one, other):
+        one, other = built.classes.get(path, ()), model.classes.get(path, ())
+        if len(one) == len(other) and all(map(_is_same, one, other)):
             continue
         seen.add(path)
         if not any(above in seen for above in _above(path)):  # the one above says enough
             differing.setdefault((one, other), []).append(path)
     if not differing:
         return ""
+    named = [(_names(*classes), paths) for classes, paths in differing.items()]
     texts = [
-        f"mlx-lm builds {_name(one, other)} at {listed(_at(paths))}, the model has "
-        f"{_name(other, one)}"
-        for (one, other), paths in differing.items()
+        f"mlx-lm builds {one} at {listed(_at(paths))}, the model has {other}"
+        for (one, other), paths in named
     ]
-    if all(None in classes for classes in differing):
+    if all(() in classes for classes in differing):
         cure = "give the entries of its config that have changed with config={...}"
     else:
         cure = "fuse or unwrap it, or give a model_file"
-        if any(kind.adapter in classes for kind in KINDS for classes in differing):
+        if any((kind.adapter,) in classes for kind in KINDS for classes in differing):
             cure += "; lm.save_adapters writes the adapters alone"
     return f"{listed(texts, ', and ')}: {cure}"
 
@@ -136,7 +166,7 @@ def _above(path: str) -> Iterator[str]:
     yield from (".".join(parts[:length]) for length in range(1, len(parts)))
 
 
-def _is_same(one: type | None, other: type | None) -> bool:
+def _is_same(one: type, other: type) -> bool:
     """Return whether two classes are the same, or come from two runs of the same file.
 
     mlx-lm runs a ``model_file`` anew for each model, so the classes that it defines are
@@ -144,17 +174,30 @@ def _is_same(one: type | None, other: type | None) -> bool:
     """
     if one is other:
         return True
-    if one is None or other is None or one.__qualname__ != other.__qualname__:
+    if one.__qualname__ != other.__qualname__:
         return False
     return getattr(sys.modules.get(one.__module__), one.__name__, None) is not one
 
 
-def _name(cls: type | None, other: type | None) -> str:
-    if cls is None:
-        return "nothing"
-    if other is not None and cls.__name__ == other.__name__:
-        return f"{cls.__module__}.{cls.__qualname__}"
-    return cls.__name__
+def _names(one: Classes, other: Classes) -> tuple[str, str]:
+    """Return the names of two classes, in more words if they would be the same."""
+    if not one or not other or one[0].__name__ != other[0].__name__:
+        return _name(one), _name(other)
+    if _is_same(one[0], other[0]):  # the layers under them differ
+        return _nested(one), _nested(other)
+    return _full_name(one), _full_name(other)
+
+
+def _name(classes: Classes) -> str:
+    return classes[0].__name__ if classes else "nothing"
+
+
+def _full_name(classes: Classes) -> str:
+    return f"{classes[0].__module__}.{classes[0].__qualname__}"
+
+
+def _nested(classes: Classes) -> str:
+    return "(".join(cls.__name__ for cls in classes) + ")" * (len(classes) - 1)
 
 
 def _other_attributes(built: Outline, model: Outline, original: Outline | None) -> str:
@@ -167,7 +210,8 @@ def _other_attributes(built: Outline, model: Outline, original: Outline | None) 
             if one == other:
                 continue
             # The model may still have the values of its old config, its own or in its blocks.
-            may_be_old = "." in name or path in resized
+            is_argument = "." in name and not name.startswith("__wrapped__.")
+            may_be_old = is_argument or path in resized
             if (
                 original
                 and may_be_old

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import struct
 import traceback
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,33 @@ class Model(llama.Model):
     def sanitize(self, weights):
         norm = "model.norm.weight"
         return {**super().sanitize(weights), norm: weights[norm].astype(mx.float32)}
+"""
+
+SCALED = """
+import mlx.core as mx
+from mlx_lm.models import llama
+from mlx_lm.models.llama import ModelArgs
+from mlx_modswap import Wrapper, replace_layers
+
+class Scaled(Wrapper):
+    def __init__(self, layer, by=2.0, vector=1.0):
+        super().__init__(layer)
+        self.by = by
+        self._vector = mx.full((64,), vector)
+
+    def __call__(self, x):
+        return self.by * self._vector * super().__call__(x)
+
+class Negated(Wrapper):
+    def __call__(self, x):
+        return -super().__call__(x)
+
+RULES = {"model.layers[-2:].mlp.down_proj": lambda path, layer: Scaled(layer)}
+
+class Model(llama.Model):
+    def __init__(self, args):
+        super().__init__(args)
+        replace_layers(self, RULES)
 """
 
 
@@ -165,6 +194,74 @@ def test_a_model_that_would_not_load_is_refused(tmp_path, source, change, told):
     assert str(caught.value) == f"{target!r} was not written: {told}".replace("{target}", target)
     assert model_folders.content(tmp_path) == before
     assert all(model_folders.arrays_of(model)[name] is array for name, array in arrays.items())
+
+
+OTHER_VALUE = (
+    "mlx-lm sets {name} of model.layers[2:4].mlp.down_proj to {one}, the model has {other}: set it "
+    "in the model, or give the entry of the config that sets it with config={{...}}"
+)
+OTHER_LAYER = (
+    "mlx-lm builds Scaled(Linear) at model.layers[2:4].mlp.down_proj, the model has {other}: fuse "
+    "or unwrap it, or give a model_file"
+)
+
+
+@pytest.mark.parametrize(
+    ("wrap", "told"),
+    [
+        ("Scaled(layer, 5.0)", OTHER_VALUE.format(name="by", one="2.0", other="5.0")),
+        (
+            "Scaled(layer, vector=5.0)",
+            OTHER_VALUE.format(
+                name="_vector",
+                one="float32 (64,) with checksum {ones}",
+                other="float32 (64,) with checksum {fives}",
+            ),
+        ),
+        ("Scaled(Scaled(layer))", OTHER_LAYER.format(other="Scaled(Scaled(Linear))")),
+        ("Scaled(Negated(layer))", OTHER_LAYER.format(other="Scaled(Negated(Linear))")),
+    ],
+)
+def test_wrappers_with_other_attributes_or_around_other_layers_are_refused(
+    tmp_path, source, wrap, told
+):
+    (tmp_path / "scaled.py").write_text(SCALED)
+    exec(SCALED, names := {"__name__": "scaled"})
+    model = load(source)
+    wrapper = eval(f"lambda path, layer: {wrap}", names)
+    replace_layers(model, "model.layers[-2:].mlp.down_proj", wrapper)
+    model_file = {"model_file": str(tmp_path / "scaled.py")}
+    with pytest.raises(ValueError, match="was not written") as caught:
+        lm.save(model, tmp_path / "saved", source, config=model_file, trust_remote_code=True)
+
+    checksums = {
+        name: f"{zlib.crc32(struct.pack('<64f', *[value] * 64)):08x}"
+        for name, value in (("{ones}", 1.0), ("{fives}", 5.0))
+    }
+    for name, checksum in checksums.items():
+        told = told.replace(name, checksum)
+    assert str(caught.value) == f"'{tmp_path}/saved' was not written: {told}"
+    assert not (tmp_path / "saved").exists()
+
+
+def test_attributes_of_a_wrapper_under_a_wrapper_are_compared(tmp_path, source):
+    twice = SCALED.replace("Scaled(layer)}", "Scaled(Scaled(layer))}")
+    (source / "scaled.py").write_text(twice)
+    how: dict[str, Any] = {"config": {"model_file": "scaled.py"}, "trust_remote_code": True}
+    exec(twice, names := {"__name__": "scaled"})
+    model = load(source)
+    replace_layers(model, names["RULES"])
+    lm.save(model, tmp_path / "equal", source, **how)
+
+    model.layers[-1].mlp.down_proj.__wrapped__.by = 5.0
+    with pytest.raises(ValueError, match="was not written") as caught:
+        lm.save(model, tmp_path / "saved", source, **how)
+
+    assert str(caught.value) == (
+        f"'{tmp_path}/saved' was not written: mlx-lm sets __wrapped__.by of "
+        "model.layers.3.mlp.down_proj to 2.0, the model has 5.0: set it in the model, or give the "
+        "entry of the config that sets it with config={...}"
+    )
 
 
 def test_the_refusal_of_other_layers_comes_without_the_traceback_of_mlx_lm(tmp_path, source):
