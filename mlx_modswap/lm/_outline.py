@@ -27,6 +27,16 @@ _ABOUT_LAYERS = frozenset({"quantization", "quantization_config"})
 Classes = tuple[type, ...]  # of a module and of the layers under it, if it is a Wrapper
 
 
+class Form(NamedTuple):
+    """What is the same of two arrays that differ only in their values."""
+
+    dtype: mx.Dtype
+    shape: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{str(self.dtype).removeprefix('mlx.core.')} {self.shape}"
+
+
 class Outline(NamedTuple):
     """What a model is made of.
 
@@ -35,12 +45,12 @@ class Outline(NamedTuple):
             the layers under a Wrapper; ``""`` is the model.
         attributes (dict): What the module at each path has besides modules and
             parameters, in words, by name.
-        arrays (dict): Shape and dtype of each parameter, in words, by name.
+        arrays (dict): The dtype and shape of each parameter, by name.
     """
 
     classes: dict[str, Classes]
     attributes: dict[str, dict[str, str]]
-    arrays: dict[str, str]
+    arrays: dict[str, Form]
 
 
 def outline(model: nn.Module) -> Outline:
@@ -50,7 +60,7 @@ def outline(model: nn.Module) -> Outline:
     return Outline(
         {path: _classes(module) for path, module in modules.items()},
         {path: dict(_attributes(module)) for path, module in modules.items()},
-        {name: _told(array) for name, array in parameters},
+        {name: Form(array.dtype, array.shape) for name, array in parameters},
     )
 
 
@@ -97,7 +107,7 @@ def _told(value: Any) -> str:
     if isinstance(value, _PLAIN):
         return repr(value)
     if isinstance(value, mx.array):
-        return f"{str(value.dtype).removeprefix('mlx.core.')} {value.shape}"
+        return str(Form(value.dtype, value.shape))
     if isinstance(value, nn.Module):  # a mapping too, but its content is described at its own path
         return type(value).__name__
     if isinstance(value, Mapping):
@@ -203,6 +213,7 @@ def _nested(classes: Classes) -> str:
 def _other_attributes(built: Outline, model: Outline, original: Outline | None) -> str:
     differing: dict[tuple[str, str, str], list[str]] = {}
     resized = _resized(model, original) if original else set[str]()
+    old_arguments = _old_arguments(model, original) if original else set[tuple[str, str]]()
     for path, attributes in model.attributes.items():
         anew = built.attributes[path]
         for name in dict.fromkeys([*attributes, *anew]):
@@ -210,12 +221,12 @@ def _other_attributes(built: Outline, model: Outline, original: Outline | None) 
             if one == other:
                 continue
             # The model may still have the values of its old config, its own or in its blocks.
-            is_argument = "." in name and not name.startswith("__wrapped__.")
-            may_be_old = is_argument or path in resized
+            if (name, other) in old_arguments:
+                continue
             if (
                 original
-                and may_be_old
-                and original.attributes.get(path, {}).get(name, "nothing") == other
+                and path in resized
+                and original.attributes.get(path, {}).get(name) == other
             ):
                 continue
             differing.setdefault((name, *_shortened(one, other)), []).append(path)
@@ -233,6 +244,29 @@ def _resized(model: Outline, original: Outline) -> set[str]:
     return {above for path in changed for above in _above(path)}
 
 
+def _old_arguments(model: Outline, original: Outline) -> set[tuple[str, str]]:
+    """Return the arguments that a model had, if it has other modules or shapes than it had.
+
+    The arguments from which it was built then no longer describe it. If modules and shapes
+    are the same, what has changed in the config may be what the model computes with.
+    """
+    if model.classes.keys() == original.classes.keys() and not _has_other_shapes(model, original):
+        return set()
+    attributes = [one for held in original.attributes.values() for one in held.items()]
+    return {(name, text) for name, text in attributes if _is_argument(name)}
+
+
+def _has_other_shapes(model: Outline, original: Outline) -> bool:
+    # The last dimension is left out, because a quantized layer packs it.
+    both = model.arrays.keys() & original.arrays.keys()
+    return any(model.arrays[name].shape[:-1] != original.arrays[name].shape[:-1] for name in both)
+
+
+def _is_argument(name: str) -> bool:
+    """Return whether an attribute is an entry of the config, such as ``args.vocab_size``."""
+    return "." in name and not name.startswith("__wrapped__.")
+
+
 def _shortened(one: str, other: str, most: int = 60) -> tuple[str, str]:
     """Return two texts; if one is long, only the part of each that starts where they differ."""
     if max(len(one), len(other)) <= most:
@@ -242,14 +276,15 @@ def _shortened(one: str, other: str, most: int = 60) -> tuple[str, str]:
     return f"...{one[start : start + most]}...", f"...{other[start : start + most]}..."
 
 
-def _other_arrays(built: dict[str, str], model: dict[str, str]) -> str:
-    differing: dict[tuple[str, str], list[str]] = {}
+def _other_arrays(built: dict[str, Form], model: dict[str, Form]) -> str:
+    differing: dict[tuple[Form | None, Form | None], list[str]] = {}
     for name in dict.fromkeys([*model, *built]):
-        one, other = built.get(name, "nothing"), model.get(name, "nothing")
+        one, other = built.get(name), model.get(name)
         if one != other:
             differing.setdefault((one, other), []).append(name)
     texts = [
-        f"mlx-lm builds {one} at {listed(_at(names))}, the model has {other}"
+        f"mlx-lm builds {one or 'nothing'} at {listed(_at(names))}, the model has "
+        f"{other or 'nothing'}"
         for (one, other), names in differing.items()
     ]
     return listed(texts, ", and ")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -231,6 +232,30 @@ def test_a_model_with_fewer_blocks_is_saved_with_its_number_of_blocks(tmp_path, 
     model_folders.assert_same_arrays(loaded, model)
 
 
+def test_a_model_with_more_blocks_is_saved_with_its_number_of_blocks(tmp_path, source):
+    model = load(source)
+    blocks = model.model.layers
+    blocks.insert(2, blocks[1])
+    blocks.append(copy.deepcopy(blocks[0]))
+    lm.quantize(model, {"**": 4})
+    lm.save(model, tmp_path / "saved", source, config={"num_hidden_layers": 6})
+    loaded = load(tmp_path / "saved")
+
+    assert len(loaded.layers) == 6
+    assert mx.array_equal(loaded(mx.array([[3, 5]])), model(mx.array([[3, 5]])))
+
+
+def test_a_quantized_model_with_more_words_is_saved_with_its_number_of_words(tmp_path, source):
+    model = load(source)
+    for layer in (model.model.embed_tokens, model.lm_head):
+        layer.weight = mx.concatenate([layer.weight, layer.weight[:2]])
+    model.model.vocab_size = 102
+    lm.quantize(model, {"**": 4})
+    lm.save(model, tmp_path / "saved", source, config={"vocab_size": 102})
+
+    model_folders.assert_same_arrays(load(tmp_path / "saved"), model)
+
+
 def test_a_config_that_changes_what_layers_compute_is_refused_unless_they_compute_that(
     tmp_path, source
 ):
@@ -241,6 +266,7 @@ def test_a_config_that_changes_what_layers_compute_is_refused_unless_they_comput
     for path, norm in model.named_modules():
         if path.endswith("norm"):
             norm.eps = 1e-3
+    model.args.rms_norm_eps = 1e-3
     lm.save(model, tmp_path / "saved", source, config={"rms_norm_eps": 1e-3})
 
 

@@ -264,6 +264,23 @@ def test_attributes_of_a_wrapper_under_a_wrapper_are_compared(tmp_path, source):
     )
 
 
+def test_a_config_of_which_the_model_computes_with_the_old_value_is_refused(tmp_path):
+    """The calls of minicpm read ``args.scale_emb``."""
+    source = model_folders.zoo_folder(tmp_path / "source", "minicpm")
+    model = load(source)
+    lm.quantize(model, {"**": 4})
+    with pytest.raises(ValueError, match="was not written") as caught:
+        lm.save(model, tmp_path / "saved", source, config={"scale_emb": 40})
+
+    assert str(caught.value) == (
+        f"'{tmp_path}/saved' was not written: mlx-lm sets args.scale_emb of the model itself, "
+        "model, model.layers[0:4], model.layers[0:4].self_attn to 40, the model has 2: set it in "
+        "the model, or give the entry of the config that sets it with config={...}"
+    )
+    model.args.scale_emb = 40
+    lm.save(model, tmp_path / "saved", source, config={"scale_emb": 40})
+
+
 def test_the_refusal_of_other_layers_comes_without_the_traceback_of_mlx_lm(tmp_path, source):
     model = load(source)
     with_adapters(model)
