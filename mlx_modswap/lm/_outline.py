@@ -21,7 +21,8 @@ from ._lora import KINDS
 from ._paths import folded, listed
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), mx.Dtype, Enum)
-# Entries of the config that some models keep. They are skipped: the layers show what they say.
+# Entries of the config, or of its text_config, that some models keep. They are skipped: the layers
+# show what they say.
 _ABOUT_LAYERS = frozenset({"quantization", "quantization_config"})
 
 Classes = tuple[type, ...]  # of a module and of the layers under it, if it is a Wrapper
@@ -111,7 +112,8 @@ def _told(value: Any) -> str:
     if isinstance(value, nn.Module):  # a mapping too, but its content is described at its own path
         return type(value).__name__
     if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{key!r}: {_told(one)}" for key, one in value.items()) + "}"
+        kept = {key: one for key, one in value.items() if key not in _ABOUT_LAYERS}
+        return "{" + ", ".join(f"{key!r}: {_told(one)}" for key, one in kept.items()) + "}"
     if isinstance(value, (list, tuple)):
         return f"({', '.join(map(_told, value))})"
     if isinstance(value, (type, FunctionType, BuiltinFunctionType, MethodType)):

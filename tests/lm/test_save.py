@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,24 @@ def test_the_quantization_of_the_original_format_is_left_out_of_the_config(tmp_p
     lm.save(load(source), tmp_path / "saved", source)
 
     assert model_folders.config_of(tmp_path / "saved")["text_config"] == {"dtype": "float16"}
+
+
+@pytest.mark.parametrize("name", ["gemma3", "gemma4", "mistral3", "qwen3_5"])
+def test_models_that_keep_the_quantization_of_their_original_format_are_saved(tmp_path, name):
+    source = model_folders.zoo_folder(tmp_path / "source", name)
+    config = model_folders.config_of(source)
+    config["text_config"]["quantization_config"] = {"quant_method": "fp8"}
+    (source / "config.json").write_text(json.dumps(config))
+    model = load(source)
+    lm.save(model, tmp_path / "saved", source)
+    lm.convert(source, tmp_path / "converted", {"**": None})
+    lm.convert(source, tmp_path / "quantized", {"**": 4}, group_size=32)
+    dequantized = utils.dequantize_model(load(tmp_path / "quantized"))
+    lm.save(dequantized, tmp_path / "dequantized", tmp_path / "quantized")
+
+    model_folders.assert_same_arrays(load(tmp_path / "saved"), model)
+    model_folders.assert_same_arrays(load(tmp_path / "converted"), model)
+    model_folders.assert_same_arrays(load(tmp_path / "dequantized"), dequantized)
 
 
 def test_a_model_of_bitlinear_layers_keeps_what_its_config_says_of_them(tmp_path):
