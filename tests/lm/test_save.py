@@ -18,6 +18,7 @@ import model_folders
 import zoo
 from mlx_lm import utils
 from mlx_lm.models.bitlinear_layers import bitnet_quantize
+from transformers import AutoTokenizer
 
 from mlx_modswap import lm, replace_layers
 
@@ -162,6 +163,8 @@ def test_the_other_files_of_the_source_come_along_but_nothing_about_its_weights(
         (source / name).write_text("{}")
     for name in ("pytorch_model.bin", "pytorch_model.bin.index.json", "hf_quant_config.json"):
         (source / name).write_text("{}")
+    for name in ("rust_model.ot", "64.TFLITE", "weights.npy", "model.onnx_data", "a.pkl", "a.part"):
+        (source / name).write_text("{}")
     (source / "original").mkdir()
     tokenizer = {path.name for path in source.glob("tokenizer*")}
     lm.save(load(source), tmp_path / "saved", source)
@@ -171,6 +174,21 @@ def test_the_other_files_of_the_source_come_along_but_nothing_about_its_weights(
         *tokenizer,
         *("chat_template.jinja", "README.md", "LICENSE", "generation_config.json"),
         *("config.json", "model.safetensors", "model.safetensors.index.json"),
+    }
+
+
+def test_further_chat_templates_come_along(tmp_path, source):
+    folder = model_folders.add_tokenizer(source) / "additional_chat_templates"
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer.chat_template = {"default": "a", "tool_use": "b"}
+    tokenizer.save_pretrained(source)
+    (folder / "notes.txt").write_text("")
+    lm.save(load(source), tmp_path / "saved", source)
+
+    assert model_folders.content(tmp_path / "saved" / folder.name) == {"tool_use.jinja": b"b"}
+    assert AutoTokenizer.from_pretrained(tmp_path / "saved").chat_template == {
+        "default": "a",
+        "tool_use": "b",
     }
 
 
@@ -298,6 +316,25 @@ def test_a_whole_config_may_be_given(tmp_path, source):
     model_folders.assert_same_arrays(load(tmp_path / "saved"), model)
 
 
+def test_an_entry_of_the_generation_config_is_changed_there_too(tmp_path, source):
+    generation = {"eos_token_id": [1, 7], "temperature": 0.6}
+    (source / "generation_config.json").write_text(json.dumps(generation))
+    lm.save(load(source), tmp_path / "saved", source, config={"eos_token_id": 5})
+    changed = json.loads((tmp_path / "saved" / "generation_config.json").read_text())
+
+    assert changed == {"eos_token_id": 5, "temperature": 0.6}
+    assert utils.load_config(tmp_path / "saved")["eos_token_id"] == 5
+
+
+def test_a_generation_config_that_no_entry_changes_is_copied_as_it_is(tmp_path, source):
+    for name, text in (("same", '{"eos_token_id":[1,7]}'), ("broken", "{'eos_token_id': 1}")):
+        (source / "generation_config.json").write_text(text)
+        changes = {"eos_token_id": [1, 7]}
+        lm.save(load(source), tmp_path / name, source, config=changes)
+
+        assert (tmp_path / name / "generation_config.json").read_text() == text
+
+
 # Own layers
 
 
@@ -309,7 +346,7 @@ def test_own_layers_are_loaded_by_a_model_file(tmp_path, source):
     replace_layers(model, names["RULES"])
     for layer in model.layers[-2:]:
         layer.self_attn.o_proj.gate = mx.arange(64) / 64
-    model_file = {"model_file": str(tmp_path / "gated.py")}
+    model_file = {"model_file": tmp_path / "gated.py"}
     lm.save(model, tmp_path / "saved", source, config=model_file, trust_remote_code=True)
     loaded = load(tmp_path / "saved", trust_remote_code=True)
 
