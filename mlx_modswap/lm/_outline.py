@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from enum import Enum
@@ -47,11 +46,13 @@ class Outline(NamedTuple):
         attributes (dict): What the module at each path has besides modules and
             parameters, in words, by name.
         arrays (dict): The dtype and shape of each parameter, by name.
+        constants (dict): The arrays that are not parameters, by path and name.
     """
 
     classes: dict[str, Classes]
     attributes: dict[str, dict[str, str]]
     arrays: dict[str, Form]
+    constants: dict[tuple[str, str], mx.array]
 
 
 def outline(model: nn.Module) -> Outline:
@@ -62,6 +63,12 @@ def outline(model: nn.Module) -> Outline:
         {path: _classes(module) for path, module in modules.items()},
         {path: dict(_attributes(module)) for path, module in modules.items()},
         {name: Form(array.dtype, array.shape) for name, array in parameters},
+        {
+            (path, name): value
+            for path, module in modules.items()
+            for name, value in _held(module)
+            if isinstance(value, mx.array)
+        },
     )
 
 
@@ -70,25 +77,7 @@ def _classes(module: nn.Module) -> Classes:
 
 
 def _attributes(module: nn.Module) -> Iterator[tuple[str, str]]:
-    around = ""
-    for layer in (module, *wrapped_layers(module)):
-        told = _of_wrapper(layer) if issubclass(type(layer), Wrapper) else _of_module(layer)
-        yield from ((around + name, text) for name, text in told)
-        around += "__wrapped__."
-
-
-def _of_wrapper(wrapper: Any) -> Iterator[tuple[str, str]]:
-    for name, value in _own_attributes(wrapper).items():
-        if name.isidentifier():  # the library's own names are not
-            yield name, _with_values(value) if isinstance(value, mx.array) else _told(value)
-
-
-def _of_module(module: Any) -> Iterator[tuple[str, str]]:
-    # MLX keeps arrays, modules, lists and dicts in the module, which is a dict, and everything else
-    # in its `__dict__`. Private names there belong to MLX, or are made anew when they are needed.
-    for name, value in {**vars(module), **module}.items():
-        if name.startswith("_") or isinstance(value, (mx.array, nn.Module)):
-            continue
+    for name, value in _held(module):
         if is_dataclass(value):  # the arguments of the model: each field is an entry of the config
             for field in fields(value):
                 if field.name not in _ABOUT_LAYERS:
@@ -97,10 +86,32 @@ def _of_module(module: Any) -> Iterator[tuple[str, str]]:
             yield name, _told(value)
 
 
-def _with_values(array: mx.array) -> str:
-    """Describe an array that is not a parameter, so that the text differs if a value does."""
-    octets: Any = array.flatten().view(mx.uint8)
-    return f"{_told(array)} with checksum {zlib.crc32(memoryview(octets)):08x}"
+def _held(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yield what a module, and each layer under a Wrapper, has besides modules and parameters."""
+    around = ""
+    for layer in (module, *wrapped_layers(module)):
+        held = _of_wrapper(layer) if issubclass(type(layer), Wrapper) else _of_module(layer)
+        yield from ((around + name, value) for name, value in held)
+        around += "__wrapped__."
+
+
+def _of_wrapper(wrapper: Any) -> Iterator[tuple[str, Any]]:
+    for name, value in _own_attributes(wrapper).items():
+        if name.isidentifier():  # the library's own names are not
+            yield name, value
+
+
+def _of_module(module: Any) -> Iterator[tuple[str, Any]]:
+    # MLX keeps arrays, modules, lists and dicts in the module, which is a dict, and everything else
+    # in its `__dict__`. Of the private names, arrays and numbers are constants, as in a RoPE; the
+    # others belong to MLX, or are made anew when they are needed.
+    for name, value in {**vars(module), **module}.items():
+        if name.startswith("_"):
+            is_held = isinstance(value, (mx.array, float))
+        else:
+            is_held = not isinstance(value, (mx.array, nn.Module))
+        if is_held:
+            yield name, value
 
 
 def _told(value: Any) -> str:
@@ -140,6 +151,7 @@ def difference(built: Outline, model: Outline, original: Outline | None = None) 
         other_layers(built, model)
         or _other_attributes(built, model, original)
         or _other_arrays(built.arrays, model.arrays)
+        or _other_constants(built, model)
     )
 
 
@@ -222,6 +234,8 @@ def _other_attributes(built: Outline, model: Outline, original: Outline | None) 
             one, other = anew.get(name, "nothing"), attributes.get(name, "nothing")
             if one == other:
                 continue
+            if _is_private(name) and one in ("nothing", "None"):  # computed in a run
+                continue
             # The model may still have the values of its old config, its own or in its blocks.
             if (name, other) in old_arguments:
                 continue
@@ -269,6 +283,10 @@ def _is_argument(name: str) -> bool:
     return "." in name and not name.startswith("__wrapped__.")
 
 
+def _is_private(name: str) -> bool:
+    return name.rpartition(".")[2].startswith("_")
+
+
 def _shortened(one: str, other: str, most: int = 60) -> tuple[str, str]:
     """Return two texts; if one is long, only the part of each that starts where they differ."""
     if max(len(one), len(other)) <= most:
@@ -290,6 +308,25 @@ def _other_arrays(built: dict[str, Form], model: dict[str, Form]) -> str:
         for (one, other), names in differing.items()
     ]
     return listed(texts, ", and ")
+
+
+def _other_constants(built: Outline, model: Outline) -> str:
+    differing: dict[str, list[str]] = {}
+    for (path, name), other in model.constants.items():
+        one = built.constants.get((path, name))
+        # The same formula gives slightly other values on the CPU than on the GPU.
+        if one is not None and not (one.shape == other.shape and _is_close(one, other)):
+            differing.setdefault(name, []).append(path)
+    texts = [
+        f"mlx-lm gives {name} of {listed(_at(paths))} other values than the model has"
+        for name, paths in differing.items()
+    ]
+    cure = "set them in the model, or give the entry of the config that sets them with config={...}"
+    return f"{listed(texts, ', and ')}: {cure}" if texts else ""
+
+
+def _is_close(one: mx.array, other: mx.array) -> bool:
+    return mx.allclose(one, other, equal_nan=True).item() is True
 
 
 def _at(paths: list[str]) -> list[str]:
