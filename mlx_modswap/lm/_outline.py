@@ -234,7 +234,8 @@ def _other_attributes(built: Outline, model: Outline, original: Outline | None) 
             one, other = anew.get(name, "nothing"), attributes.get(name, "nothing")
             if one == other:
                 continue
-            if _is_private(name) and one in ("nothing", "None"):  # computed in a run
+            may_be_of_a_run = _is_private(name) or (path, name) in model.constants
+            if may_be_of_a_run and one in ("nothing", "None"):
                 continue
             # The model may still have the values of its old config, its own or in its blocks.
             if (name, other) in old_arguments:

@@ -48,6 +48,28 @@ class Model(llama.Model):
         replace_layers(self, RULES)
 '''
 
+RECORDING = """
+from mlx_lm.models import llama
+from mlx_lm.models.llama import ModelArgs
+from mlx_modswap import Wrapper, replace_layers
+
+class Recorded(Wrapper):
+    def __init__(self, layer):
+        super().__init__(layer)
+        self.first = None
+
+    def __call__(self, x):
+        self.first, self.last, self._calls = x, x, 1
+        return super().__call__(x)
+
+RULES = {"model.layers[-2:].**.o_proj": lambda path, layer: Recorded(layer)}
+
+class Model(llama.Model):
+    def __init__(self, args):
+        super().__init__(args)
+        replace_layers(self, RULES)
+"""
+
 
 @pytest.fixture(autouse=True)
 def on_the_cpu():
@@ -354,6 +376,18 @@ def test_own_layers_are_loaded_by_a_model_file(tmp_path, source):
     assert type(loaded.layers[-1].self_attn.o_proj).__name__ == "Gated"
     model_folders.assert_same_arrays(loaded, model)
     assert mx.array_equal(loaded(mx.array([[3, 5]])), model(mx.array([[3, 5]])))
+
+
+def test_what_wrappers_recorded_in_a_run_is_not_compared(tmp_path, source):
+    (source / "recording.py").write_text(RECORDING)
+    exec(RECORDING, names := {"__name__": "recording"})
+    model = load(source)
+    replace_layers(model, names["RULES"])
+    model(mx.array([[3, 5]]))
+    how: dict[str, Any] = {"config": {"model_file": "recording.py"}, "trust_remote_code": True}
+    lm.save(model, tmp_path / "saved", source, **how)
+
+    model_folders.assert_same_arrays(load(tmp_path / "saved", trust_remote_code=True), model)
 
 
 def test_a_folder_with_a_model_file_is_quantized_and_saved_and_converted(tmp_path, source):
