@@ -243,6 +243,7 @@ def _other_attributes(built: Outline, model: Outline, original: Outline | None) 
             if (
                 original
                 and path in resized
+                and not _is_argument(name)
                 and original.attributes.get(path, {}).get(name) == other
             ):
                 continue
@@ -265,12 +266,17 @@ def _old_arguments(model: Outline, original: Outline) -> set[tuple[str, str]]:
     """Return the arguments that a model had, if it has other modules or shapes than it had.
 
     The arguments from which it was built then no longer describe it. If modules and shapes
-    are the same, what has changed in the config may be what the model computes with.
+    are the same, what has changed in the config may be what the model computes with. So may
+    a bool in any case: models with a head of their own read ``args.tie_word_embeddings``.
     """
     if model.classes.keys() == original.classes.keys() and not _has_other_shapes(model, original):
         return set()
     attributes = [one for held in original.attributes.values() for one in held.items()]
-    return {(name, text) for name, text in attributes if _is_argument(name)}
+    return {
+        (name, text)
+        for name, text in attributes
+        if _is_argument(name) and text not in ("True", "False")
+    }
 
 
 def _has_other_shapes(model: Outline, original: Outline) -> bool:
