@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 import warnings
@@ -22,9 +23,11 @@ Folder = str | Path
 # What `copy_files` does not copy: weights in any format, and files that describe them.
 _WEIGHTS = {
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack"),
-    *(".npz", ".onnx"),
+    *(".npy", ".npz", ".onnx", ".onnx_data", ".ot", ".part", ".pkl", ".tflite"),
 }
 _DESCRIPTIONS = {"config.json", "hf_quant_config.json"}
+_GENERATION = "generation_config.json"
+_CHAT_TEMPLATES = "additional_chat_templates"  # a folder that transformers writes and reads
 
 
 def find(source: Folder) -> Path:
@@ -64,9 +67,19 @@ def read_config(folder: Path) -> Config:
         raise FileNotFoundError(f"there is no config.json in {str(folder)!r}") from None
     except ValueError as error:
         raise ValueError(f"{str(file)!r} is not JSON: {one_line(error)}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{str(file)!r} must hold a JSON object, not a {type(config).__name__}")
+    except (AttributeError, TypeError):  # mlx-lm takes each of the two files for an object
+        _check_object(file)
+        _check_object(folder / _GENERATION)
+        raise
+    _check_object(file)
     return config
+
+
+def _check_object(file: Path) -> None:
+    """Raise a ``ValueError`` if a file of JSON holds anything but an object."""
+    held: Any = json.loads(file.read_text())
+    if not isinstance(held, dict):
+        raise ValueError(f"{str(file)!r} must hold a JSON object, not a {type(held).__name__}")
 
 
 def text_config(config: Config) -> Config:
@@ -180,9 +193,11 @@ def writing(what: str) -> Iterator[None]:
 
 
 def copy_files(source: Path, folder: Path) -> None:
-    """Copy the tokenizer and the other top-level files of a source, except those of its weights."""
+    """Copy the tokenizer and the other files of a source, except those of its weights."""
     for file in _files_to_copy(source):
-        shutil.copyfile(file, folder / file.name)
+        copy = folder / file.relative_to(source)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, copy)
 
 
 def copied_nbytes(source: Path) -> int:
@@ -191,15 +206,32 @@ def copied_nbytes(source: Path) -> int:
 
 
 def _files_to_copy(source: Path) -> list[Path]:
-    """List the top-level files of a source, except those of its weights."""
+    """List the top-level files of a source, except those of its weights, and its chat templates."""
     return [
         file
-        for file in sorted(source.iterdir())
+        for file in sorted([*source.iterdir(), *source.glob(f"{_CHAT_TEMPLATES}/*.jinja")])
         if file.is_file()
-        and file.suffix not in _WEIGHTS
+        and file.suffix.lower() not in _WEIGHTS
         and file.name not in _DESCRIPTIONS
         and not file.name.endswith(".index.json")
     ]
+
+
+def change_generation(folder: Path, changes: Config) -> None:
+    """Give entries new values in the generation config of a folder, where it has them.
+
+    Otherwise mlx-lm, which prefers the end tokens of this file, would not see theirs.
+    """
+    file = folder / _GENERATION
+    if not file.is_file():
+        return
+    try:
+        old: Config = json.loads(file.read_text())
+    except ValueError:  # mlx-lm ignores such a file
+        return
+    new = {key: changes.get(key, value) for key, value in old.items()}
+    if new != old:
+        file.write_text(json.dumps(new, indent=2))
 
 
 def write_config(config: Config, folder: Path, model: nn.Module) -> None:

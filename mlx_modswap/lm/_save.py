@@ -13,6 +13,7 @@ from mlx.utils import tree_flatten
 from mlx_lm import utils
 from mlx_lm.models.bitlinear_layers import BitLinear
 
+from .._errors import described
 from .._select import check_model, select
 from . import _folders
 from ._folders import Config, Folder
@@ -46,7 +47,8 @@ def save(
             the source, such as ``{"num_hidden_layers": 20}`` after blocks were
             removed. The quantization is always taken from the model. An entry
             ``"model_file"`` is the path of a Python file that builds the model;
-            the file is copied. Default: ``None``.
+            the file is copied. An entry that the source's ``generation_config.json``
+            has too is changed in both files. Default: ``None``.
         trust_remote_code (bool): Whether to run the ``model_file`` that the config
             names. Default: ``False``.
 
@@ -67,8 +69,7 @@ def save(
         >>> model, tokenizer = mlx_lm.load("my_model_mixed")
     """
     check_model(model)
-    target, changes = Path(folder), dict(config or {})
-    _check_entries(changes)
+    target, changes = Path(folder), _checked(config)
     _folders.check_free(target)
     origin = _folders.find(source)
     old_config = _folders.read_config(origin)
@@ -86,6 +87,7 @@ def save(
         with _folders.writing("the weights"):
             utils.save_model(staging, model)
         finish(staging, origin, new_config, model)
+        _folders.change_generation(staging, changes)
         if code is not None:
             shutil.copyfile(code, staging / code.name)
         check(staging, target, expected, original, trust_remote_code)
@@ -139,12 +141,24 @@ def _original(origin: Path, trust_remote_code: bool) -> Outline | None:
     return outline(model)
 
 
-def _check_entries(changes: dict[str, Any]) -> None:
+def _checked(config: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return the entries of a config, all of which JSON can hold."""
+    if config is None:
+        return {}
+    if not isinstance(config, Mapping):
+        raise TypeError(f"config must be a dict of entries, not {described(config)}")
+    changes = dict(config)
+    for key in changes:
+        if not isinstance(key, str):
+            raise TypeError(f"the name of a config entry must be a str, not {key!r}")
+    if isinstance(file := changes.get("model_file"), Path):
+        changes["model_file"] = str(file)
     for key, value in changes.items():
         try:
             json.dumps({key: value})
         except (TypeError, ValueError) as error:
             raise TypeError(f"the config entry {key!r} is not JSON: {error}") from None
+    return changes
 
 
 def _model_file(changes: dict[str, Any], origin: Path) -> Path | None:

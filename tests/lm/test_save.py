@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import model_folders
 import zoo
 from mlx_lm import utils
 from mlx_lm.models.bitlinear_layers import bitnet_quantize
+from transformers import AutoTokenizer
 
 from mlx_modswap import lm, replace_layers
 
@@ -44,6 +47,28 @@ class Model(llama.Model):
         super().__init__(args)
         replace_layers(self, RULES)
 '''
+
+RECORDING = """
+from mlx_lm.models import llama
+from mlx_lm.models.llama import ModelArgs
+from mlx_modswap import Wrapper, replace_layers
+
+class Recorded(Wrapper):
+    def __init__(self, layer):
+        super().__init__(layer)
+        self.first = None
+
+    def __call__(self, x):
+        self.first, self.last, self._calls = x, x, 1
+        return super().__call__(x)
+
+RULES = {"model.layers[-2:].**.o_proj": lambda path, layer: Recorded(layer)}
+
+class Model(llama.Model):
+    def __init__(self, args):
+        super().__init__(args)
+        replace_layers(self, RULES)
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -107,6 +132,24 @@ def test_the_quantization_of_the_original_format_is_left_out_of_the_config(tmp_p
     assert model_folders.config_of(tmp_path / "saved")["text_config"] == {"dtype": "float16"}
 
 
+@pytest.mark.parametrize("name", ["gemma3", "gemma4", "mistral3", "qwen3_5"])
+def test_models_that_keep_the_quantization_of_their_original_format_are_saved(tmp_path, name):
+    source = model_folders.zoo_folder(tmp_path / "source", name)
+    config = model_folders.config_of(source)
+    config["text_config"]["quantization_config"] = {"quant_method": "fp8"}
+    (source / "config.json").write_text(json.dumps(config))
+    model = load(source)
+    lm.save(model, tmp_path / "saved", source)
+    lm.convert(source, tmp_path / "converted", {"**": None})
+    lm.convert(source, tmp_path / "quantized", {"**": 4}, group_size=32)
+    dequantized = utils.dequantize_model(load(tmp_path / "quantized"))
+    lm.save(dequantized, tmp_path / "dequantized", tmp_path / "quantized")
+
+    model_folders.assert_same_arrays(load(tmp_path / "saved"), model)
+    model_folders.assert_same_arrays(load(tmp_path / "converted"), model)
+    model_folders.assert_same_arrays(load(tmp_path / "dequantized"), dequantized)
+
+
 def test_a_model_of_bitlinear_layers_keeps_what_its_config_says_of_them(tmp_path):
     quantization = {"quant_method": "bitnet", "modules_to_not_convert": ["lm_head"]}
     model = bitnet_quantize(model_folders.llama(), quantization)
@@ -142,6 +185,8 @@ def test_the_other_files_of_the_source_come_along_but_nothing_about_its_weights(
         (source / name).write_text("{}")
     for name in ("pytorch_model.bin", "pytorch_model.bin.index.json", "hf_quant_config.json"):
         (source / name).write_text("{}")
+    for name in ("rust_model.ot", "64.TFLITE", "weights.npy", "model.onnx_data", "a.pkl", "a.part"):
+        (source / name).write_text("{}")
     (source / "original").mkdir()
     tokenizer = {path.name for path in source.glob("tokenizer*")}
     lm.save(load(source), tmp_path / "saved", source)
@@ -151,6 +196,21 @@ def test_the_other_files_of_the_source_come_along_but_nothing_about_its_weights(
         *tokenizer,
         *("chat_template.jinja", "README.md", "LICENSE", "generation_config.json"),
         *("config.json", "model.safetensors", "model.safetensors.index.json"),
+    }
+
+
+def test_further_chat_templates_come_along(tmp_path, source):
+    folder = model_folders.add_tokenizer(source) / "additional_chat_templates"
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer.chat_template = {"default": "a", "tool_use": "b"}
+    tokenizer.save_pretrained(source)
+    (folder / "notes.txt").write_text("")
+    lm.save(load(source), tmp_path / "saved", source)
+
+    assert model_folders.content(tmp_path / "saved" / folder.name) == {"tool_use.jinja": b"b"}
+    assert AutoTokenizer.from_pretrained(tmp_path / "saved").chat_template == {
+        "default": "a",
+        "tool_use": "b",
     }
 
 
@@ -231,6 +291,30 @@ def test_a_model_with_fewer_blocks_is_saved_with_its_number_of_blocks(tmp_path, 
     model_folders.assert_same_arrays(loaded, model)
 
 
+def test_a_model_with_more_blocks_is_saved_with_its_number_of_blocks(tmp_path, source):
+    model = load(source)
+    blocks = model.model.layers
+    blocks.insert(2, blocks[1])
+    blocks.append(copy.deepcopy(blocks[0]))
+    lm.quantize(model, {"**": 4})
+    lm.save(model, tmp_path / "saved", source, config={"num_hidden_layers": 6})
+    loaded = load(tmp_path / "saved")
+
+    assert len(loaded.layers) == 6
+    assert mx.array_equal(loaded(mx.array([[3, 5]])), model(mx.array([[3, 5]])))
+
+
+def test_a_quantized_model_with_more_words_is_saved_with_its_number_of_words(tmp_path, source):
+    model = load(source)
+    for layer in (model.model.embed_tokens, model.lm_head):
+        layer.weight = mx.concatenate([layer.weight, layer.weight[:2]])
+    model.model.vocab_size = 102
+    lm.quantize(model, {"**": 4})
+    lm.save(model, tmp_path / "saved", source, config={"vocab_size": 102})
+
+    model_folders.assert_same_arrays(load(tmp_path / "saved"), model)
+
+
 def test_a_config_that_changes_what_layers_compute_is_refused_unless_they_compute_that(
     tmp_path, source
 ):
@@ -241,6 +325,7 @@ def test_a_config_that_changes_what_layers_compute_is_refused_unless_they_comput
     for path, norm in model.named_modules():
         if path.endswith("norm"):
             norm.eps = 1e-3
+    model.args.rms_norm_eps = 1e-3
     lm.save(model, tmp_path / "saved", source, config={"rms_norm_eps": 1e-3})
 
 
@@ -251,6 +336,25 @@ def test_a_whole_config_may_be_given(tmp_path, source):
     lm.save(model, tmp_path / "saved", tmp_path / "quantized", config=config)
 
     model_folders.assert_same_arrays(load(tmp_path / "saved"), model)
+
+
+def test_an_entry_of_the_generation_config_is_changed_there_too(tmp_path, source):
+    generation = {"eos_token_id": [1, 7], "temperature": 0.6}
+    (source / "generation_config.json").write_text(json.dumps(generation))
+    lm.save(load(source), tmp_path / "saved", source, config={"eos_token_id": 5})
+    changed = json.loads((tmp_path / "saved" / "generation_config.json").read_text())
+
+    assert changed == {"eos_token_id": 5, "temperature": 0.6}
+    assert utils.load_config(tmp_path / "saved")["eos_token_id"] == 5
+
+
+def test_a_generation_config_that_no_entry_changes_is_copied_as_it_is(tmp_path, source):
+    for name, text in (("same", '{"eos_token_id":[1,7]}'), ("broken", "{'eos_token_id': 1}")):
+        (source / "generation_config.json").write_text(text)
+        changes = {"eos_token_id": [1, 7]}
+        lm.save(load(source), tmp_path / name, source, config=changes)
+
+        assert (tmp_path / name / "generation_config.json").read_text() == text
 
 
 # Own layers
@@ -264,7 +368,7 @@ def test_own_layers_are_loaded_by_a_model_file(tmp_path, source):
     replace_layers(model, names["RULES"])
     for layer in model.layers[-2:]:
         layer.self_attn.o_proj.gate = mx.arange(64) / 64
-    model_file = {"model_file": str(tmp_path / "gated.py")}
+    model_file = {"model_file": tmp_path / "gated.py"}
     lm.save(model, tmp_path / "saved", source, config=model_file, trust_remote_code=True)
     loaded = load(tmp_path / "saved", trust_remote_code=True)
 
@@ -272,6 +376,18 @@ def test_own_layers_are_loaded_by_a_model_file(tmp_path, source):
     assert type(loaded.layers[-1].self_attn.o_proj).__name__ == "Gated"
     model_folders.assert_same_arrays(loaded, model)
     assert mx.array_equal(loaded(mx.array([[3, 5]])), model(mx.array([[3, 5]])))
+
+
+def test_what_wrappers_recorded_in_a_run_is_not_compared(tmp_path, source):
+    (source / "recording.py").write_text(RECORDING)
+    exec(RECORDING, names := {"__name__": "recording"})
+    model = load(source)
+    replace_layers(model, names["RULES"])
+    model(mx.array([[3, 5]]))
+    how: dict[str, Any] = {"config": {"model_file": "recording.py"}, "trust_remote_code": True}
+    lm.save(model, tmp_path / "saved", source, **how)
+
+    model_folders.assert_same_arrays(load(tmp_path / "saved", trust_remote_code=True), model)
 
 
 def test_a_folder_with_a_model_file_is_quantized_and_saved_and_converted(tmp_path, source):

@@ -205,6 +205,10 @@ def no_object(source: Path) -> None:
     (source / "config.json").write_text("[1, 2]")
 
 
+def no_object_for_generation(source: Path) -> None:
+    (source / "generation_config.json").write_text("[1]")
+
+
 def unknown_type(source: Path) -> None:
     config = {**model_folders.LLAMA, "model_type": "paligemma"}
     (source / "config.json").write_text(json.dumps(config))
@@ -229,6 +233,11 @@ def no_folder(source: Path) -> None:
             no_object,
             ValueError,
             "'{source}/config.json' must hold a JSON object, not a list",
+        ),
+        (
+            no_object_for_generation,
+            ValueError,
+            "'{source}/generation_config.json' must hold a JSON object, not a list",
         ),
         (
             unknown_type,
@@ -258,6 +267,12 @@ def test_a_source_that_is_broken_is_named(tmp_path, source, spoil, error, messag
             {"config": {"note": {1, 2}}},
             TypeError,
             "the config entry 'note' is not JSON: Object of type set is not JSON serializable",
+        ),
+        ({"config": 3}, TypeError, "config must be a dict of entries, not an int"),
+        (
+            {"config": {1: 2}},
+            TypeError,
+            "the name of a config entry must be a str, not 1",
         ),
         (
             {"config": {"model_file": "own.py"}},

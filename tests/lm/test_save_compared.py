@@ -1,0 +1,172 @@
+"""What ``lm.save`` compares besides layers and parameters: attributes, constants, arguments."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+
+pytest.importorskip("mlx_lm", reason="mlx_modswap.lm is made of functions of mlx-lm")
+
+import model_folders
+from mlx_lm import utils
+from mlx_lm.models.rope_utils import initialize_rope
+
+from mlx_modswap import lm, replace_layers
+
+SCALED = """
+import mlx.core as mx
+from mlx_lm.models import llama
+from mlx_lm.models.llama import ModelArgs
+from mlx_modswap import Wrapper, replace_layers
+
+class Scaled(Wrapper):
+    def __init__(self, layer, by=2.0, vector=1.0):
+        super().__init__(layer)
+        self.by = by
+        self._vector = mx.full((64,), vector)
+
+    def __call__(self, x):
+        return self.by * self._vector * super().__call__(x)
+
+class Negated(Wrapper):
+    def __call__(self, x):
+        return -super().__call__(x)
+
+RULES = {"model.layers[-2:].mlp.down_proj": lambda path, layer: Scaled(layer)}
+
+class Model(llama.Model):
+    def __init__(self, args):
+        super().__init__(args)
+        replace_layers(self, RULES)
+"""
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu():
+    with mx.stream(mx.cpu):
+        yield
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return model_folders.llama_folder(tmp_path / "source")
+
+
+def load(folder: Path, **keywords: Any) -> Any:
+    return utils.load_model(folder, **keywords)[0]
+
+
+OTHER_VALUE = (
+    "mlx-lm sets {name} of model.layers[2:4].mlp.down_proj to {one}, the model has {other}: set it "
+    "in the model, or give the entry of the config that sets it with config={{...}}"
+)
+OTHER_LAYER = (
+    "mlx-lm builds Scaled(Linear) at model.layers[2:4].mlp.down_proj, the model has {other}: fuse "
+    "or unwrap it, or give a model_file"
+)
+
+
+@pytest.mark.parametrize(
+    ("wrap", "told"),
+    [
+        ("Scaled(layer, 5.0)", OTHER_VALUE.format(name="by", one="2.0", other="5.0")),
+        (
+            "Scaled(layer, vector=5.0)",
+            "mlx-lm gives _vector of model.layers[2:4].mlp.down_proj other values than the model "
+            "has: set them in the model, or give the entry of the config that sets them with "
+            "config={...}",
+        ),
+        ("Scaled(Scaled(layer))", OTHER_LAYER.format(other="Scaled(Scaled(Linear))")),
+        ("Scaled(Negated(layer))", OTHER_LAYER.format(other="Scaled(Negated(Linear))")),
+    ],
+)
+def test_wrappers_with_other_attributes_or_around_other_layers_are_refused(
+    tmp_path, source, wrap, told
+):
+    (tmp_path / "scaled.py").write_text(SCALED)
+    exec(SCALED, names := {"__name__": "scaled"})
+    model = load(source)
+    wrapper = eval(f"lambda path, layer: {wrap}", names)
+    replace_layers(model, "model.layers[-2:].mlp.down_proj", wrapper)
+    model_file = {"model_file": str(tmp_path / "scaled.py")}
+    with pytest.raises(ValueError, match="was not written") as caught:
+        lm.save(model, tmp_path / "saved", source, config=model_file, trust_remote_code=True)
+
+    assert str(caught.value) == f"'{tmp_path}/saved' was not written: {told}"
+    assert not (tmp_path / "saved").exists()
+
+
+def test_attributes_of_a_wrapper_under_a_wrapper_are_compared(tmp_path, source):
+    twice = SCALED.replace("Scaled(layer)}", "Scaled(Scaled(layer))}")
+    (source / "scaled.py").write_text(twice)
+    how: dict[str, Any] = {"config": {"model_file": "scaled.py"}, "trust_remote_code": True}
+    exec(twice, names := {"__name__": "scaled"})
+    model = load(source)
+    replace_layers(model, names["RULES"])
+    lm.save(model, tmp_path / "equal", source, **how)
+
+    model.layers[-1].mlp.down_proj.__wrapped__.by = 5.0
+    with pytest.raises(ValueError, match="was not written") as caught:
+        lm.save(model, tmp_path / "saved", source, **how)
+
+    assert str(caught.value) == (
+        f"'{tmp_path}/saved' was not written: mlx-lm sets __wrapped__.by of "
+        "model.layers.3.mlp.down_proj to 2.0, the model has 5.0: set it in the model, or give the "
+        "entry of the config that sets it with config={...}"
+    )
+
+
+def test_ropes_with_other_frequencies_are_refused(tmp_path):
+    scaling = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 16}
+    source = model_folders.llama_folder(tmp_path / "source", rope_scaling=scaling)
+    model = load(source)
+    lm.save(model, tmp_path / "equal", source)
+    for layer in model.layers[1:]:
+        layer.self_attn.rope = initialize_rope(16, 10000, False, {**scaling, "factor": 32.0})
+    with pytest.raises(ValueError, match="was not written") as caught:
+        lm.save(model, tmp_path / "saved", source)
+
+    assert str(caught.value) == (
+        f"'{tmp_path}/saved' was not written: mlx-lm gives _freqs of "
+        "model.layers[1:4].self_attn.rope other values than the model has: set them in the model, "
+        "or give the entry of the config that sets them with config={...}"
+    )
+
+
+def test_a_config_of_which_the_model_computes_with_the_old_value_is_refused(tmp_path):
+    """The calls of minicpm read ``args.scale_emb``."""
+    source = model_folders.zoo_folder(tmp_path / "source", "minicpm")
+    model = load(source)
+    lm.quantize(model, {"**": 4})
+    with pytest.raises(ValueError, match="was not written") as caught:
+        lm.save(model, tmp_path / "saved", source, config={"scale_emb": 40})
+
+    assert str(caught.value) == (
+        f"'{tmp_path}/saved' was not written: mlx-lm sets args.scale_emb of the model itself, "
+        "model, model.layers[0:4], model.layers[0:4].self_attn to 40, the model has 2: set it in "
+        "the model, or give the entry of the config that sets it with config={...}"
+    )
+    model.args.scale_emb = 40
+    lm.save(model, tmp_path / "saved", source, config={"scale_emb": 40})
+
+
+def test_a_model_that_does_not_use_its_new_head_is_refused(tmp_path):
+    source = model_folders.llama_folder(tmp_path / "source", tie_word_embeddings=True)
+    model, config = load(source), {"tie_word_embeddings": False}
+    model.lm_head = nn.Linear(64, 100, bias=False)
+    with pytest.raises(ValueError, match="was not written") as caught:
+        lm.save(model, tmp_path / "saved", source, config=config)
+
+    assert str(caught.value) == (
+        f"'{tmp_path}/saved' was not written: mlx-lm sets args.tie_word_embeddings of the model "
+        "itself, model, model.layers[0:4] to False, the model has True: set it in the model, or "
+        "give the entry of the config that sets it with config={...}"
+    )
+    model.args.tie_word_embeddings = False
+    lm.save(model, tmp_path / "saved", source, config=config)
+    tokens = mx.array([[3, 5]])
+    assert mx.array_equal(load(tmp_path / "saved")(tokens), model(tokens))
