@@ -306,10 +306,10 @@ class _Shared:
         self.sees_inputs = sees_inputs
         self.calls = dict.fromkeys(paths, 0)
         self.firsts = dict(zip(paths, paths))
-        self.kind: Any = type(_Hooked)("_Hooked", (_Hooked,), {})
+        self.kind: Any = type(Hooked)("Hooked", (Hooked,), {})
 
 
-class _Hooked(Wrapper):
+class Hooked(Wrapper):
     """A layer with the hook of a block. Setting an attribute sets it on the layer."""
 
     def __init__(self, layer: nn.Module, shared: _Shared):

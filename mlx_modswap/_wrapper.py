@@ -113,7 +113,7 @@ class Wrapper(nn.Module, metaclass=_Sealing):
             mlx.nn.Module: A wrapper of the same class, with a copy of its attributes.
         """
         layer: Any = self.__wrapped__
-        return _rebuilt(type(self), layer.to_quantized(*args, **kwargs), _own_attributes(self))
+        return _rebuilt(type(self), layer.to_quantized(*args, **kwargs), own_attributes(self))
 
     # The methods of `nn.Module` and `dict` come from the layer as well, since its class may
     # override them. So does `__class__`, which `isinstance` reads.
@@ -179,7 +179,7 @@ class Wrapper(nn.Module, metaclass=_Sealing):
         return f"{type(self).__name__}({self.__wrapped__!r})"
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _rebuilt, (type(self), self.__wrapped__, _own_attributes(self))
+        return _rebuilt, (type(self), self.__wrapped__, own_attributes(self))
 
 
 # ---------------------------------------------------------------- what is the wrapper's own
@@ -189,7 +189,7 @@ def _own(wrapper: Wrapper) -> dict[str, Any]:
     return object.__getattribute__(wrapper, "__dict__")
 
 
-def _own_attributes(wrapper: Wrapper) -> dict[str, Any]:
+def own_attributes(wrapper: Wrapper) -> dict[str, Any]:
     """Return all attributes that were set on the wrapper itself, including slots."""
     attributes = dict(_own(wrapper))
     for name in vars(type(wrapper))[_SLOTS]:
@@ -200,7 +200,7 @@ def _own_attributes(wrapper: Wrapper) -> dict[str, Any]:
 
 def _set_own_modes(wrapper: Wrapper, mode: bool) -> None:
     """Set the training mode of the wrapper's own modules that have no parameters."""
-    for value in _own_attributes(wrapper).values():
+    for value in own_attributes(wrapper).values():
         if not issubclass(type(value), nn.Module) and not (is_container(value) and value):
             continue
         if not _holds_arrays(value):
@@ -222,7 +222,7 @@ def _check_own(wrapper: Wrapper) -> None:
 
     Nor may it hide a method of every module, such as ``items``: MLX calls them.
     """
-    for name, value in _own_attributes(wrapper).items():
+    for name, value in own_attributes(wrapper).items():
         if callable(getattr(nn.Module, name, None)):
             raise TypeError(
                 f"{type(wrapper).__name__}.__init__ sets {name!r}, which is a method of every "

@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten
 
 from .._containers import wrapped_layers
 from .._select import select
-from .._wrapper import Wrapper, _own_attributes
+from .._wrapper import Wrapper, own_attributes
 from ._lora import KINDS
 from ._paths import folded, listed
 
@@ -96,7 +96,7 @@ def _held(module: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _of_wrapper(wrapper: Any) -> Iterator[tuple[str, Any]]:
-    for name, value in _own_attributes(wrapper).items():
+    for name, value in own_attributes(wrapper).items():
         if name.isidentifier():  # the library's own names are not
             yield name, value
 

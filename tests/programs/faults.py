@@ -397,7 +397,7 @@ FAULTS = [
         "wrapper: quantizing takes it off",
         "_wrapper.py",
         "        return _rebuilt(type(self), layer.to_quantized(*args, **kwargs), "
-        "_own_attributes(self))\n",
+        "own_attributes(self))\n",
         "        return layer.to_quantized(*args, **kwargs)\n",
     ),
     Fault(
