@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -170,3 +171,45 @@ def test_a_model_that_does_not_use_its_new_head_is_refused(tmp_path):
     lm.save(model, tmp_path / "saved", source, config=config)
     tokens = mx.array([[3, 5]])
     assert mx.array_equal(load(tmp_path / "saved")(tokens), model(tokens))
+
+
+SCALING = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 16}
+
+
+def with_an_object(model: Any) -> None:
+    model.note = Decimal(1)
+
+
+def without_a_scale(model: Any) -> None:
+    del model.layers[0].self_attn.scale
+
+
+def with_another_factor(model: Any) -> None:
+    model.args.rope_scaling = {**SCALING, "factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (with_an_object, "mlx-lm sets note of the model itself to nothing, the model has Decimal"),
+        (
+            without_a_scale,
+            "mlx-lm sets scale of model.layers.0.self_attn to 0.25, the model has nothing",
+        ),
+        (
+            with_another_factor,
+            "mlx-lm sets args.rope_scaling of the model itself, model, model.layers[0:4] to "
+            "...8.0, 'original_max_position_embeddings': 16}..., the model has "
+            "...4.0, 'original_max_position_embeddings': 16}...",
+        ),
+    ],
+)
+def test_attributes_of_any_kind_are_compared(tmp_path, change, told):
+    source = model_folders.llama_folder(tmp_path / "source", rope_scaling=SCALING)
+    model = load(source)
+    change(model)
+    with pytest.raises(ValueError, match="was not written") as caught:
+        lm.save(model, tmp_path / "saved", source)
+
+    cure = "set it in the model, or give the entry of the config that sets it with config={...}"
+    assert str(caught.value) == f"'{tmp_path}/saved' was not written: {told}: {cure}"
