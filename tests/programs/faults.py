@@ -201,6 +201,36 @@ FAULTS = [
         "        pass\n",
     ),
     Fault(
+        "the dropout of a wrapper keeps its training mode",
+        "_wrapper.py",
+        "        _set_own_modes(self, mode)\n",
+        "        pass\n",
+    ),
+    Fault(
+        "the dropout of a new wrapper does not have the mode of the layer",
+        "_wrapper.py",
+        '        _set_own_modes(wrapper, getattr(wrapper, "_training", True))\n',
+        "",
+    ),
+    Fault(
+        "the model changes an output that was captured",
+        "_hooks.py",
+        "recorded[path].append(_kept(output))",
+        "recorded[path].append(output)",
+    ),
+    Fault(
+        "the model changes the vector of a patch",
+        "_hooks.py",
+        "        return _kept(new)\n",
+        "        return new\n",
+    ),
+    Fault(
+        "the model changes an argument that a hook has kept",
+        "_hooks.py",
+        "        if shared.sees_inputs:\n",
+        "        if False:\n",
+    ),
+    Fault(
         "the training mode is handed to modules of the model as well",
         "_plan.py",
         "    training = _check_cycles(places, news, known)\n",
