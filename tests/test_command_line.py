@@ -493,21 +493,27 @@ def ending(tmp_path, request) -> str:
     return f"convert {tmp_path / 'model'} {tmp_path / 'new'} **=4 --trust-remote-code"
 
 
+def run_with(handler: Any, name: str, command: str) -> tuple[int, str, str]:
+    """Run a command that starts with a handler of a signal, such as ``SIG_IGN`` under nohup."""
+    before = signal.signal(signal.Signals[name], handler)
+    try:
+        return run(*command.split())
+    finally:
+        signal.signal(signal.Signals[name], before)
+
+
 @needs_mlx_lm
 @pytest.mark.parametrize("ending", ["SIGINT", "SIGTERM", "SIGHUP"], indirect=True)
-def test_a_conversion_that_is_ended_by_a_signal_leaves_nothing(ending, tmp_path):
-    assert run(*ending.split()) == (1, "", "mlx_modswap: interrupted\n")
+def test_a_conversion_that_is_ended_by_a_signal_leaves_nothing(ending, tmp_path, request):
+    name = request.node.callspec.params["ending"]
+    assert run_with(signal.SIG_DFL, name, ending) == (1, "", "mlx_modswap: interrupted\n")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 @needs_mlx_lm
 @pytest.mark.parametrize("ending", ["SIGHUP"], indirect=True)
 def test_a_signal_that_is_ignored_does_not_end_a_conversion(ending, tmp_path):
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
-    try:
-        status, _, err = run(*ending.split())
-    finally:
-        signal.signal(signal.SIGHUP, before)
+    status, _, err = run_with(signal.SIG_IGN, "SIGHUP", ending)
     assert (status, err) == (0, "")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "new"]
 
