@@ -351,10 +351,10 @@ def test_modules_of_a_wrapper_follow_the_training_mode_of_the_model():
     assert wrapper.modes() == {True}
     model.eval()
     assert wrapper.modes() == {False}
+    assert wrapper._frozen.training
     assert mx.array_equal(model(x), wrapper.__wrapped__(x))
     model.train()
     assert wrapper.modes() == {True}
-    assert wrapper._frozen.training
 
 
 @pytest.mark.parametrize(
