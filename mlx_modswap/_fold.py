@@ -145,7 +145,7 @@ def _is_plain(choice: Choice) -> bool:
     return isinstance(choice[0], int) or not any(
         not name
         or re.search(r"[*?\[\]{},]", name)
-        or name != name.strip()
+        or name != name.strip(" ")
         or not name.isprintable()
         for name in map(str, choice)
     )

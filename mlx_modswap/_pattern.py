@@ -199,7 +199,7 @@ def _parse_name(start: int, name: str) -> Any:
         raise _brace_mistake(start, name)
     pieces = re.split(r"\{([^{}]*)\}", name)
     parts = [piece.split(",") if i % 2 else [piece] for i, piece in enumerate(pieces)]
-    if any(option != option.strip() for options in parts[1::2] for option in options):
+    if any(option != option.strip(" ") for options in parts[1::2] for option in options):
         raise Mistake("an alternative in braces starts or ends with a blank", start, len(name))
     if "*" not in name and "?" not in name and len(parts) <= 3:
         return _Names(map("".join, product(*parts)))
