@@ -142,7 +142,7 @@ def _span(found: re.Match[str]) -> str:
 def _characters(found: re.Match[str]) -> str:
     """Write a glob's choice of characters, ``[qk]`` or ``[a-z]``, as braces or ``?``.
 
-    There is no such form for ``[!q]``: ``?`` would select what was to be left out.
+    ``[!q]`` stays as it is, since ``?`` would also select ``q``.
     """
     return re.sub(
         r"\[([^\[\]!^][^\[\]]*)\]",

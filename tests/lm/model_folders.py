@@ -27,6 +27,18 @@ LLAMA = {
     "tie_word_embeddings": False,
 }
 
+# Code of a model that casts a weight when it is loaded.
+CASTING = """
+import mlx.core as mx
+from mlx_lm.models import llama
+from mlx_lm.models.llama import ModelArgs
+
+class Model(llama.Model):
+    def sanitize(self, weights):
+        norm = "model.norm.weight"
+        return {**super().sanitize(weights), norm: weights[norm].astype(mx.float32)}
+"""
+
 
 def llama(**config: Any) -> nn.Module:
     """A new model, with the same parameters each time."""

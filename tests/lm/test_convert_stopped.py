@@ -436,20 +436,8 @@ def test_weights_that_are_cut_off_while_they_are_read_are_named(tmp_path, source
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
-CASTING = """
-import mlx.core as mx
-from mlx_lm.models import llama
-from mlx_lm.models.llama import ModelArgs
-
-class Model(llama.Model):
-    def sanitize(self, weights):
-        norm = "model.norm.weight"
-        return {**super().sanitize(weights), norm: weights[norm].astype(mx.float32)}
-"""
-
-
 def test_a_model_that_would_be_loaded_with_other_dtypes_is_refused(tmp_path, source):
-    (source / "own.py").write_text(CASTING)
+    (source / "own.py").write_text(model_folders.CASTING)
     config = {**model_folders.LLAMA, "model_file": "own.py", "torch_dtype": "float16"}
     (source / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="was not written") as caught:

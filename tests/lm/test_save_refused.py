@@ -20,17 +20,6 @@ from mlx_lm.tuner.lora import LoRALinear
 
 from mlx_modswap import Wrapper, lm, replace_layers
 
-CASTING = """
-import mlx.core as mx
-from mlx_lm.models import llama
-from mlx_lm.models.llama import ModelArgs
-
-class Model(llama.Model):
-    def sanitize(self, weights):
-        norm = "model.norm.weight"
-        return {**super().sanitize(weights), norm: weights[norm].astype(mx.float32)}
-"""
-
 
 @pytest.fixture(autouse=True)
 def on_the_cpu():
@@ -179,7 +168,7 @@ def test_the_refusal_of_other_layers_comes_without_the_traceback_of_mlx_lm(tmp_p
 
 
 def test_a_folder_whose_weights_mlx_lm_would_cast_is_refused(tmp_path, source):
-    (source / "casting.py").write_text(CASTING)
+    (source / "casting.py").write_text(model_folders.CASTING)
     how: dict[str, Any] = {"config": {"model_file": "casting.py"}, "trust_remote_code": True}
     with pytest.raises(ValueError, match="was not written") as caught:
         lm.save(load(source), tmp_path / "saved", source, **how)
