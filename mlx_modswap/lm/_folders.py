@@ -68,16 +68,15 @@ def read_config(folder: Path) -> Config:
     except ValueError as error:
         raise ValueError(f"{str(file)!r} is not JSON: {one_line(error)}") from error
     except (AttributeError, TypeError):  # mlx-lm takes each of the two files for an object
-        _check_object(file)
-        _check_object(folder / _GENERATION)
+        for one in (file, folder / _GENERATION):
+            _check_object(one, json.loads(one.read_text()))
         raise
-    _check_object(file)
+    _check_object(file, config)
     return config
 
 
-def _check_object(file: Path) -> None:
-    """Raise a ``ValueError`` if a file of JSON holds anything but an object."""
-    held: Any = json.loads(file.read_text())
+def _check_object(file: Path, held: Any) -> None:
+    """Raise a ``ValueError`` if what a file of JSON holds is not an object."""
     if not isinstance(held, dict):
         raise ValueError(f"{str(file)!r} must hold a JSON object, not a {type(held).__name__}")
 
