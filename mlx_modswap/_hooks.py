@@ -48,12 +48,13 @@ def observe(
 ) -> Iterator[dict[str, int]]:
     """Call a function after each call of a selected layer inside a ``with`` block.
 
-    The function sees the output and the arguments of each call, as they are then, even
-    if the model changes them later (``h += y``); and it changes nothing:
+    The function sees the output and the arguments of each call, and changes nothing:
     use it for calibration, for running statistics or to look at inputs, without
-    keeping every array. After the block the model has its own layers back, and no
-    layer refers to ``hook`` any more. For a layer with parameters in several places,
-    ``hook`` is called once per call of the layer, with the first of its paths.
+    keeping every array. Arrays that it does keep stay as they were in the call, even
+    if the model changes them later (``h += y``). After the block the model has its own
+    layers back, and no layer refers to ``hook`` any more. For a layer with parameters
+    in several places, ``hook`` is called once per call of the layer, with the first of
+    its paths.
 
     If a function is compiled inside the block, ``hook`` is called only once, while
     the function is traced, with arrays that must not be kept.

@@ -218,9 +218,10 @@ def _is_own(wrapper: Wrapper, name: str) -> bool:
 
 
 def _check_own(wrapper: Wrapper) -> None:
-    """Check that no public attribute set in ``__init__`` holds arrays: MLX would not find them.
+    """Check the attributes set in ``__init__``.
 
-    Nor may it hide a method of every module, such as ``items``: MLX calls them.
+    MLX would not find the arrays of a public attribute. And it calls the methods of
+    every module, such as ``items``, which an attribute must not hide.
     """
     for name, value in own_attributes(wrapper).items():
         if callable(getattr(nn.Module, name, None)):

@@ -82,9 +82,9 @@ def _pairs(file: Path) -> dict[str, dict[str, mx.array]]:
     given = read_arrays(file)
     for found in filter(None, map(_EMBEDDING.fullmatch, given)):
         raise ValueError(
-            f"{quoted(file)} has an adapter of an embedding, {found['path']!r}: PEFT's changes "
-            "only the inputs, and mlx-lm's also the outputs if the embedding is the head, too; "
-            f"untie the two, {_MERGE}"
+            f"{quoted(file)} has an adapter of an embedding, {found['path']!r}: PEFT "
+            "adapts only the inputs, but mlx-lm would adapt the outputs as well if the head is "
+            f"tied to the embedding; untie the two, {_MERGE}"
         )
     pairs: dict[str, dict[str, mx.array]] = {}
     for name, array in given.items():

@@ -291,8 +291,8 @@ def test_an_adapter_of_an_embedding_is_one_clear_error(with_base, tmp_path):
 
     assert message(lambda: lm.adapter_rules(tmp_path), tmp_path) == (
         "ValueError: 'math/adapter_model.safetensors' has an adapter of an embedding, "
-        "'model.embed_tokens': PEFT's changes only the inputs, and mlx-lm's also the outputs if "
-        f"the embedding is the head, too; untie the two, {MERGE}"
+        "'model.embed_tokens': PEFT adapts only the inputs, but mlx-lm would adapt the outputs as "
+        f"well if the head is tied to the embedding; untie the two, {MERGE}"
     )
 
 
