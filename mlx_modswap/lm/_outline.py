@@ -142,7 +142,7 @@ def difference(built: Outline, model: Outline, original: Outline | None = None) 
         built (Outline): What mlx-lm builds.
         model (Outline): The model.
         original (Outline, optional): What mlx-lm builds with the config that the model
-            was loaded with, if some of its entries have changed.
+            was loaded with, if some of its entries may have changed.
 
     Returns:
         str: The differences in words, or ``""``.
@@ -299,7 +299,7 @@ def _shortened(one: str, other: str, most: int = 60) -> tuple[str, str]:
     if max(len(one), len(other)) <= most:
         return one, other
     same = next((n for n, (a, b) in enumerate(zip(one, other)) if a != b), 0)
-    start = max(one.rfind(" ", 0, same) + 1, 0)
+    start = one.rfind(" ", 0, same) + 1
     return f"...{one[start : start + most]}...", f"...{other[start : start + most]}..."
 
 

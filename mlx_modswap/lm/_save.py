@@ -78,9 +78,7 @@ def save(
     _folders.check_trust(new_config, trust_remote_code)
 
     expected = outline(model)
-    original = None
-    if any(old_config.get(key, ...) != value for key, value in changes.items()):
-        original = _original(origin, trust_remote_code)
+    original = _original(origin, trust_remote_code) if changes else None
     arrays: Any = tree_flatten(model.parameters())
     nbytes = sum(array.nbytes for _, array in arrays)
     with _folders.staged(target, nbytes + _folders.copied_nbytes(origin)) as staging:

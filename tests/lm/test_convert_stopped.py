@@ -411,6 +411,22 @@ def test_a_model_that_is_larger_than_the_disk_is_refused_before_the_first_byte(t
 
     assert model_folders.content(tmp_path) == before
 
+    (source / "notes.txt").touch()
+    os.truncate(source / "notes.txt", 2**40)  # it takes no space, but its copy would
+    with pytest.raises(OSError, match=r"needs 71\.5 TB"):
+        lm.convert(source, tmp_path / "converted", {"**": 4}, trust_remote_code=True)
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path, wide_source):
+    before = model_folders.content(tmp_path)
+    with (
+        model_folders.small_files_only(),
+        pytest.raises(OSError, match=r"^model\.safetensors could not be written: \[write\] "),
+    ):
+        lm.convert(wide_source, tmp_path / "converted", {"**": 8})
+
+    assert model_folders.content(tmp_path) == before
+
 
 TRUNCATING = """
 import os

@@ -161,6 +161,18 @@ def test_a_model_of_bitlinear_layers_keeps_what_its_config_says_of_them(tmp_path
     model_folders.assert_same_arrays(load(tmp_path / "saved"), model)
 
 
+def test_the_config_of_the_vision_tower_is_kept_if_the_model_has_the_tower(tmp_path):
+    for name in ("muse_spark", "gemma3"):
+        source = model_folders.zoo_folder(tmp_path / name, name)
+        config = {"vision_config": {}, "_name_or_path": "a", **model_folders.config_of(source)}
+        (source / "config.json").write_text(json.dumps(config))
+        lm.save(load(source), tmp_path / f"{name}-saved", source)
+        saved = model_folders.config_of(tmp_path / f"{name}-saved")
+
+        assert "_name_or_path" not in saved
+        assert saved.get("vision_config") == {"muse_spark": config["vision_config"]}.get(name)
+
+
 @pytest.mark.parametrize("keywords", [{"mode": "mxfp4"}, {"mode": "nvfp4"}, {"mode": "mxfp8"}])
 def test_other_modes_are_loaded(tmp_path, source, keywords):
     model = load(source)
@@ -329,6 +341,17 @@ def test_a_config_that_changes_what_layers_compute_is_refused_unless_they_comput
     lm.save(model, tmp_path / "saved", source, config={"rms_norm_eps": 1e-3})
 
 
+def test_a_model_without_all_of_its_weights_is_saved_with_fewer_blocks(tmp_path, source):
+    arrays: Any = mx.load(str(source / "model.safetensors"))
+    del arrays["lm_head.weight"]
+    mx.save_safetensors(str(source / "model.safetensors"), arrays)
+    model = load(source, strict=False)
+    del model.layers[1]
+    lm.save(model, tmp_path / "saved", source, config={"num_hidden_layers": 3})
+
+    model_folders.assert_same_arrays(load(tmp_path / "saved"), model)
+
+
 def test_a_whole_config_may_be_given(tmp_path, source):
     lm.convert(source, tmp_path / "quantized", {"**": 4})
     model, config = utils.load_model(tmp_path / "quantized")
@@ -399,8 +422,9 @@ def test_a_folder_with_a_model_file_is_quantized_and_saved_and_converted(tmp_pat
     lm.save(model, tmp_path / "own", source, config={"model_file": "gated.py"}, **how)
 
     model = load(tmp_path / "own", **how)
+    del model.layers[0]
     lm.quantize(model, {"**": 4})
-    lm.save(model, tmp_path / "saved", tmp_path / "own", **how)
+    lm.save(model, tmp_path / "saved", tmp_path / "own", config={"num_hidden_layers": 3}, **how)
     lm.convert(tmp_path / "own", tmp_path / "converted", {"**": 4}, dtype="float16", **how)
 
     for folder in ("saved", "converted"):

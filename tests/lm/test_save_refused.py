@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 import traceback
 from pathlib import Path
@@ -167,6 +169,30 @@ def test_the_refusal_of_other_layers_comes_without_the_traceback_of_mlx_lm(tmp_p
     assert shown.count("Traceback") == 1
 
 
+def test_a_refusal_for_another_reason_has_the_error_of_mlx_lm_as_its_cause(tmp_path, source):
+    model = load(source)
+    with_a_bias(model)
+    with pytest.raises(ValueError, match="was not written") as caught:
+        lm.save(model, tmp_path / "saved", source)
+
+    assert "mlx-lm cannot load" in str(caught.value.__cause__)
+
+
+def test_other_layers_are_named_for_a_model_with_a_model_file(tmp_path, source):
+    (source / "own.py").write_text("from mlx_lm.models.llama import Model, ModelArgs")
+    model = load(source)
+    with_adapters(model)
+    how: dict[str, Any] = {"config": {"model_file": "own.py"}, "trust_remote_code": True}
+    with pytest.raises(ValueError, match="was not written") as caught:
+        lm.save(model, tmp_path / "saved", source, **how)
+
+    assert str(caught.value) == (
+        f"'{tmp_path}/saved' was not written: mlx-lm builds Linear at "
+        "model.layers[0:2].self_attn.{q,v}_proj, the model has LoRALinear: fuse or unwrap it, or "
+        "give a model_file; lm.save_adapters writes the adapters alone"
+    )
+
+
 def test_a_folder_whose_weights_mlx_lm_would_cast_is_refused(tmp_path, source):
     (source / "casting.py").write_text(model_folders.CASTING)
     how: dict[str, Any] = {"config": {"model_file": "casting.py"}, "trust_remote_code": True}
@@ -324,4 +350,24 @@ def test_a_model_that_is_larger_than_the_disk_is_refused_before_the_first_byte(t
 
     assert str(caught.value).startswith(repr(str(tmp_path / "saved")))
     assert str(caught.value).endswith("left; nothing was written")
+    assert model_folders.content(tmp_path) == before
+
+    (source / "notes.txt").touch()
+    os.truncate(source / "notes.txt", 2**40)  # it takes no space, but its copy would
+    with pytest.raises(OSError, match=r"needs 71\.5 TB"):
+        lm.save(model, tmp_path / "saved", source)
+
+
+def test_weights_that_cannot_be_written_are_named(tmp_path, source):
+    model, before = load(source), model_folders.content(tmp_path)
+    with (
+        model_folders.small_files_only(),
+        pytest.raises(OSError, match="could not be written") as caught,
+    ):
+        lm.save(model, tmp_path / "saved", source)
+
+    text = str(caught.value)
+    assert re.fullmatch(
+        r"the weights could not be written: \[write\] Unable to write \d+ bytes to file\.", text
+    )
     assert model_folders.content(tmp_path) == before
