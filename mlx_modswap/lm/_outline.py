@@ -226,27 +226,11 @@ def _nested(classes: Classes) -> str:
 
 def _other_attributes(built: Outline, model: Outline, original: Outline | None) -> str:
     differing: dict[tuple[str, str, str], list[str]] = {}
-    resized = _resized(model, original) if original else set[str]()
+    old = _old_attributes(model, original) if original else set[tuple[str, str, str]]()
     old_arguments = _old_arguments(model, original) if original else set[tuple[str, str]]()
-    for path, attributes in model.attributes.items():
-        anew = built.attributes[path]
-        for name in dict.fromkeys([*attributes, *anew]):
-            one, other = anew.get(name, "nothing"), attributes.get(name, "nothing")
-            if one == other:
-                continue
-            may_be_of_a_run = _is_private(name) or (path, name) in model.constants
-            if may_be_of_a_run and one in ("nothing", "None"):
-                continue
-            # The model may still have the values of its old config, its own or in its blocks.
-            if (name, other) in old_arguments:
-                continue
-            if (
-                original
-                and path in resized
-                and not _is_argument(name)
-                and original.attributes.get(path, {}).get(name) == other
-            ):
-                continue
+    for path, name, one, other in _unequal_attributes(built, model):
+        # The model may still have the values of its old config, its own or in its blocks.
+        if (path, name, other) not in old and (name, other) not in old_arguments:
             differing.setdefault((name, *_shortened(one, other)), []).append(path)
     texts = [
         f"mlx-lm sets {name} of {listed(_at(paths))} to {one}, the model has {other}"
@@ -256,10 +240,29 @@ def _other_attributes(built: Outline, model: Outline, original: Outline | None) 
     return f"{listed(texts, ', and ')}: {cure}" if texts else ""
 
 
-def _resized(model: Outline, original: Outline) -> set[str]:
-    """Return the paths inside which a model has more or fewer modules than it had."""
+def _unequal_attributes(built: Outline, model: Outline) -> Iterator[tuple[str, str, str, str]]:
+    """Yield the path and the name of each attribute that differs, and what both models have."""
+    for path, attributes in model.attributes.items():
+        anew = built.attributes[path]
+        for name in dict.fromkeys([*attributes, *anew]):
+            one, other = anew.get(name, "nothing"), attributes.get(name, "nothing")
+            may_be_of_a_run = _is_private(name) or (path, name) in model.constants
+            if one != other and not (may_be_of_a_run and one in ("nothing", "None")):
+                yield path, name, one, other
+
+
+def _old_attributes(model: Outline, original: Outline) -> set[tuple[str, str, str]]:
+    """Return the attributes that a model had, of those modules that have other modules inside now.
+
+    Their values may be counts of these.
+    """
     changed = model.classes.keys() ^ original.classes.keys()
-    return {above for path in changed for above in _above(path)}
+    return {
+        (path, name, text)
+        for path in {above for path in changed for above in _above(path)}
+        for name, text in original.attributes.get(path, {}).items()
+        if not _is_argument(name)
+    }
 
 
 def _old_arguments(model: Outline, original: Outline) -> set[tuple[str, str]]:
