@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import mlx.core as mx
 import pytest
@@ -26,3 +27,14 @@ if "DEVICE" in os.environ:
 def nightly(request: pytest.FixtureRequest) -> bool:
     """Whether the tests may take their time."""
     return request.config.getoption("--hypothesis-profile") == "nightly"
+
+
+@pytest.fixture
+def on_the_cpu() -> Iterator[None]:
+    """Compute on the CPU, whatever `DEVICE` says, with the same random numbers each time.
+
+    It is for tests of exact values: a GPU multiplies in TF32.
+    """
+    mx.random.seed(0)
+    with mx.stream(mx.cpu):
+        yield

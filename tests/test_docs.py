@@ -27,6 +27,8 @@ from mlx.utils import tree_unflatten
 import mlx_modswap
 from mlx_modswap import replace_layers
 
+pytestmark = pytest.mark.usefixtures("on_the_cpu")
+
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 DOCUMENTS = sorted(ROOT.glob("docs/*.md"))
@@ -68,12 +70,6 @@ def blocks(document: Path) -> list[Block]:
 def needs_mlx_lm(document: Path) -> None:
     if "mlx_lm" in document.read_text("utf-8"):
         pytest.importorskip("mlx_lm", reason="the document is about mlx-lm")
-
-
-@pytest.fixture(autouse=True)
-def on_the_cpu():
-    with mx.stream(mx.cpu):
-        yield
 
 
 # ---------------------------------------------------------------- docs

@@ -16,6 +16,8 @@ from mlx.utils import tree_flatten
 
 from mlx_modswap import NoMatchError, SelectionError, Wrapper, replace_layers, select, swapped
 
+pytestmark = pytest.mark.usefixtures("on_the_cpu")
+
 WIDTH = 512
 WEIGHT = 4 * WIDTH * WIDTH  # bytes
 
@@ -36,12 +38,6 @@ class Around(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         return self.layer(x)
-
-
-@pytest.fixture(autouse=True)
-def on_the_cpu():
-    with mx.stream(mx.cpu):
-        yield
 
 
 def two_layers() -> Any:

@@ -70,6 +70,10 @@ def write_folder(folder: Path, model: nn.Module, config: dict[str, Any]) -> Path
     return folder
 
 
+def load(folder: Path, **keywords: Any) -> Any:
+    return utils.load_model(folder, **keywords)[0]
+
+
 def add_tokenizer(folder: Path) -> Path:
     """A tokenizer of a hundred words, ``w2`` to ``w99``, and two special tokens."""
     words = {"<unk>": 0, "</s>": 1, **{f"w{number}": number for number in range(2, 100)}}

@@ -27,15 +27,10 @@ from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
 
 from mlx_modswap import lm
 
+pytestmark = pytest.mark.usefixtures("on_the_cpu")
+
 Q = "model.layers.*.self_attn.q_proj"
 EXPERTS = "model.layers[1].block_sparse_moe.switch_mlp.*_proj"
-
-
-@pytest.fixture(autouse=True)
-def on_the_cpu():
-    mx.random.seed(0)
-    with mx.stream(mx.cpu):
-        yield
 
 
 def quantized(model: nn.Module, bits: int) -> nn.Module:

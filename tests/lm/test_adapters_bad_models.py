@@ -20,14 +20,9 @@ from mlx_lm.tuner.lora import LoRALinear
 
 from mlx_modswap import lm
 
+pytestmark = pytest.mark.usefixtures("on_the_cpu")
+
 Q1, Q3 = (f"model.layers.{n}.self_attn.q_proj" for n in (1, 3))
-
-
-@pytest.fixture(autouse=True)
-def on_the_cpu():
-    mx.random.seed(0)
-    with mx.stream(mx.cpu):
-        yield
 
 
 @pytest.fixture

@@ -24,15 +24,10 @@ from mlx_lm.tuner.utils import load_adapters
 
 from mlx_modswap import lm
 
+pytestmark = pytest.mark.usefixtures("on_the_cpu")
+
 Q = "model.layers.*.self_attn.q_proj"
 FILES = ["adapter_config.json", "adapters.safetensors"]
-
-
-@pytest.fixture(autouse=True)
-def on_the_cpu():
-    mx.random.seed(0)
-    with mx.stream(mx.cpu):
-        yield
 
 
 def llama_with(rank: int) -> nn.Module:

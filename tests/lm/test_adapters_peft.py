@@ -21,6 +21,8 @@ from mlx_lm.tuner.utils import load_adapters
 
 from mlx_modswap import lm
 
+pytestmark = pytest.mark.usefixtures("on_the_cpu")
+
 # What LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"]).save_pretrained writes.
 CONFIG = {
     "alora_invocation_tokens": None,
@@ -63,13 +65,6 @@ CONFIG = {
 Q0, V0, Q3 = (
     f"model.layers.{place}_proj" for place in ("0.self_attn.q", "0.self_attn.v", "3.self_attn.q")
 )
-
-
-@pytest.fixture(autouse=True)
-def on_the_cpu():
-    mx.random.seed(0)
-    with mx.stream(mx.cpu):
-        yield
 
 
 def layer_at(model: Any, path: str) -> Any:

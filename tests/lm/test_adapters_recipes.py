@@ -25,16 +25,11 @@ from mlx_lm.tuner.lora import LoRALinear
 
 from mlx_modswap import lm
 
+pytestmark = pytest.mark.usefixtures("on_the_cpu")
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 TOKENS = mx.array([[11, 22, 33, 44, 55]])
 Q, V = "model.layers[-2:].self_attn.q_proj", "model.layers[-2:].self_attn.v_proj"
-
-
-@pytest.fixture(autouse=True)
-def on_the_cpu():
-    mx.random.seed(0)
-    with mx.stream(mx.cpu):
-        yield
 
 
 def lora(r: int, scale: float = 10.0) -> Any:

@@ -20,6 +20,8 @@ from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
 
 from mlx_modswap import lm
 
+pytestmark = pytest.mark.usefixtures("on_the_cpu")
+
 INSTALLED = zoo.installed()
 BUILT = [name for name in zoo.ZOO if zoo.ZOO[name].get("module", name) in INSTALLED]
 READ_WEIGHTS = {  # layers whose `.weight` the model reads, and an adapter has none
@@ -27,12 +29,6 @@ READ_WEIGHTS = {  # layers whose `.weight` the model reads, and an adapter has n
     "kimi_k3": "**.*_res_proj",
     "seed_oss": "model.embed_tokens",
 }
-
-
-@pytest.fixture(autouse=True)
-def on_the_cpu():
-    with mx.stream(mx.cpu):
-        yield
 
 
 def build(name: str) -> Any:

@@ -24,25 +24,12 @@ import model_folders
 from mlx_lm import utils
 from mlx_lm.models.mixtral import Model as Mixtral
 from mlx_lm.models.mixtral import ModelArgs as MixtralArgs
+from model_folders import load
 
 from mlx_modswap import NoMatchError, lm
 from mlx_modswap.lm import _convert
 
-
-@pytest.fixture(autouse=True)
-def on_the_cpu():
-    with mx.stream(mx.cpu):
-        yield
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    return model_folders.llama_folder(tmp_path / "source")
-
-
-def load(folder: Path, **keywords: Any) -> Any:
-    return utils.load_model(folder, **keywords)[0]
-
+pytestmark = pytest.mark.usefixtures("on_the_cpu")
 
 # What is written
 

@@ -18,25 +18,11 @@ pytest.importorskip("mlx_lm", reason="mlx_modswap.lm is made of functions of mlx
 
 import huggingface_hub
 import model_folders
-from mlx_lm import utils
+from model_folders import load
 
 from mlx_modswap import NoMatchError, PatternError, lm
 
-
-@pytest.fixture(autouse=True)
-def on_the_cpu():
-    with mx.stream(mx.cpu):
-        yield
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    return model_folders.llama_folder(tmp_path / "source")
-
-
-def load(folder: Path, **keywords: Any) -> Any:
-    return utils.load_model(folder, **keywords)[0]
-
+pytestmark = pytest.mark.usefixtures("on_the_cpu")
 
 # Stopped on the way
 #

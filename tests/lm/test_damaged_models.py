@@ -24,6 +24,8 @@ from mlx_lm.utils import load_model
 from mlx_modswap import lm
 from mlx_modswap.lm import _folders
 
+pytestmark = pytest.mark.usefixtures("on_the_cpu")
+
 Damage = Callable[[Path], None]
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"
 SHARD = "model-00001-of-00002.safetensors"
@@ -38,12 +40,6 @@ JSON = st.one_of(
         st.sampled_from(["bits", "group_size", "mode", "x"]), st.integers(), max_size=2
     ),
 )
-
-
-@pytest.fixture(autouse=True)
-def on_the_cpu():
-    with mx.stream(mx.cpu):
-        yield
 
 
 @pytest.fixture(scope="module")

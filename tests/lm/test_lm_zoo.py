@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
@@ -16,6 +15,8 @@ import zoo
 from mlx_lm import utils
 
 from mlx_modswap import NoMatchError, lm, select
+
+pytestmark = pytest.mark.usefixtures("on_the_cpu")
 
 INSTALLED = zoo.installed()
 RECORDS = [name for name in zoo.ZOO if zoo.ZOO[name].get("module", name) in INSTALLED]
@@ -42,12 +43,6 @@ NO_LIST = {
     "afm7": "Model.layers is not a list in the tree: only some of its 4 blocks are in "
     "'model.layers'",
 }
-
-
-@pytest.fixture(autouse=True)
-def on_the_cpu():
-    with mx.stream(mx.cpu):
-        yield
 
 
 def mixed_rules(model: nn.Module) -> dict[str, Any]:

@@ -24,6 +24,8 @@ import model_folders
 
 from mlx_modswap import lm
 
+pytestmark = pytest.mark.usefixtures("on_the_cpu")
+
 PROMPT = "w3 w5 w7"
 WORDS = 12
 
@@ -52,12 +54,6 @@ class Model(llama.Model):
         super().__init__(args)
         replace_layers(self, RULES)
 """
-
-
-@pytest.fixture(autouse=True)
-def on_the_cpu():
-    with mx.stream(mx.cpu):
-        yield
 
 
 @pytest.fixture(scope="module")

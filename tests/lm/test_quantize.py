@@ -19,13 +19,9 @@ from mlx_lm.utils import quantize_model
 
 from mlx_modswap import NoMatchError, PatternError, SelectionError, lm, select
 
+pytestmark = pytest.mark.usefixtures("on_the_cpu")
+
 WIDTH_96 = [f"model.layers.{n}.mlp.down_proj" for n in range(4)]
-
-
-@pytest.fixture(autouse=True)
-def on_the_cpu():
-    with mx.stream(mx.cpu):
-        yield
 
 
 @pytest.fixture

@@ -18,9 +18,12 @@ import model_folders
 import zoo
 from mlx_lm import utils
 from mlx_lm.models.bitlinear_layers import bitnet_quantize
+from model_folders import load
 from transformers import AutoTokenizer
 
 from mlx_modswap import lm, replace_layers
+
+pytestmark = pytest.mark.usefixtures("on_the_cpu")
 
 OWN_LAYERS = '''
 import mlx.core as mx
@@ -69,21 +72,6 @@ class Model(llama.Model):
         super().__init__(args)
         replace_layers(self, RULES)
 """
-
-
-@pytest.fixture(autouse=True)
-def on_the_cpu():
-    with mx.stream(mx.cpu):
-        yield
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    return model_folders.llama_folder(tmp_path / "source")
-
-
-def load(folder: Path, **keywords: Any) -> Any:
-    return utils.load_model(folder, **keywords)[0]
 
 
 # What is written

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from decimal import Decimal
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -13,10 +12,12 @@ import pytest
 pytest.importorskip("mlx_lm", reason="mlx_modswap.lm is made of functions of mlx-lm")
 
 import model_folders
-from mlx_lm import utils
 from mlx_lm.models.rope_utils import initialize_rope
+from model_folders import load
 
 from mlx_modswap import lm, replace_layers
+
+pytestmark = pytest.mark.usefixtures("on_the_cpu")
 
 SCALED = """
 import mlx.core as mx
@@ -44,21 +45,6 @@ class Model(llama.Model):
         super().__init__(args)
         replace_layers(self, RULES)
 """
-
-
-@pytest.fixture(autouse=True)
-def on_the_cpu():
-    with mx.stream(mx.cpu):
-        yield
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    return model_folders.llama_folder(tmp_path / "source")
-
-
-def load(folder: Path, **keywords: Any) -> Any:
-    return utils.load_model(folder, **keywords)[0]
 
 
 OTHER_VALUE = (

@@ -17,26 +17,12 @@ import pytest
 pytest.importorskip("mlx_lm", reason="mlx_modswap.lm is made of functions of mlx-lm")
 
 import model_folders
-from mlx_lm import utils
 from mlx_lm.tuner.lora import LoRALinear
+from model_folders import load
 
 from mlx_modswap import Wrapper, lm, replace_layers
 
-
-@pytest.fixture(autouse=True)
-def on_the_cpu():
-    with mx.stream(mx.cpu):
-        yield
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    return model_folders.llama_folder(tmp_path / "source")
-
-
-def load(folder: Path, **keywords: Any) -> Any:
-    return utils.load_model(folder, **keywords)[0]
-
+pytestmark = pytest.mark.usefixtures("on_the_cpu")
 
 # What mlx-lm would not build
 
