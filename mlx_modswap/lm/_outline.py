@@ -120,9 +120,8 @@ def _told(value: Any) -> str:
         return repr(value)
     if isinstance(value, mx.array):
         return str(Form(value.dtype, value.shape))
-    if isinstance(value, nn.Module):  # a mapping too, but its content is described at its own path
-        return type(value).__name__
-    if isinstance(value, Mapping):
+    # A module is a mapping too, but what it holds is described at its own path.
+    if isinstance(value, Mapping) and not isinstance(value, nn.Module):
         kept = {key: one for key, one in value.items() if key not in _ABOUT_LAYERS}
         return "{" + ", ".join(f"{key!r}: {_told(one)}" for key, one in kept.items()) + "}"
     if isinstance(value, (list, tuple)):

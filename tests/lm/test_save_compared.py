@@ -88,21 +88,21 @@ def test_wrappers_with_other_attributes_or_around_other_layers_are_refused(
 
 
 def test_attributes_of_a_wrapper_under_a_wrapper_are_compared(tmp_path, source):
-    twice = SCALED.replace("Scaled(layer)}", "Scaled(Scaled(layer))}")
-    (source / "scaled.py").write_text(twice)
+    thrice = SCALED.replace("Scaled(layer)}", "Scaled(Scaled(Scaled(layer)))}")
+    (source / "scaled.py").write_text(thrice)
     how: dict[str, Any] = {"config": {"model_file": "scaled.py"}, "trust_remote_code": True}
-    exec(twice, names := {"__name__": "scaled"})
+    exec(thrice, names := {"__name__": "scaled"})
     model = load(source)
     replace_layers(model, names["RULES"])
     lm.save(model, tmp_path / "equal", source, **how)
 
-    model.layers[-1].mlp.down_proj.__wrapped__.by = 5.0
+    model.layers[-1].mlp.down_proj.__wrapped__.__wrapped__.by = 5.0
     with pytest.raises(ValueError, match="was not written") as caught:
         lm.save(model, tmp_path / "saved", source, **how)
 
     assert str(caught.value) == (
-        f"'{tmp_path}/saved' was not written: mlx-lm sets __wrapped__.by of "
-        "model.layers.3.mlp.down_proj to 2.0, the model has 5.0: set it in the model, or give the "
+        f"'{tmp_path}/saved' was not written: mlx-lm sets __wrapped__.__wrapped__.by "
+        "of model.layers.3.mlp.down_proj to 2.0, the model has 5.0: set it in the model, or give the "
         "entry of the config that sets it with config={...}"
     )
 
@@ -166,6 +166,14 @@ def with_an_object(model: Any) -> None:
     model.note = Decimal(1)
 
 
+def with_a_dict(model: Any) -> None:
+    model.note = {"a": (1, "b"), 2: [2.5, None]}
+
+
+def with_fewer_frequencies(model: Any) -> None:
+    model.layers[0].self_attn.rope._freqs = mx.zeros((4,), mx.float16)
+
+
 def without_a_scale(model: Any) -> None:
     del model.layers[0].self_attn.scale
 
@@ -178,6 +186,16 @@ def with_another_factor(model: Any) -> None:
     ("change", "told"),
     [
         (with_an_object, "mlx-lm sets note of the model itself to nothing, the model has Decimal"),
+        (
+            with_a_dict,
+            "mlx-lm sets note of the model itself to nothing, the model has "
+            "{'a': (1, 'b'), 2: (2.5, None)}",
+        ),
+        (
+            with_fewer_frequencies,
+            "mlx-lm sets _freqs of model.layers.0.self_attn.rope to float32 (8,), the model has "
+            "float16 (4,)",
+        ),
         (
             without_a_scale,
             "mlx-lm sets scale of model.layers.0.self_attn to 0.25, the model has nothing",
