@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from enum import Enum
+from itertools import takewhile
 from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any, NamedTuple
 
@@ -300,8 +301,8 @@ def _shortened(one: str, other: str, most: int = 60) -> tuple[str, str]:
     """Return two texts; if one is long, only the part of each that starts where they differ."""
     if max(len(one), len(other)) <= most:
         return one, other
-    same = next((n for n, (a, b) in enumerate(zip(one, other)) if a != b), 0)
-    start = one.rfind(" ", 0, same) + 1
+    same = len(list(takewhile(lambda both: both[0] == both[1], zip(one, other))))
+    start = one[:same].rfind(" ") + 1
     return f"...{one[start : start + most]}...", f"...{other[start : start + most]}..."
 
 

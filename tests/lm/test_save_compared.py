@@ -102,8 +102,8 @@ def test_attributes_of_a_wrapper_under_a_wrapper_are_compared(tmp_path, source):
 
     assert str(caught.value) == (
         f"'{tmp_path}/saved' was not written: mlx-lm sets __wrapped__.__wrapped__.by "
-        "of model.layers.3.mlp.down_proj to 2.0, the model has 5.0: set it in the model, or give the "
-        "entry of the config that sets it with config={...}"
+        "of model.layers.3.mlp.down_proj to 2.0, the model has 5.0: set it in the model, or give "
+        "the entry of the config that sets it with config={...}"
     )
 
 

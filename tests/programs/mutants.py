@@ -46,11 +46,9 @@ FILES = (
 FILES += " command_line blocks hooks observe wrapper_own proposals refused tuple_keys rules_text"
 FILES += " judged_after_where leaving_alone untying misuse"
 # For the functions of lm, and for these alone: they take long.
-LM_FILES = (
-    "quantize save save_refused save_compared convert convert_stopped damaged_models layers_path"
-)
-LM_FILES += " lm_package adapters adapters_bad_folders adapters_bad_models adapters_exactness"
-LM_FILES += " adapters_on_disk adapters_peft"
+LM_FILES = "quantize save save_refused save_compared outline convert convert_stopped damaged_models"
+LM_FILES += " layers_path lm_package adapters adapters_bad_folders adapters_bad_models"
+LM_FILES += " adapters_exactness adapters_on_disk adapters_peft"
 # Left out: what fails for no reason when each function counts its calls, and what is slow.
 SLOW = "hard_pattern or cache_is_recorded"
 AT_ONCE = int(os.environ.get("AT_ONCE", os.cpu_count() or 2))
