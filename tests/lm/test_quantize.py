@@ -429,3 +429,29 @@ def test_the_experts_of_a_tensor_scale_keep_it_in_the_config():
     lm.quantize(model, {"**": {"mode": "nvfp4", "global_scale": True}})
 
     assert lm.quantization_config(model)["layers.0"]["global_scale"] is True
+
+
+class Packed(nn.Module):
+    """A layer with the attributes of a quantized one that are given."""
+
+    def __init__(self, **attributes: Any):
+        super().__init__()
+        for name, value in attributes.items():
+            setattr(self, name, value)
+
+
+def test_the_config_lists_layers_with_scales_and_bits_and_a_group_size():
+    scales = {"scales": mx.zeros((4, 1))}
+    model = nn.Sequential(
+        Packed(**scales, group_size=32, bits=5),
+        Packed(**scales),
+        Packed(**scales, group_size=32),
+        Packed(**scales, bits=4),
+        Packed(group_size=32, bits=4),
+    )
+    assert lm.quantization_config(model) == {
+        "group_size": 32,
+        "bits": 5,
+        "mode": "affine",
+        "layers.0": {"group_size": 32, "bits": 5, "mode": "affine"},
+    }
