@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, cast
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from .._errors import NoMatchError, described
-from .._pattern import Pattern
 from .._replace import replace_layers
 from .._report import Replacement
 from .._select import select
@@ -199,7 +198,7 @@ def _defaults(mode: str) -> tuple[int, int]:
         raise ValueError(
             f"mode must be 'affine', 'mxfp4', 'nvfp4' or 'mxfp8', not {mode!r}"
         ) from None
-    return 512 // scales.shape[-1], weight.shape[-1] * 32 // 512
+    return 512 // scales.shape[1], weight.shape[1] * 32 // 512
 
 
 def _factory(
@@ -244,7 +243,7 @@ def _to_quantized(path: str, layer: Any, settings: Mapping[str, Any]) -> nn.Modu
             f"not {', '.join(unknown)}"
         )
     try:
-        return cast(nn.Module, layer.to_quantized(**keywords))
+        return layer.to_quantized(**keywords)
     except ValueError as error:
         told = ", ".join(f"{key}={value!r}" for key, value in keywords.items())
         raise ValueError(f"{place} cannot be quantized with {told}: {error}") from error
@@ -260,10 +259,6 @@ def _width(layer: Any) -> int:
 
 def _shown(pattern: Any) -> str:
     return repr(list(pattern)) if isinstance(pattern, tuple) else repr(pattern)
-
-
-def _patterns(pattern: Any) -> Pattern | Iterable[Pattern]:
-    return cast("Pattern | Iterable[Pattern]", pattern)
 
 
 def _misfit(model: nn.Module, rules: Rules, pattern: Any, group_size: int) -> str:
@@ -293,9 +288,9 @@ def _misfit(model: nn.Module, rules: Rules, pattern: Any, group_size: int) -> st
 def _refuse_quantized(model: nn.Module, rules: Rules) -> None:
     """Raise an error for the first rule that matches only layers that are quantized already."""
     for pattern, value in rules.items():
-        if value is None or select(model, _patterns(pattern), where=quantizable, strict=False):
+        if value is None or select(model, pattern, where=quantizable, strict=False):
             continue
-        if stay := select(model, _patterns(pattern), where=quantized, strict=False):
+        if stay := select(model, pattern, where=quantized, strict=False):
             raise NoMatchError(
                 f"rule {_shown(pattern)} has nothing to quantize: the layers that it matches are "
                 f"quantized already, and stay as they are ({len(stay)}); use the original model"
@@ -303,7 +298,7 @@ def _refuse_quantized(model: nn.Module, rules: Rules) -> None:
 
 
 def _nothing_fits(model: nn.Module, group_size: int) -> str:
-    layers = select(model, "**", where=quantizable, strict=False)
+    layers = select(model, "**", where=quantizable)
     widths = {_width(layer) for layer in layers.values()}
     misfits = ", ".join(str(width) for width in sorted(widths) if width % group_size)
     reasons = [f"groups of {group_size} do not divide the widths {misfits}"] if misfits else []

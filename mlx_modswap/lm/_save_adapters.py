@@ -20,7 +20,7 @@ from .._errors import described
 from .._select import check_model, select
 from ._adapter_files import CONFIG, PEFT_WEIGHTS, TRUTH, WEIGHTS, quoted
 from ._lora import A_RANK, METHODS, Adapter, class_of, kind_for, kind_of, misfit, shapes
-from ._paths import folded
+from ._paths import folded, listed
 from ._uniform import make_uniform
 
 
@@ -155,15 +155,10 @@ def _check_same(adapters: Mapping[str, Adapter], field: str, cure: str) -> None:
         groups.setdefault(getattr(adapter, field), []).append(path)
     if len(groups) > 1:
         found = ", ".join(
-            f"{METHODS.get(value, value)} at {_listed(paths)}" for value, paths in groups.items()
+            f"{METHODS.get(value, value)} at {listed([repr(one) for one in folded(paths)])}"
+            for value, paths in groups.items()
         )
         raise ValueError(f"mlx-lm reads one {field} for all adapters, not {found}; {cure}")
-
-
-def _listed(paths: list[str]) -> str:
-    patterns = [repr(pattern) for pattern in folded(paths)]
-    more = [f"{len(patterns) - 4} more"] if len(patterns) > 5 else patterns[4:]
-    return ", ".join(patterns[:4] + more)
 
 
 # ---------------------------------------------------------------- where mlx-lm will put them
@@ -178,7 +173,7 @@ def _keys(model: nn.Module, modules: Mapping[str, nn.Module]) -> tuple[list[str]
     places. The search of mlx-lm is repeated here: either it finds exactly these places,
     or it is an error.
     """
-    layers = getattr(model, "layers", ())
+    layers = getattr(model, "layers", None)
     layers = layers if isinstance(layers, (list, tuple)) else ()
     blocks = [dict(block.named_modules()) for block in layers]
     wanted = Counter(map(id, modules.values()))

@@ -134,14 +134,32 @@ def test_in_blocks_of_several_kinds_the_keys_are_relative_to_those_that_have_the
     assert list(adapters_in(fresh)) == list(adapters_in(model))
 
 
-def test_a_model_without_blocks_is_saved_for_adapter_rules(tmp_path):
-    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
-    ours = replace_layers(model, "layers.*", lora(2), where=nn.Linear)
-    lm.save_adapters(model, tmp_path)
-    fresh = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+def plain() -> Any:
+    return nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+
+
+class Nested(nn.Module):
+    """A model whose ``layers`` are not a list."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = plain()
+
+
+@pytest.mark.parametrize(
+    ("model", "keys"),
+    [
+        (plain, ["layers.0", "layers.2"]),
+        (Nested, ["layers.layers.0", "layers.layers.2"]),
+    ],
+)
+def test_a_model_without_blocks_is_saved_for_adapter_rules(model, keys, tmp_path):
+    adapted_model, fresh = model(), model()
+    ours = replace_layers(adapted_model, "**", lora(2), where=nn.Linear)
+    lm.save_adapters(adapted_model, tmp_path)
     theirs = replace_layers(fresh, lm.adapter_rules(tmp_path))
 
-    assert config_of(tmp_path)["lora_parameters"]["keys"] == ["layers.0", "layers.2"]
+    assert config_of(tmp_path)["lora_parameters"]["keys"] == keys
     assert all(identical_adapters(ours[path], theirs[path]) for path in ours)
 
 

@@ -164,6 +164,12 @@ def changed(**attributes: Any) -> Callable[[str, Any], nn.Module]:
     return factory
 
 
+def with_a_long_magnitude(path: str, layer: Any) -> nn.Module:
+    adapter = adapted(layer, "dora", r=4)
+    adapter.m = mx.ones((65,))
+    return adapter
+
+
 def around_a_norm(path: str, layer: Any) -> nn.Module:
     adapter = adapted(layer, r=4)
     adapter.linear = nn.RMSNorm(64)
@@ -220,6 +226,11 @@ UNSAVABLE: dict[str, tuple[dict[str, Any], str]] = {
         {Q1: changed(lora_b=mx.zeros((8, 64)))},
         f"ValueError: the adapter at '{Q1}' does not fit its layer: lora_b has the shape (8, 64), "
         "and the Linear needs (4, 64)",
+    ),
+    "magnitudes of another length": (
+        {Q1: with_a_long_magnitude},
+        f"ValueError: the adapter at '{Q1}' does not fit its layer: m has the shape (65,), and the "
+        "Linear needs (64,)",
     ),
     "an array as scale": (
         {Q1: changed(scale=mx.array(2.0))},

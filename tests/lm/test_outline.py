@@ -112,6 +112,13 @@ def test_other_attributes(built, model, differences):
     assert told(outlined(a=built), outlined(a=model)) == differences
 
 
+@pytest.mark.parametrize(("count", "end"), [(4, ""), (5, " and 1 more"), (6, " and 2 more")])
+def test_the_first_four_of_many_differences_are_named(count, end):
+    model = outlined(a={f"x{number}": "1" for number in range(count)})
+    first = [attribute(f"x{number}", "nothing", "1") for number in range(4)]
+    assert told(outlined(), model) == [*first[:3], first[3] + end]
+
+
 def test_arrays_that_a_run_set_are_not_compared():
     constants = {("a", "x"): mx.zeros(2)}
     model = outlined(constants=constants, a={"x": "float32 (2,)", "y": "1"})

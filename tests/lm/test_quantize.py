@@ -52,6 +52,7 @@ def quantizable(model: nn.Module) -> dict[str, Any]:
         ({"**.q_proj": 3}, {"group_size": 32}, {"**.q_proj": "3 32 affine"}),
         ({"**.q_proj": 4}, {"mode": "mxfp4"}, {"**.q_proj": "4 32 mxfp4"}),
         ({"**.q_proj": {"mode": "mxfp8"}}, {}, {"**.q_proj": "8 32 mxfp8"}),
+        ({"**.q_proj": 1}, {}, {"**.q_proj": "1 64 affine"}),
         ({"**.q_proj": {}}, {}, {"**.q_proj": "4 64 affine"}),
         ({"**.q_proj": {"bits": 8, "group_size": None}}, {}, {"**.q_proj": "8 64 affine"}),
         ({"**.down_proj": {"bits": 6, "group_size": 32}}, {}, {"**.down_proj": "6 32 affine"}),
@@ -126,6 +127,46 @@ def test_a_rule_that_is_not_the_catch_all_decides_against_the_model_and_for_othe
         "up": "3 32 affine",
         "down": "2 64 affine",
     }
+
+
+def test_the_predicate_of_a_model_is_asked_about_path_and_layer():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = nn.Linear(64, 64), nn.Linear(64, 128)
+            self.quant_predicate = lambda path, layer: path == "up" or "bias" not in layer
+
+    model = Model()
+    lm.quantize(model, {"**": 4})
+
+    assert settings(model) == {"up": "4 64 affine"}
+
+
+class Packed(nn.Module):
+    """A layer with the attributes of a quantized one that are given."""
+
+    def __init__(self, **attributes: Any):
+        super().__init__()
+        for name, value in attributes.items():
+            setattr(self, name, value)
+
+
+class Packing(nn.Module):
+    """A layer whose `to_quantized` takes any keywords."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = mx.zeros((64, 64))
+
+    def to_quantized(self, bits: int, **keywords: Any) -> nn.Module:
+        return Packed(scales=mx.zeros((64, 1)), bits=bits, **keywords)
+
+
+def test_a_layer_that_takes_any_keywords_gets_all_of_them():
+    model = nn.Sequential(Packing())
+    lm.quantize(model, {"**": {"bits": 4, "axis": 1}})
+
+    assert (model.layers[0].bits, model.layers[0].axis) == (4, 1)
 
 
 def test_the_catch_all_rule_skips_what_holds_modules_as_mlx_does():
@@ -250,6 +291,14 @@ def told_by_first(model: nn.Module, rules: dict[str, Any]) -> dict[str, str]:
             "alone with None",
         ),
         (
+            {"**.{q,down}_proj": 4},
+            {},
+            ValueError,
+            "rule '**.{q,down}_proj' asks for groups of 64, which do not divide the width of "
+            "model.layers[0:4].mlp.down_proj (96); use a group_size of 32, or leave these layers "
+            "alone with None",
+        ),
+        (
             {"**.{q,down}_proj": {"group_size": 128}},
             {},
             ValueError,
@@ -278,11 +327,27 @@ def told_by_first(model: nn.Module, rules: dict[str, Any]) -> dict[str, str]:
             "The supported bits are 1, 2, 3, 4, 5, 6 and 8.",
         ),
         (
-            {"**.q_proj": {"bit": 4}},
+            {"**": 7},
+            {},
+            ValueError,
+            "'model.embed_tokens' (Embedding) cannot be quantized with group_size=64, bits=7, "
+            "mode='affine': [quantize] The requested number of bits 7 is not supported. The "
+            "supported bits are 1, 2, 3, 4, 5, 6 and 8.",
+        ),
+        (
+            {"**.q_proj": {"group_size": 1}},
+            {},
+            ValueError,
+            "'model.layers.0.self_attn.q_proj' (Linear) cannot be quantized with group_size=1, "
+            "bits=4, mode='affine': [quantize] The requested group size 1 is not supported. The "
+            "supported group sizes are 32, 64, and 128.",
+        ),
+        (
+            {"**.q_proj": {"bit": 4, "groups": 32}},
             {},
             TypeError,
             "'model.layers.0.self_attn.q_proj' (Linear) cannot be quantized: its to_quantized "
-            "takes group_size, bits, mode, quantize_input, not 'bit'",
+            "takes group_size, bits, mode, quantize_input, not 'bit', 'groups'",
         ),
         (
             {"**.q_proj": "4"},
@@ -352,6 +417,43 @@ def test_an_error_says_what_was_wrong_and_changes_nothing(llama, rules, keywords
 
     assert str(caught.value) == message
     assert {path: id(module) for path, module in llama.named_modules()} == before
+
+
+@pytest.mark.parametrize(
+    ("width", "group_size", "cure"),
+    [
+        (384, 256, "use a group_size of 128 or 64 or 32"),
+        (48, 64, "no group size does"),
+    ],
+)
+def test_an_error_of_widths_names_the_group_sizes_that_fit(width, group_size, cure):
+    with pytest.raises(ValueError, match="do not divide") as caught:
+        lm.quantize(nn.Sequential(nn.Linear(width, 8)), {"layers[0]": 4}, group_size=group_size)
+
+    assert str(caught.value) == (
+        f"rule 'layers[0]' asks for groups of {group_size}, which do not divide the width of "
+        f"layers.0 ({width}); {cure}, or leave these layers alone with None"
+    )
+
+
+@pytest.mark.parametrize(
+    ("rules", "told"),
+    [
+        ({"**.v_proj": 8, "**.q_proj": 8}, "rule '**.q_proj' has nothing to quantize: "),
+        ({"**.{q,v}_proj": 8, "**.q_proj": 8}, "rule '**.q_proj' has nothing to quantize: "),
+        (
+            {"model.layers[0].self_attn.q_proj": None, "**.q_proj": 8},
+            "rule '**.q_proj' has nothing to quantize: ",
+        ),
+        ({"**.input_layernorm": 8}, "where=quantizable rejects all 4 modules that "),
+    ],
+)
+def test_the_rule_that_matches_only_quantized_layers_is_named(llama, rules, told):
+    lm.quantize(llama, {"**.q_proj": 4})
+    with pytest.raises(NoMatchError) as caught:
+        lm.quantize(llama, rules)
+
+    assert str(caught.value).startswith(told)
 
 
 def test_an_error_for_a_model_that_is_quantized_already_asks_for_the_original(llama):
@@ -429,15 +531,6 @@ def test_the_experts_of_a_tensor_scale_keep_it_in_the_config():
     lm.quantize(model, {"**": {"mode": "nvfp4", "global_scale": True}})
 
     assert lm.quantization_config(model)["layers.0"]["global_scale"] is True
-
-
-class Packed(nn.Module):
-    """A layer with the attributes of a quantized one that are given."""
-
-    def __init__(self, **attributes: Any):
-        super().__init__()
-        for name, value in attributes.items():
-            setattr(self, name, value)
 
 
 def test_the_config_lists_layers_with_scales_and_bits_and_a_group_size():

@@ -146,7 +146,9 @@ class Runs:
         tests_of: defaultdict[str, list[pytest.Item]] = defaultdict(list)
         for item in sorted(session.items, key=lambda item: seconds[item.nodeid]):
             for function in calls[item.nodeid]:
-                if (".lm." in function) == item.nodeid.startswith("tests/lm/"):
+                # Of lm, only the preview belongs to the command line.
+                is_of_lm = ".lm." in function and ".lm._preview." not in function
+                if is_of_lm == item.nodeid.startswith("tests/lm/"):
                     tests_of[function].append(item)
         # What is listed as equivalent runs last: all of the tests, as none of them should fail.
         waiting = list(self.changes)[::-1]
