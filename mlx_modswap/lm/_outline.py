@@ -175,6 +175,8 @@ def other_layers(built: Outline, model: Outline) -> str:
     ]
     if all(() in classes for classes in differing):
         cure = "give the entries of its config that have changed with config={...}"
+        if "args.text_config" in model.attributes[""]:
+            cure += "; if they are in its 'text_config', give the whole of that"
     else:
         cure = "fuse or unwrap it, or give a model_file"
         if any((kind.adapter,) in classes for kind in KINDS for classes in differing):

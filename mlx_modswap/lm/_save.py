@@ -45,8 +45,9 @@ def save(
             which the model was loaded.
         config (Mapping, optional): Entries of the config that differ from those of
             the source, such as ``{"num_hidden_layers": 20}`` after blocks were
-            removed. The quantization is always taken from the model. An entry
-            ``"model_file"`` is the path of a Python file that builds the model;
+            removed. The quantization is always taken from the model. The entry
+            ``"text_config"`` of a multimodal model must be given as a whole. The
+            entry ``"model_file"`` is the path of a Python file that builds the model;
             the file is copied. An entry that the source's ``generation_config.json``
             has too is changed in both files. Default: ``None``.
         trust_remote_code (bool): Whether to run the ``model_file`` that the config

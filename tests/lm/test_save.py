@@ -329,6 +329,24 @@ def test_a_config_that_changes_what_layers_compute_is_refused_unless_they_comput
     lm.save(model, tmp_path / "saved", source, config={"rms_norm_eps": 1e-3})
 
 
+def test_a_multimodal_model_with_fewer_blocks_is_saved_with_the_whole_of_its_text_config(tmp_path):
+    source = model_folders.zoo_folder(tmp_path / "source", "gemma3")
+    model = load(source)
+    del model.layers[-1]
+    with pytest.raises(ValueError, match="was not written") as caught:
+        lm.save(model, tmp_path / "saved", source, config={"num_hidden_layers": 3})
+
+    assert str(caught.value) == (
+        f"'{tmp_path}/saved' was not written: mlx-lm builds TransformerBlock at "
+        "language_model.model.layers.3, the model has nothing: give the entries of its config that "
+        "have changed with config={...}; if they are in its 'text_config', give the whole of that"
+    )
+    text_config = {**model_folders.config_of(source)["text_config"], "num_hidden_layers": 3}
+    lm.save(model, tmp_path / "saved", source, config={"text_config": text_config})
+
+    model_folders.assert_same_arrays(load(tmp_path / "saved"), model)
+
+
 def test_a_model_without_all_of_its_weights_is_saved_with_fewer_blocks(tmp_path, source):
     arrays: Any = mx.load(str(source / "model.safetensors"))
     del arrays["lm_head.weight"]
