@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
-import sys
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -301,9 +301,9 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_a_terminal_shows_a_bar_that_ends_full(tmp_path, source, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
-    lm.convert(source, tmp_path / "converted", {"**": 4})
+def test_a_terminal_shows_a_bar_that_ends_full(tmp_path, source, capsys):
+    with redirect_stderr(Terminal()) as terminal:
+        lm.convert(source, tmp_path / "converted", {"**": 4})
     first, *_, last = terminal.getvalue().strip().split("\r")
 
     assert re.fullmatch(r"converted: +0%\|.*\| 0\.00/113k \[.*", first)
@@ -311,8 +311,7 @@ def test_a_terminal_shows_a_bar_that_ends_full(tmp_path, source, monkeypatch, ca
     assert capsys.readouterr().out == ""
 
 
-def test_without_a_terminal_nothing_is_shown(tmp_path, source, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "stderr", file := io.StringIO())
+def test_without_a_terminal_nothing_is_shown(tmp_path, source, capsys):
     lm.convert(source, tmp_path / "converted", {"**": 4})
 
-    assert (capsys.readouterr().out, file.getvalue()) == ("", "")
+    assert capsys.readouterr() == ("", "")
