@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import mlx.core as mx
 import pytest
@@ -27,6 +28,16 @@ if "DEVICE" in os.environ:
 def nightly(request: pytest.FixtureRequest) -> bool:
     """Whether the tests may take their time."""
     return request.config.getoption("--hypothesis-profile") == "nightly"
+
+
+@pytest.fixture
+def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache of the hub, which itself cannot be reached."""
+    from huggingface_hub import constants  # it comes with mlx-lm
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    return tmp_path / "hub"
 
 
 @pytest.fixture

@@ -379,6 +379,27 @@ def test_what_the_code_of_a_model_raises_is_one_line(code, message, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+@needs_mlx_lm
+def test_the_code_of_a_model_without_weights_is_run_if_it_may_be(models, tmp_path):
+    folder = tmp_path / "model"
+    folders.write(folder, {"model_file": "own.py"}, with_weights=False)
+    (folder / "own.py").write_text("from mlx_lm.models.llama import Model, ModelArgs")
+
+    assert run_here(f"mlx_modswap tree {folder} --trust-remote-code") == run_here(
+        f"mlx_modswap tree {models / 'config'}"
+    )
+
+
+@needs_mlx_lm
+def test_a_config_that_mlx_lm_cannot_build_is_one_line(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "none"}')
+
+    assert run_here(f"mlx_modswap tree {tmp_path}") == (
+        f"mlx_modswap: mlx-lm cannot build a model from '{tmp_path}': Model type none not "
+        "supported.\n[exit status 1]\n"
+    )
+
+
 # ---------------------------------------------------------------- processes of their own
 
 
@@ -527,44 +548,39 @@ def test_the_handlers_of_signals_are_the_same_afterwards_and_other_threads_work(
     assert [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGHUP)] == before
 
 
-@pytest.fixture(scope="module")
-def hub(models, tmp_path_factory) -> dict[str, str]:
-    """The environment in which two models are in the cache of the hub, which is not reached."""
-    cache = tmp_path_factory.mktemp("hub")
-    for name, files in {
-        "whole": ["config.json", "model.safetensors"],
-        "config": ["config.json"],
-    }.items():
-        commit = 40 * "a"
-        snapshot = cache / f"models--some--{name}" / "snapshots" / commit
-        snapshot.mkdir(parents=True)
-        (snapshot.parent.parent / "refs").mkdir()
-        (snapshot.parent.parent / "refs" / "main").write_text(commit)
-        for file in files:
-            (snapshot / file).symlink_to(models / "llama" / file)
-    return {"HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
+# ---------------------------------------------------------------- models of the hub
 
 
 @needs_mlx_lm
-def test_a_model_in_the_cache_of_the_hub_is_drawn_like_a_folder(models, hub):
+def test_a_model_in_the_cache_of_the_hub_is_drawn_like_a_folder(models, hub_cache):
+    snapshot = folders.snapshot(hub_cache, "whole")
+    for file in ("config.json", "model.safetensors"):
+        (snapshot / file).symlink_to(models / "llama" / file)
     expected = run_here(f"mlx_modswap tree {models / 'llama'}")
-    assert run("tree", "some/whole", **hub) == (0, expected, "")
+    assert run_here("mlx_modswap tree some/whole") == expected
 
 
 @needs_mlx_lm
-def test_a_model_of_the_hub_without_weights_here_is_drawn_from_its_config(models, hub):
+def test_a_model_of_the_hub_without_weights_here_is_drawn_from_its_config(models, hub_cache):
+    snapshot = folders.snapshot(hub_cache, "config")
+    (snapshot / "config.json").symlink_to(models / "llama" / "config.json")
     expected = run_here(f"mlx_modswap tree {models / 'config'}")
     assert expected.endswith("bits are not known\n")
-    assert run("tree", "some/config", **hub) == (0, expected, "")
+    assert run_here("mlx_modswap tree some/config") == expected
 
 
 @needs_mlx_lm
-def test_a_model_of_the_hub_that_cannot_be_had_is_one_line(hub):
-    status, out, err = run("tree", "some/other", **hub)
-    assert (status, out, err.count("\n")) == (1, "", 1)
-    assert err.startswith(
+def test_a_model_of_the_hub_that_cannot_be_had_is_one_line(hub_cache):
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    with pytest.raises(LocalEntryNotFoundError) as caught:
+        hf_hub_download("some/other", "config.json")
+    told = " ".join(str(caught.value).split())
+
+    assert run_here("mlx_modswap tree some/other") == (
         "mlx_modswap: there is no folder 'some/other', and the hub does not have the config.json "
-        "of a model of that name: "
+        f"of a model of that name: {told}\n[exit status 1]\n"
     )
 
 

@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import folders
 import mlx.core as mx
 import pytest
 import zoo
@@ -299,24 +300,17 @@ def test_a_damaged_folder_is_refused_in_words_or_read_as_it_is(tmp_path_factory,
     assert contents(fresh)[0] == before[0]
 
 
-def test_a_hub_id_that_cannot_be_had_is_one_clear_error(monkeypatch, tmp_path):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    text = message(lambda: lm.adapter_rules("someone/math"), tmp_path)
+def test_a_hub_id_that_cannot_be_had_is_one_clear_error(tmp_path, hub_cache):
+    text = message(lambda: lm.adapter_rules("some/math"), tmp_path)
 
     assert is_expected(
         text,
-        "FileNotFoundError: 'someone/math' is not a folder here, and the hub does not have an "
+        "FileNotFoundError: 'some/math' is not a folder here, and the hub does not have an "
         "adapter of that name: Cannot find an appropriate cached snapshot folder ...",
     ), text
 
 
-def test_a_hub_id_in_the_cache_is_read_from_there(monkeypatch, tmp_path, saved):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    cached = tmp_path / "models--someone--math"
-    (cached / "refs").mkdir(parents=True)
-    (cached / "refs" / "main").write_text("0" * 40)
-    shutil.copytree(saved, cached / "snapshots" / ("0" * 40))
+def test_a_hub_id_in_the_cache_is_read_from_there(saved, hub_cache):
+    shutil.copytree(saved, folders.snapshot(hub_cache, "math"), dirs_exist_ok=True)
 
-    assert list(lm.adapter_rules("someone/math")) == [Q1, Q3]
+    assert list(lm.adapter_rules("some/math")) == [Q1, Q3]

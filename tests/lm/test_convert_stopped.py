@@ -16,6 +16,7 @@ import pytest
 
 pytest.importorskip("mlx_lm", reason="mlx_modswap.lm is made of functions of mlx-lm")
 
+import folders
 import huggingface_hub
 import model_folders
 from model_folders import load
@@ -265,41 +266,23 @@ def test_a_source_that_neither_the_disk_nor_the_hub_has_is_named(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_name_on_the_hub_that_is_not_in_the_cache_is_an_error_of_one_line_offline(tmp_path):
-    code = (
-        "import sys; from mlx_modswap import lm\n"
-        "try: lm.convert('no-such/model', sys.argv[1], {'**': 4})\n"
-        "except FileNotFoundError as error: print(error)"
-    )
-    call = [sys.executable, "-c", code, str(tmp_path / "converted")]
-    offline = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub")}
-    run = subprocess.run(call, capture_output=True, text=True, check=True, env=offline)
+def test_a_name_on_the_hub_that_is_not_in_the_cache_is_an_error_of_one_line(tmp_path, hub_cache):
+    with pytest.raises(FileNotFoundError) as caught:
+        lm.convert("no-such/model", tmp_path / "converted", {"**": 4})
 
-    assert run.stdout.startswith(
+    assert str(caught.value).startswith(
         "the source, 'no-such/model', is not a folder here, and the hub does not have a model of "
         "that name: "
     )
-    assert run.stdout.count("\n") == 1
+    assert "\n" not in str(caught.value)
     assert not (tmp_path / "converted").exists()
 
 
-def test_a_model_in_the_cache_of_the_hub_is_converted_and_saved_offline(tmp_path):
-    cache = tmp_path / "hub" / "hub" / "models--some--model"
-    commit = "0123456789abcdef0123456789abcdef01234567"
-    source = model_folders.llama_folder(cache / "snapshots" / commit)
-    (cache / "refs").mkdir()
-    (cache / "refs" / "main").write_text(commit)
-    code = (
-        "import sys; from mlx_modswap import lm; from mlx_lm.utils import load_model\n"
-        "import mlx.core as mx; mx.set_default_device(mx.cpu)\n"
-        "lm.convert('some/model', sys.argv[1] + '/converted', {'**': 4})\n"
-        "model, config = load_model(__import__('pathlib').Path(sys.argv[1] + '/converted'))\n"
-        "lm.save(model, sys.argv[1] + '/saved', 'some/model')\n"
-    )
-    offline = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub")}
-    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, env=offline)
-    with mx.stream(mx.cpu):
-        lm.convert(source, tmp_path / "here", {"**": 4})
+def test_a_model_in_the_cache_of_the_hub_is_converted_and_saved(tmp_path, hub_cache):
+    source = model_folders.llama_folder(folders.snapshot(hub_cache, "model"))
+    lm.convert("some/model", tmp_path / "converted", {"**": 4})
+    lm.save(load(tmp_path / "converted"), tmp_path / "saved", "some/model")
+    lm.convert(source, tmp_path / "here", {"**": 4})
 
     for name in ("converted", "saved"):
         model_folders.assert_same_arrays(load(tmp_path / name), load(tmp_path / "here"))
