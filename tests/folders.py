@@ -95,15 +95,6 @@ def write(
     write_tokenizer(folder)
 
 
-def snapshot(cache: Path, name: str) -> Path:
-    """Return the folder for the files of the model ``some/NAME`` in a cache of the hub."""
-    folder, commit = cache / f"models--some--{name}", 40 * "a"
-    (folder / "refs").mkdir(parents=True)
-    (folder / "refs" / "main").write_text(commit)
-    (folder / "snapshots" / commit).mkdir(parents=True)
-    return folder / "snapshots" / commit
-
-
 def write_tokenizer(folder: Path) -> None:
     from tokenizers import Tokenizer, models
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import folders
+import hub
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
@@ -553,7 +554,7 @@ def test_the_handlers_of_signals_are_the_same_afterwards_and_other_threads_work(
 
 @needs_mlx_lm
 def test_a_model_in_the_cache_of_the_hub_is_drawn_like_a_folder(models, hub_cache):
-    snapshot = folders.snapshot(hub_cache, "whole")
+    snapshot = hub.snapshot(hub_cache, "whole")
     for file in ("config.json", "model.safetensors"):
         (snapshot / file).symlink_to(models / "llama" / file)
     expected = run_here(f"mlx_modswap tree {models / 'llama'}")
@@ -562,11 +563,28 @@ def test_a_model_in_the_cache_of_the_hub_is_drawn_like_a_folder(models, hub_cach
 
 @needs_mlx_lm
 def test_a_model_of_the_hub_without_weights_here_is_drawn_from_its_config(models, hub_cache):
-    snapshot = folders.snapshot(hub_cache, "config")
+    snapshot = hub.snapshot(hub_cache, "config")
     (snapshot / "config.json").symlink_to(models / "llama" / "config.json")
     expected = run_here(f"mlx_modswap tree {models / 'config'}")
     assert expected.endswith("bits are not known\n")
     assert run_here("mlx_modswap tree some/config") == expected
+
+
+@needs_mlx_lm
+def test_only_the_config_of_a_model_on_the_hub_is_fetched(models, hub_cache, monkeypatch):
+    from huggingface_hub import constants
+
+    file = "/some/model/resolve/main/config.json"
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with hub.serving({file: (models / "config" / "config.json").read_bytes()}) as (url, asked):
+        template = url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "ENDPOINT", url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        printed = run_here("mlx_modswap tree some/model")
+
+    assert printed == run_here(f"mlx_modswap tree {models / 'config'}")
+    assert [one for one in asked if "/some/model" in one] == [f"HEAD {file}", f"GET {file}"]
 
 
 @needs_mlx_lm

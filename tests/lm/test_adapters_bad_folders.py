@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import folders
+import hub
 import mlx.core as mx
 import pytest
 import zoo
@@ -311,6 +311,6 @@ def test_a_hub_id_that_cannot_be_had_is_one_clear_error(tmp_path, hub_cache):
 
 
 def test_a_hub_id_in_the_cache_is_read_from_there(saved, hub_cache):
-    shutil.copytree(saved, folders.snapshot(hub_cache, "math"), dirs_exist_ok=True)
+    shutil.copytree(saved, hub.snapshot(hub_cache, "math"), dirs_exist_ok=True)
 
     assert list(lm.adapter_rules("some/math")) == [Q1, Q3]

@@ -16,7 +16,7 @@ import pytest
 
 pytest.importorskip("mlx_lm", reason="mlx_modswap.lm is made of functions of mlx-lm")
 
-import folders
+import hub
 import huggingface_hub
 import model_folders
 from model_folders import load
@@ -279,7 +279,7 @@ def test_a_name_on_the_hub_that_is_not_in_the_cache_is_an_error_of_one_line(tmp_
 
 
 def test_a_model_in_the_cache_of_the_hub_is_converted_and_saved(tmp_path, hub_cache):
-    source = model_folders.llama_folder(folders.snapshot(hub_cache, "model"))
+    source = model_folders.llama_folder(hub.snapshot(hub_cache, "model"))
     lm.convert("some/model", tmp_path / "converted", {"**": 4})
     lm.save(load(tmp_path / "converted"), tmp_path / "saved", "some/model")
     lm.convert(source, tmp_path / "here", {"**": 4})
