@@ -116,7 +116,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     size.add_argument("--size", type=float, help="of all weights in MB (default: as with 4 bits)")
     size.add_argument("--bits-per-weight", type=float, help="the same, as an average")
     parser.add_argument("--layers", type=int, default=1 if small else None, help="how many blocks")
-    parser.add_argument("--tokens", type=int, default=8 if small else 24_576, help="of each half")
+    parser.add_argument("--tokens", type=int, default=4 if small else 24_576, help="of each half")
     parser.add_argument("--rounds", type=int, default=1 if small else 8)
     parser.add_argument("--rules", type=Path, default=Path("rules.json"))
     parser.add_argument("--picture", type=Path, default=Path("bits.png"))
@@ -126,7 +126,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def halves(tokenizer: Any, text: Path | None, tokens: int) -> tuple[mx.array, mx.array]:
     """Return evenly spread sequences from each half of a text: arrays of sequences x length."""
     words = text.read_text() if text else "\n\n".join(topics[name] for name in sorted(topics))
-    ids: list[int] = tokenizer.encode(words)
+    ids: list[int] = tokenizer.encode(words, verbose=False)  # it would say that this is long
     length = min(512, tokens)
     count = max(1, tokens // length)
     if len(ids) < 2 * count * length:
