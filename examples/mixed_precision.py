@@ -126,7 +126,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def halves(tokenizer: Any, text: Path | None, tokens: int) -> tuple[mx.array, mx.array]:
     """Return evenly spread sequences from each half of a text: arrays of sequences x length."""
     words = text.read_text() if text else "\n\n".join(topics[name] for name in sorted(topics))
-    ids: list[int] = tokenizer.encode(words, verbose=False)  # it would say that this is long
+    ids: list[int] = tokenizer.encode(words, verbose=False)  # no warning about the length
     length = min(512, tokens)
     count = max(1, tokens // length)
     if len(ids) < 2 * count * length:

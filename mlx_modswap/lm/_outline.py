@@ -243,7 +243,7 @@ def _other_attributes(built: Outline, model: Outline, original: Outline | None) 
 
 
 def _unequal_attributes(built: Outline, model: Outline) -> Iterator[tuple[str, str, str, str]]:
-    """Yield the path and the name of each attribute that differs, and what both models have."""
+    """Yield path and name of each attribute that differs, and its value in both models."""
     for path, attributes in model.attributes.items():
         anew = built.attributes[path]
         for name in dict.fromkeys([*attributes, *anew]):
@@ -254,9 +254,9 @@ def _unequal_attributes(built: Outline, model: Outline) -> Iterator[tuple[str, s
 
 
 def _old_attributes(model: Outline, original: Outline) -> set[tuple[str, str, str]]:
-    """Return the attributes that a model had, of those modules that have other modules inside now.
+    """Return the old attributes of the modules in which modules were added or removed.
 
-    Their values may be counts of these.
+    An attribute may be the number of these, and the model may still have the old number.
     """
     changed = model.classes.keys() ^ original.classes.keys()
     return {

@@ -12,11 +12,14 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import pytest
 import zoo
 from mlx.utils import tree_flatten
 from mlx_lm import utils
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+
+from mlx_modswap import lm
 
 # A llama that fits in a few kilobytes. Its widths are 64, and 96 for mlp.down_proj.
 LLAMA = {
@@ -74,6 +77,16 @@ def load(folder: Path, **keywords: Any) -> Any:
     return utils.load_model(folder, **keywords)[0]
 
 
+def refusal(model: nn.Module, target: Path, source: Path, **keywords: Any) -> str:
+    """Return the reason for which ``lm.save`` refuses a model. The folder is not written."""
+    with pytest.raises(ValueError, match="was not written") as caught:
+        lm.save(model, target, source, **keywords)
+    start = f"{str(target)!r} was not written: "
+    assert str(caught.value).startswith(start)
+    assert not target.exists()
+    return str(caught.value).removeprefix(start)
+
+
 def add_tokenizer(folder: Path) -> Path:
     """A tokenizer of a hundred words, ``w2`` to ``w99``, and two special tokens."""
     words = {"<unk>": 0, "</s>": 1, **{f"w{number}": number for number in range(2, 100)}}
@@ -109,11 +122,11 @@ def content(folder: Path) -> dict[str, bytes | None]:
 
 
 @contextmanager
-def small_files_only(nbytes: int = 30_000) -> Iterator[None]:
-    """Let this process write no file that is larger, as if the disk were full."""
+def small_files_only() -> Iterator[None]:
+    """Let this process write no file of more than 30 kB, as if the disk were full."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, before[1]))
     try:
         yield
     finally:
