@@ -166,11 +166,3 @@ def has_parameters(module: nn.Module) -> bool:
             if is_container(value) and id(value) not in seen:
                 waiting.append(value)
     return False
-
-
-def set_training_mode(module: Any, mode: bool) -> None:
-    """Set the mode of a module itself, with the method that ``train`` calls on each module."""
-    if hasattr(module, "_set_training_mode"):
-        module._set_training_mode(mode)
-    else:  # MLX before 0.30
-        module._training = mode

@@ -10,8 +10,6 @@ from typing import Any
 
 import mlx.nn as nn
 
-_MOST_NAMES = 8  # in one list in a message
-
 
 class PatternError(ValueError):
     """The text of a pattern is wrong."""
@@ -31,19 +29,10 @@ class SelectionError(ValueError):
     __module__ = "mlx_modswap"  # where users find it
 
 
-def note(error: BaseException, text: str) -> None:
-    """Add a note to an error if Python has notes (3.11 and later)."""
-    add_note = getattr(error, "add_note", None)
-    if add_note is not None:
-        add_note(text)
-
-
 def note_misuse(
     error: BaseException, function: Any, path: str, call: str, mended: str = ""
 ) -> None:
     """Add a note on how a function is called, if it failed because it takes other arguments.
-
-    In Python 3.10, which has no notes, the text is added to the error's message.
 
     Args:
         error (BaseException): The error that the function raised.
@@ -61,10 +50,7 @@ def note_misuse(
     is_public = "<" not in name  # no lambda or function inside another
     if mended and path_was_taken_for_a_module and is_public:
         text += f"; write {mended.format(name)}"
-    if hasattr(error, "add_note"):
-        note(error, text)
-    elif error.args and isinstance(error.args[0], str):
-        error.args = (f"{error.args[0]}; {text}", *error.args[1:])
+    error.add_note(text)
 
 
 def _refuses_the_call(function: Any, error: BaseException) -> bool:
@@ -84,12 +70,11 @@ def shorten(text: str) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def listed(things: Iterable[str]) -> str:
+def listed(things: Iterable[str], most: int = 8, between: str = ", ") -> str:
     """Join the first few of some texts, and say how many more there are."""
     things = list(things)
-    more = len(things) - _MOST_NAMES
-    shown = ", ".join(things[:_MOST_NAMES])
-    return f"{shown} and {more} more" if more > 0 else shown
+    more = len(things) - most
+    return between.join(things[:most]) + (f" and {more} more" if more > 0 else "")
 
 
 def counted(modules: int) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, groupby, takewhile
 from itertools import product as combinations
 from typing import Any
@@ -114,6 +114,12 @@ def segments(path: str, *, slices: bool) -> list[Segment]:
     """Split a path into segments; with ``slices`` every number in it is an index of a list."""
     parts = path.split(".")
     return [int(part) if slices and _INDEX.fullmatch(part) else part for part in parts]
+
+
+def folded(paths: Iterable[str], *, slices: bool) -> list[str]:
+    """Fold paths into the texts of few patterns: ``['model.layers[0:4].mlp.up_proj']``."""
+    split = [segments(path, slices=slices) for path in paths]
+    return [pattern_of(product) for product, _ in fold(split)]
 
 
 # ---------------------------------------------------------------- products as patterns

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from functools import reduce
+from contextlib import contextmanager, suppress
+from functools import partial, reduce
 from operator import or_
 from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from ._blocks import until_the_end
 from ._containers import WRAPPED
-from ._errors import NoMatchError, described, listed, note, note_misuse
+from ._errors import NoMatchError, SelectionError, described, listed, note_misuse
 from ._fold import fold, pattern_of, segments
-from ._match import Patterns, Rule, Where, parse_argument
+from ._match import Patterns, Where
 from ._pattern import Parsed
-from ._replace import swapped
-from ._select import check_model, choose
+from ._plan import make_plan
 from ._walk import Places
 from ._wrapper import Wrapper
 
@@ -107,7 +107,7 @@ def observe(
         try:
             hook(path, _kept(output), *args, **kwargs)
         except Exception as error:
-            note(error, f"while observing {path!r}")
+            error.add_note(f"while observing {path!r}")
             note_misuse(error, hook, path, "hook(path, output, *args, **kwargs)")
             raise
         return output
@@ -236,7 +236,7 @@ def patch(
         try:
             new = change(path, output)
         except Exception as error:
-            note(error, f"while patching {path!r}")
+            error.add_note(f"while patching {path!r}")
             note_misuse(error, change, path, "change(path, output)")
             raise
         if new is None and output is not None:
@@ -302,12 +302,16 @@ class _Shared:
             ``grad_checkpoint`` changes the class of a layer.
     """
 
-    def __init__(self, see: See, sees_inputs: bool, paths: list[str]):
+    def __init__(self, see: See, sees_inputs: bool):
         self.see: See | None = see
         self.sees_inputs = sees_inputs
-        self.calls = dict.fromkeys(paths, 0)
-        self.firsts = dict(zip(paths, paths))
+        self.calls: dict[str, int] = {}
+        self.firsts: dict[str, str] = {}
         self.kind: Any = type(Hooked)("Hooked", (Hooked,), {})
+
+    def hook(self, path: str, layer: nn.Module) -> nn.Module:
+        """Make the hooked layer for a layer: a factory."""
+        return self.kind(layer, self)
 
 
 class Hooked(Wrapper):
@@ -356,57 +360,41 @@ def _hooking(
     sees_inputs: bool = False,
 ) -> Iterator[_Shared]:
     """Hook the selected layers inside a ``with`` block; yield what the hooked layers share."""
-    check_model(model)
-    patterns = parse_argument(model, "pattern", pattern)
-    excludes = parse_argument(model, "exclude", exclude)
-    places = choose(model, [Rule(patterns)], where, excludes, strict).places
-    masks, depths = dict(zip(places.paths, places.masks)), _depths(places)
+    shared = _Shared(see, sees_inputs)
+    plan = make_plan(model, pattern, shared.hook, where, exclude, strict, nested=True)
+    places, masks = plan.places, dict(zip(plan.places.paths, plan.places.masks))
+    for path, hooked in zip(places.paths, plan.news):
+        paths: list[str] = object.__getattribute__(hooked, "__dict__")[_PATHS]
+        paths.append(path)
+        shared.calls[path], shared.firsts[path] = 0, paths[0]
     slices = not any(str(key).isdecimal() or "." in str(key) for key in places.dict_keys())
-    del places  # which holds the layers
-    shared = _Shared(see, sees_inputs, [*masks])
     try:
-        with ExitStack() as stack:
-            for depth in sorted(set(depths.values())):
-                _hook_layers_at(depth, depths, model, shared, stack)
+        with until_the_end(places, plan.news, partial(_put, places, plan.news)):
             yield shared
     finally:
         shared.see = None
     if strict:
-        _check_calls(patterns, masks, shared.calls, slices)
+        _check_calls(plan.patterns, masks, shared.calls, slices)
 
 
-def _depths(places: Places) -> dict[int, int]:
-    """Return the depth of each layer by its ``id``: the dots in the longest of its paths.
+def _put(places: Places, news: Sequence[nn.Module]) -> None:
+    """Put the hooked layers into their places.
 
-    A swap does not accept one place inside another, since the path of the inner place may
-    lead anywhere after the outer module has changed. Hooks need such places, for example a
-    block and the attention inside it; and a hooked layer keeps every path valid. So there
-    is one swap for each depth. A layer inside another layer always has the greater depth,
-    however many paths the two have: for each path of the outer layer, there is a longer
-    path of the inner layer. So no swap contains a layer inside another, and each swap
-    contains all paths of a tied layer, which can only change as a whole.
+    These may lie inside each other, which one partial dict of ``update_modules`` cannot say.
+    A hooked layer keeps every path inside it valid, so the order does not matter.
     """
-    depths: dict[int, int] = {}
-    for path, layer in zip(places.paths, places.modules):
-        depths[id(layer)] = max(path.count("."), depths.get(id(layer), 0))
-    return depths
-
-
-def _hook_layers_at(
-    depth: int, depths: dict[int, int], model: nn.Module, shared: _Shared, stack: ExitStack
-) -> None:
-    """Hook the selected layers of one depth."""
-
-    def is_selected(path: str, layer: nn.Module) -> bool:
-        return path in shared.calls and depths.get(id(layer)) == depth
-
-    def hooked(path: str, layer: nn.Module) -> nn.Module:
-        return shared.kind(layer, shared)
-
-    for path, layer in stack.enter_context(swapped(model, "**", hooked, where=is_selected)).items():
-        paths: list[str] = object.__getattribute__(layer, "__dict__")[_PATHS]
-        paths.append(path)
-        shared.firsts[path] = paths[0]
+    try:
+        for row, key, new in zip(places.rows, places.keys, news):
+            places.holders[row][key] = new
+        if (number := places.first_without(news)) is not None:
+            raise SelectionError(f"{places.paths[number]!r} cannot be hooked")
+    except BaseException as error:
+        for row, key, old in zip(places.rows, places.keys, places.modules):
+            with suppress(Exception):
+                places.holders[row][key] = old
+        if not isinstance(error, Exception):
+            raise
+        raise SelectionError(f"hooking failed, and nothing was changed: {error}") from error
 
 
 def _check_calls(
@@ -425,8 +413,7 @@ def _check_calls(
     for number, pattern in enumerate(patterns):
         if (matched & ~called) >> number & 1:
             paths = [path for path, mask in masks.items() if mask >> number & 1]
-            folded = fold([segments(path, slices=slices) for path in paths])
-            names = listed(pattern_of(product) for product, _ in folded)
+            names = listed(folded(paths, slices=slices))
             which = f"none of the {len(paths)} layers" if len(paths) > 1 else "the only layer"
             was = "was called" if len(paths) > 1 else "was not called"
             raise NoMatchError(

@@ -12,11 +12,10 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
-from ._errors import described, note, note_misuse
+from ._errors import described, note_misuse
 from ._hints import count
 from ._pattern import Matcher, Parsed, Pattern, inside, parse_all
-from ._sharing import Visited
-from ._walk import Places, find_and_note
+from ._walk import Places, find
 
 Patterns = Pattern | Iterable[Pattern]
 Where = type | types.UnionType | tuple[type, ...] | Callable[[str, nn.Module], bool]
@@ -81,14 +80,11 @@ class Request(NamedTuple):
         return [number for number, rule in enumerate(self.rules) for _ in rule.patterns]
 
 
-def match(model: nn.Module, request: Request) -> tuple[Places, Visited]:
+def match(model: nn.Module, request: Request) -> Places:
     """Find all places that a pattern or an exclude matches, and set their masks.
 
     A place that is left alone is left alone with everything inside it. So an exclude, or a
     pattern of a rule that keeps its places, matches every path inside its matches as well.
-
-    Returns:
-        The places, and the containers that the walk reached.
     """
     patterns = request.patterns + request.excludes
     matcher = Matcher(patterns)
@@ -98,12 +94,12 @@ def match(model: nn.Module, request: Request) -> tuple[Places, Visited]:
             regexes.append((1 << number, _regex_test(pattern.source, below)))
         elif below:
             matcher.add(inside(pattern.items), 1 << number)
-    places, visited = find_and_note(model, matcher)
+    places = find(model, matcher)
     for bit, accepts in regexes:
         pairs = zip(places.masks, places.paths)
         places.masks = [mask if accepts(path) else mask & ~bit for mask, path in pairs]
         places.keep(places.masks)
-    return places, visited
+    return places
 
 
 def _reaches_below(request: Request) -> list[bool]:
@@ -157,50 +153,34 @@ def check_where(where: Any) -> None:
         )
 
 
-Passed = list[bool | None]  # what `where` says of each place; `None` if it was not asked
+Passed = list[bool]  # what `where` says of each place
 
 
 def ask_where(places: Places, request: Request, strict: bool) -> Passed | None:
     """Return whether ``where`` accepts each place; ``None`` if there is no ``where``.
 
-    A function is called for an excluded place only with ``strict``, and only until it is
-    known that the exclude does something.
+    A function is called for an excluded place only with ``strict``.
     """
     where: Any = request.where
     if where is None:
         return None
     if is_class(where):
         return list(map(isinstance, places.modules, repeat(where)))
-    included = request.included
-    unsure = ~included  # the excludes of which it is not known whether they do something
-    passed: Passed = []
-    for path, module, mask in zip(places.paths, places.modules, places.masks):
-        if mask <= included:
-            passed.append(_ask(where, path, module))
-        elif strict and mask & included and mask & unsure:
-            passed.append(passes_or_fails(where, path, module))
-            if passed[-1]:
-                unsure &= ~mask
-        else:
-            passed.append(None)
-    return passed
+    rows = zip(places.paths, places.modules, places.masks)
+    return [
+        _ask(where, path, module, mask > request.included)
+        if strict or mask <= request.included
+        else False
+        for path, module, mask in rows
+    ]
 
 
-def _ask(where: Any, path: str, module: nn.Module) -> bool:
+def _ask(where: Any, path: str, module: nn.Module, excluded: bool) -> bool:
     try:
         return bool(where(path, module))
     except Exception as error:
-        note(error, f"while asking where of {path!r} ({type(module).__name__})")
+        if excluded:  # perhaps just because `where` fails for it
+            return True
+        error.add_note(f"while asking where of {path!r} ({type(module).__name__})")
         note_misuse(error, where, path, "where(path, module)", "lambda path, module: {}(module)")
         raise
-
-
-def passes_or_fails(where: Any, path: str, module: nn.Module) -> bool:
-    """Return whether a function accepts an excluded module, or raises an error for it.
-
-    An error counts too: a module may be excluded just because ``where`` fails for it.
-    """
-    try:
-        return bool(where(path, module))
-    except Exception:
-        return True

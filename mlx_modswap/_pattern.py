@@ -1,16 +1,17 @@
 """Parse patterns, and match paths with them. Nothing here depends on MLX.
 
-A pattern is parsed into *items*, one for each segment of a path. The patterns of
-a call form one trie in a :class:`Matcher`. A state of the matcher says how far a
-walk through a model has come in all of the patterns at once.
+A pattern is parsed into *items*, one for each segment of a path. A state of a
+:class:`Matcher` says how far a walk through a model has come in all of the patterns
+of a call at once.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from functools import lru_cache
+from functools import lru_cache, reduce
 from itertools import product
+from operator import or_
 from typing import Any, NamedTuple
 
 from ._errors import PatternError, shorten
@@ -275,54 +276,34 @@ def _is_right(proposal: Proposal) -> bool:
 
 # ---------------------------------------------------------------- items -> matcher
 #
-# A path is walked once for all patterns. The patterns form a trie, in which each edge is an item.
-# Several nodes can be reached at once: after `layers`, nodes of `layers.0`, `layers.*` and
-# `**.q_proj`. Only this set of nodes matters further down, so a `State` is a set of nodes.
+# All patterns are matched in one walk. Several positions can be reached at once: after `layers`,
+# those after `layers` in `layers.0`, in `layers.*` and in `**.layers.q_proj`, and the `**` itself.
+# Only this set of positions matters further down, so a `State` is a set of positions.
 #
-# The invariant: the matcher keeps one `State` object for each set of nodes, whatever path reached
-# it. So a state can store the state that follows each key: equal blocks share their states, and
-# nearly every step is one dict lookup. With two objects for one set the results would be the same,
-# but each block would be matched anew.
+# The invariant: the matcher keeps one `State` object for each set of positions, whatever path
+# reached it. So a state can store the state that follows each key: equal blocks share their
+# states, and nearly every step is one dict lookup. With two objects for one set the results would
+# be the same, but each block would be matched anew.
 #
-# Sets also make backtracking unnecessary. A walk can be at several nodes of `**.a.**.b` at once,
-# but never at more than there are. So the time grows with the length of the path, and not with the
-# number of ways to divide the path among the stars.
+# Sets also make backtracking unnecessary: a walk can be at several positions of `**.a.**.b` at
+# once, but never at more than there are. So the time grows with the length of the path, and not
+# with the number of ways to divide the path among the stars.
 
 
-class _Node:
-    """A node of the pattern trie; patterns with a common prefix share it.
+class _Position:
+    """A position in a pattern: the item that comes next, and the position after it.
 
-    Attributes:
-        children (dict[Any, _Node]): The node after each item that may come next.
-        by_name (dict[str, list[_Node]]): The children after items that are names, by name.
-        globs (list[tuple[_Glob, _Node]]): The children after items with wildcards.
-        loops (bool): Whether any segment leads back to this node: its item is ``**``.
-        mask (int): Bit ``i`` is set if pattern ``i`` ends here.
+    At the end of a pattern ``item`` is ``None``, and ``mask`` has the bits of the pattern.
     """
 
-    __slots__ = ("by_name", "children", "globs", "loops", "mask")
+    __slots__ = ("after", "item", "mask")
 
-    def __init__(self, loops: bool = False):
-        self.children: dict[Any, _Node] = {}
-        self.by_name: dict[str, list[_Node]] = {}
-        self.globs: list[tuple[_Glob, _Node]] = []
-        self.loops = loops
-        self.mask = 0
-
-    def child(self, item: Any) -> _Node:
-        """Return the node after an item; make one if there is none."""
-        if item not in self.children:
-            self.children[item] = node = _Node(loops=item is _DEEP)
-            if isinstance(item, _Names):
-                for name in item:
-                    self.by_name.setdefault(name, []).append(node)
-            elif isinstance(item, _Glob):
-                self.globs.append((item, node))
-        return self.children[item]
+    def __init__(self, item: Any, after: Any, mask: int):
+        self.item, self.after, self.mask = item, after, mask
 
 
 class State(dict[str, "State"]):
-    """How far a walk has come in all patterns of a matcher: a set of nodes.
+    """How far a walk has come in all patterns of a matcher: a set of positions.
 
     ``state[key]`` is the state after ``key``, ``state.entries(n)`` are the
     states after the indices of a list of ``n``.
@@ -332,17 +313,14 @@ class State(dict[str, "State"]):
         goes_on (bool): Whether anything deeper could match.
     """
 
-    __slots__ = ("_matcher", "_nodes", "_tables", "goes_on", "mask")
+    __slots__ = ("_matcher", "_open", "_tables", "goes_on", "mask")
 
-    def __init__(self, matcher: Matcher, nodes: frozenset[_Node]):
+    def __init__(self, matcher: Matcher, positions: frozenset[_Position]):
         self._matcher = matcher
-        self._nodes = nodes
+        self._open = [position for position in positions if position.item is not None]
         self._tables: dict[int, list[State]] = {}
-        self.mask = 0
-        self.goes_on = False
-        for node in nodes:
-            self.mask |= node.mask
-            self.goes_on |= bool(node.children)
+        self.mask = reduce(or_, (position.mask for position in positions), 0)
+        self.goes_on = bool(self._open)
 
     def __missing__(self, key: Any) -> State:
         """Return the state after ``key``, which may contain dots; store it if ``key`` is a str."""
@@ -355,14 +333,12 @@ class State(dict[str, "State"]):
         return state
 
     def _step(self, segment: str) -> State:
-        reached: list[_Node] = []
-        for node in self._nodes:
-            if node.loops:
-                reached.append(node)
-            reached += node.by_name.get(segment, ())
-            for glob, child in node.globs:
-                if glob is _ANY or glob.accepts(segment):
-                    reached.append(child)
+        reached: list[_Position] = []
+        for position in self._open:
+            if position.item is _DEEP:
+                reached.append(position)
+            elif position.item is _ANY or position.item.accepts(segment):
+                reached.append(position.after)
         return self._matcher.state(reached)
 
     def entries(self, length: int) -> list[State]:
@@ -373,17 +349,16 @@ class State(dict[str, "State"]):
         return table
 
     def _entries(self, length: int) -> list[State]:
-        everywhere: list[_Node] = []
-        somewhere: list[tuple[_Node, ...]] = [()] * length
-        for node in self._nodes:
-            if node.loops:
-                everywhere.append(node)
-            for item, child in node.children.items():
-                if item is _ANY:
-                    everywhere.append(child)
-                elif item is not _DEEP:
-                    for index in item.indices(length):
-                        somewhere[index] += (child,)
+        everywhere: list[_Position] = []
+        somewhere: list[tuple[_Position, ...]] = [()] * length
+        for position in self._open:
+            if position.item is _DEEP:
+                everywhere.append(position)
+            elif position.item is _ANY:
+                everywhere.append(position.after)
+            else:
+                for index in position.item.indices(length):
+                    somewhere[index] += (position.after,)
         states = {some: self._matcher.state([*everywhere, *some]) for some in set(somewhere)}
         return list(map(states.__getitem__, somewhere))
 
@@ -392,29 +367,28 @@ class Matcher:
     """Several patterns, matched together as one automaton whose states are made as needed."""
 
     def __init__(self, patterns: Sequence[Parsed] = ()):
-        self._root = _Node()
-        self._states: dict[frozenset[_Node], State] = {}
+        self._starts: list[_Position] = []
+        self._states: dict[frozenset[_Position], State] = {}
         for number, pattern in enumerate(patterns):
             self.add(pattern.items, 1 << number)
 
-    def add(self, items: Iterable[Any], mask: int) -> None:
+    def add(self, items: Sequence[Any], mask: int) -> None:
         """Add a pattern, given by its items; its matches get the bits of ``mask``."""
-        node = self._root
-        for item in items:
-            node = node.child(item)
-        node.mask |= mask
+        position = _Position(None, None, mask)
+        for item in reversed(items):
+            position = _Position(item, position, 0)
+        self._starts.append(position)
 
     @property
     def start(self) -> State:
         """The state at the model itself."""
-        return self.state([self._root])
+        return self.state(self._starts)
 
-    def state(self, nodes: list[_Node]) -> State:
-        """Return the state of a walk that has reached some nodes."""
-        # `**` may match no segment at all, so the node after it is reached at once. One step is
+    def state(self, reached: list[_Position]) -> State:
+        """Return the state of a walk that has reached some positions."""
+        # `**` may match no segment at all, so the position after it is reached at once. One step is
         # enough: the parser never leaves two `**` in a row.
-        after = [node.children[_DEEP] for node in nodes if _DEEP in node.children]
-        key = frozenset(nodes + after)
+        key = frozenset(reached + [one.after for one in reached if one.item is _DEEP])
         if key not in self._states:
             self._states[key] = State(self, key)
         return self._states[key]

@@ -18,10 +18,10 @@ from ._containers import (
     unwrapped,
     wrapped_layers,
 )
-from ._errors import SelectionError, described, listed, note, note_misuse
+from ._errors import SelectionError, described, listed, note_misuse
 from ._fold import fold, is_plain, pattern_of
 from ._match import Patterns, Rule, Where, parse_argument
-from ._pattern import Matcher, Pattern, literally, parse
+from ._pattern import Matcher, Parsed, Pattern, literally, parse
 from ._select import check_model, choose
 from ._sharing import Sharing, brought_in, ids_inside, sort_containers, survey
 from ._walk import Places, find
@@ -59,12 +59,14 @@ class Plan(NamedTuple):
         rules (list[int]): The number of the rule that decided each place.
         training (list): The modules that are new to the model, each with the training
             mode that it will get.
+        patterns (list[Parsed]): The patterns of all rules.
     """
 
     places: Places
     news: list[nn.Module]
     rules: list[int]
     training: list[tuple[nn.Module, bool]]
+    patterns: list[Parsed]
 
 
 def make_plan(
@@ -74,15 +76,21 @@ def make_plan(
     where: Where | None,
     exclude: Patterns,
     strict: bool,
+    *,
+    nested: bool = False,
 ) -> Plan:
-    """Select the places, call the factories, run every check, and return the plan."""
+    """Select the places, call the factories, run every check, and return the plan.
+
+    With ``nested``, places may lie inside each other: this is possible if all new modules are
+    wrappers, which leave every path valid, but not with one call of ``update_modules``.
+    """
     check_model(model)
     rules, factories = _rules(model, pattern, factory)
     excludes = parse_argument(model, "exclude", exclude)
-    places, deciding, left_alone, visited = choose(model, rules, where, excludes, strict)
-    # `visited` keeps every container alive to the end: a factory may delete parts of the model,
+    places, deciding, left_alone = choose(model, rules, where, excludes, strict)
+    # `containers` keeps all of them alive to the end: a factory may delete parts of the model,
     # and a new module must not get the id of a deleted container.
-    known, sharing = survey(model, visited)
+    containers, sharing = survey(model)
     if sharing:
         units = _units(places, sharing)
         news = _make_once(units, places, deciding, factories)
@@ -92,12 +100,13 @@ def make_plan(
     changes = list(map(is_not, news, places.modules))
     places.keep(changes)
     news, deciding = list(compress(news, changes)), list(compress(deciding, changes))
-    check_nesting(places, _NESTED)
+    if not nested:
+        check_nesting(places, _NESTED)
     _check_left_alone(places, news, left_alone)
     _check_names(places)
-    training = _check_cycles(places, news, known)
+    training = _check_cycles(places, news, set(map(id, containers)))
     check_unmoved(places, places.modules, _MOVED)
-    return Plan(places, news, deciding, training)
+    return Plan(places, news, deciding, training, [one for rule in rules for one in rule.patterns])
 
 
 _NESTED = "and both would change; exclude the inner one ({exclude}), or select only {outer!r}"
@@ -145,7 +154,7 @@ def _make(
         try:
             new = factory(path, module)
         except Exception as error:
-            note(error, f"while replacing {path!r} ({type(module).__name__})")
+            error.add_note(f"while replacing {path!r} ({type(module).__name__})")
             note_misuse(error, factory, path, "factory(path, module)", _MENDED_FACTORY)
             raise
         if not issubclass(type(new), nn.Module):

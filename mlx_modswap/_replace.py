@@ -9,9 +9,8 @@ from typing import Any, overload
 import mlx.nn as nn
 
 from . import _hints
-from ._blocks import Block
-from ._containers import set_training_mode
-from ._errors import NoMatchError, SelectionError, described, note
+from ._blocks import until_the_end
+from ._errors import NoMatchError, SelectionError, described
 from ._match import Patterns, Where
 from ._pattern import literally
 from ._plan import (
@@ -178,9 +177,10 @@ def swapped(
 
     Raises:
         SelectionError: As in :func:`replace_layers`. Also at the end of the block, if
-            one of the places was modified by hand inside the block (then nothing is
-            put back), or if blocks did not end in the reverse order. If the block
-            itself raises an error, that error is raised, with this one as a note.
+            one of the places was modified by hand inside the block (it stays as it is,
+            and the others are put back), or if blocks did not end in the reverse order.
+            If the block itself raises an error, that error is raised, with this one as
+            a note.
 
     Example:
         >>> import mlx.nn as nn
@@ -194,18 +194,8 @@ def swapped(
     """
     plan = make_plan(model, pattern, factory, where, exclude, strict)
     report = _report(plan)
-    block = Block(plan.places, plan.news)
-    _carry_out(plan)
-    try:
-        block.begin()
+    with until_the_end(plan.places, plan.news, lambda: _carry_out(plan)):
         yield report
-    except BaseException as error:
-        try:
-            _put_back(block)
-        except SelectionError as refusal:
-            note(error, str(refusal))
-        raise
-    _put_back(block)
 
 
 def partial_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[Any, Any]:
@@ -272,7 +262,7 @@ def _carry_out(plan: Plan) -> None:
 
 def _set_modes(modes: Iterable[tuple[nn.Module, bool]]) -> None:
     for module, mode in modes:
-        set_training_mode(module, mode)
+        module._set_training_mode(mode)
 
 
 def _update(places: Places, olds: Sequence[nn.Module], news: Sequence[nn.Module]) -> None:
@@ -304,19 +294,6 @@ def _unreachable(places: Places, error: Exception) -> str:
             "down by recursion, which Python limits (sys.setrecursionlimit); nothing was changed"
         )
     return f"MLX's update_modules failed, and nothing was changed: {error}"
-
-
-def _put_back(block: Block) -> None:
-    try:
-        block.end(_update)
-    except KeyboardInterrupt as interrupt:  # an interrupted update leaves the new modules
-        try:
-            block.end(_update)
-        except SelectionError as refusal:
-            note(interrupt, str(refusal))
-        raise
-    finally:
-        block.close()
 
 
 def _report(plan: Plan) -> Replacement:

@@ -21,7 +21,6 @@ from ._match import (
     parse_argument,
 )
 from ._pattern import Parsed
-from ._sharing import Visited
 from ._strict import check_effects, check_matches
 from ._walk import Places
 
@@ -95,13 +94,11 @@ class Chosen(NamedTuple):
         left_alone (list[tuple[str, nn.Module]]): Path and module of each place that an
             exclude, or a rule with ``None``, leaves alone, whether or not ``where``
             accepts it.
-        visited (Visited): The containers that the walk reached.
     """
 
     places: Places
     rules: list[int]
     left_alone: list[tuple[str, nn.Module]]
-    visited: Visited
 
 
 def choose(
@@ -114,16 +111,16 @@ def choose(
     """Find the places that the arguments of a call select."""
     check_where(where)
     request = Request(rules, where, excludes)
-    places, visited = match(model, request)
+    places = match(model, request)
     if strict:
         check_matches(model, request, places)
     passed = ask_where(places, request, strict)
     if strict:
         check_effects(model, request, places, passed)
-    return narrow(places, visited, request, passed)
+    return narrow(places, request, passed)
 
 
-def narrow(places: Places, visited: Visited, request: Request, passed: Passed | None) -> Chosen:
+def narrow(places: Places, request: Request, passed: Passed | None) -> Chosen:
     """Keep the places that ``where`` accepts and that no exclude removes, and return them."""
     included, owners = request.included, request.owners
     masks = set(places.masks)
@@ -140,4 +137,4 @@ def narrow(places: Places, visited: Visited, request: Request, passed: Passed | 
         places.keep(is_free)
     if passed is not None:
         places.keep(passed)
-    return Chosen(places, list(map(rule_of.__getitem__, places.masks)), left_alone, visited)
+    return Chosen(places, list(map(rule_of.__getitem__, places.masks)), left_alone)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import mlx.nn as nn
 
@@ -56,41 +56,25 @@ class Sharing:
             )
 
 
-class Visited(NamedTuple):
-    """The containers that a walk reached, from which :func:`survey` continues.
-
-    Attributes:
-        seen (list): All containers that the walk reached; one in several places is listed for
-            each place.
-        skipped (list): The containers among these that the walk did not enter.
-        sharing (list): The :class:`Sharing` of the model if the walk needed it, else empty.
-    """
-
-    seen: list[Container]
-    skipped: list[Container]
-    sharing: list[Sharing]
-
-
-def survey(model: nn.Module, visited: Visited) -> tuple[set[int], Sharing | None]:
-    """Visit the containers that a walk did not reach.
-
-    They are visited level by level with loops in C, the cheapest way to see all of a model.
+def survey(model: nn.Module) -> tuple[list[Container], Sharing | None]:
+    """Visit every container, level by level with loops in C: the cheapest way to see a model.
 
     Returns:
-        The ``id`` of every container in the model; and the :class:`Sharing` of the model,
-        or ``None`` if nothing is in several places.
+        The containers; and the :class:`Sharing` of the model, or ``None`` if nothing is in
+        several places.
     """
     kinds = Kinds()
-    seen, level = visited.seen, visited.skipped
-    ids = set(map(id, seen))
+    seen: list[Container] = [model]
+    level: list[Container] = [model]
+    ids = {id(model)}
     while level and len(ids) == len(seen):
         level = child_containers(level, kinds)
-        seen.extend(level)  # keeps them alive, so that no other object gets one of their ids
+        seen.extend(level)
         ids.update(map(id, level))
     if len(ids) == len(seen):
-        return ids, None
-    sharing = visited.sharing[0] if visited.sharing else Sharing(model)
-    return set(sharing.path_counts), sharing
+        return seen, None
+    sharing = Sharing(model)
+    return sharing.order, sharing
 
 
 def sort_containers(model: nn.Module, swaps: Swaps | None = None) -> list[Container]:

@@ -18,15 +18,7 @@ import mlx.nn as nn
 
 from . import _hints
 from ._errors import NoMatchError, class_names, classes, counted, listed, shorten
-from ._match import (
-    Passed,
-    Request,
-    Rule,
-    ask_where,
-    first_pattern,
-    match,
-    passes_or_fails,
-)
+from ._match import Passed, Request, Rule, ask_where, first_pattern, match
 from ._pattern import Parsed, parse
 from ._walk import Places
 
@@ -117,24 +109,10 @@ class _Matched:
     def do_something(self, masks: Collection[int]) -> bool:
         """Return whether a pattern with these masks, or a rule that decides them, does something.
 
-        None of the masks is live. It does something all the same if ``where`` accepts an excluded
-        module that it has not been asked about, or if all of its modules are excluded, since one
-        list of patterns can serve several models.
+        None of the masks is live. It does something all the same if all of its modules are
+        excluded, since one list of patterns can serve several models.
         """
-        if masks and all(mask not in self.free for mask in masks):
-            return True
-        return self._asked_late(masks)
-
-    def _asked_late(self, masks: Collection[int]) -> bool:
-        # If `where` is a function, it was called for only a few of the excluded modules. Before an
-        # error is raised, it is called for the others, so that it has the same effect as a class.
-        places, answers = self.places, self.passed or []
-        return any(
-            answer is None and mask in masks and passes_or_fails(self.request.where, path, module)
-            for path, module, mask, answer in zip(
-                places.paths, places.modules, places.masks, answers
-            )
-        )
+        return bool(masks) and self.free.isdisjoint(masks)
 
     def modules(self, bits: int, others: int = -1) -> list[nn.Module]:
         """Return the modules that a pattern in ``bits`` matches, and also one in ``others``."""
@@ -205,7 +183,7 @@ def _all_excluded(matched: _Matched) -> str:
 def _reaches_inside(model: nn.Module, exclude: Parsed) -> bool:
     """Return whether an exclude removes more than the places that it matches."""
     alone, with_inside = (
-        match(model, Request([Rule([exclude], keeps=keeps)], None, []))[0].paths
+        match(model, Request([Rule([exclude], keeps=keeps)], None, [])).paths
         for keeps in (False, True)
     )
     return len(alone) < len(with_inside)
@@ -255,7 +233,7 @@ def _never_applies(matched: _Matched, number: int) -> str:
     let_through = len(its)
     if matched.passed is not None:
         pairs = zip(masks, matched.passed)
-        let_through -= sum(mask & bits and answer is False for mask, answer in pairs)
+        let_through -= sum(mask & bits > 0 and not answer for mask, answer in pairs)
     which = f"all {let_through} of its modules" if let_through > 1 else "its only module"
     if let_through < len(its):
         which = f"all {let_through}" if let_through > 1 else "the only one"
@@ -276,7 +254,7 @@ def _works_inside(matched: _Matched, number: int) -> str:
     tried = request._replace(rules=[*request.rules[:rule_number], Rule([wider])])
     included, owners = tried.included, tried.owners
     with suppress(Exception):  # the user's `where` may fail for other modules
-        places, _ = match(matched.model, tried)
+        places = match(matched.model, tried)
         passed = ask_where(places, tried, strict=False) or ()
         count = sum(
             mask <= included and owners[first_pattern(mask)] == rule_number

@@ -18,10 +18,9 @@ from ._containers import (
     Location,
     unwrapped,
     values_at,
-    wrapped_layers,
 )
 from ._pattern import Matcher, State
-from ._sharing import Sharing, Visited
+from ._sharing import sort_containers
 
 
 class Places:
@@ -105,10 +104,12 @@ class Places:
         rows = self.ancestors()[1:]
         parents = map(self.parents.__getitem__, rows)
         now = values_at(self._holders_of(parents), list(map(self.parent_keys.__getitem__, rows)))
-        moved = {row for row, value in zip(rows, now) if value is not self.containers[row]}
-        for row in compress(count(), map(is_not, self.holders, self.containers)):  # wrappers
-            if unwrapped(self.containers[row]) is not self.holders[row]:
-                moved.add(row)
+        # A wrapper that was put around a container, or taken off, does not move what it holds.
+        moved = {
+            row
+            for row, value in zip([0, *rows], [self.model, *now])
+            if value is not self.holders[row] and unwrapped(value) is not self.holders[row]
+        }
         for number, row in enumerate(self.rows if moved else ()):
             while row and row not in moved:
                 row = self.parents[row]
@@ -128,30 +129,22 @@ class Places:
 def find(model: nn.Module, matcher: Matcher) -> Places:
     """Find the places that a pattern matches, by a walk through the model, depth first.
 
-    Raises:
-        SelectionError: If the walk reaches a cycle.
-    """
-    places, _ = find_and_note(model, matcher)
-    return places
-
-
-def find_and_note(model: nn.Module, matcher: Matcher) -> tuple[Places, Visited]:
-    """Find places like :func:`find`; also return every container that the walk reaches.
-
     The walk does not enter a container if no pattern can match anything inside it. If it
     enters a container for the second time, the container is either shared or part of a
-    cycle, in which the walk would not end: :class:`Sharing` distinguishes the two cases.
+    cycle, in which the walk would not end: :func:`sort_containers` distinguishes the two.
+
+    Raises:
+        SelectionError: If the walk reaches a cycle.
     """
     places = Places(model)
     paths, modules, masks = places.paths, places.modules, places.masks
     rows, keys = places.rows, places.keys
     containers, holders = places.containers, places.holders
     parents, parent_keys = places.parents, places.parent_keys
-    visited = Visited([model, *wrapped_layers(model)], [], [])
-    seen, skipped, sharing = visited
     kinds = Kinds()
     kind_of, are_others = kinds.__getitem__, kinds.others.issuperset
     entered: set[int] = set()
+    is_checked = False
     row, prefix = 0, ""
     steps = _steps(holders[0], matcher.start)
     waiting: list[tuple[int, str, Iterator[tuple[Any, Any, State]]]] = []
@@ -160,7 +153,6 @@ def find_and_note(model: nn.Module, matcher: Matcher) -> tuple[Places, Visited]:
             kind = kinds[type(value)]
             if not kind:
                 continue
-            seen.append(value)
             if state.mask and kind == MODULE:
                 paths.append(f"{prefix}{key}")
                 modules.append(value)
@@ -168,14 +160,14 @@ def find_and_note(model: nn.Module, matcher: Matcher) -> tuple[Places, Visited]:
                 rows.append(row)
                 keys.append(key)
             if not state.goes_on:
-                skipped.append(value)
                 continue
             held: Any = dict.values(value) if kind > LIST else tuple(list.__iter__(value))
             # The common case is a layer that holds nothing but arrays, so that comes first.
             if not held or are_others(map(type, held)) or not any(map(kind_of, map(type, held))):
                 continue
-            if id(value) in entered and not sharing:
-                sharing.append(Sharing(model))
+            if id(value) in entered and not is_checked:
+                sort_containers(model)
+                is_checked = True
             entered.add(id(value))
             waiting.append((row, prefix, steps))
             parents.append(row)
@@ -186,15 +178,13 @@ def find_and_note(model: nn.Module, matcher: Matcher) -> tuple[Places, Visited]:
                 steps = zip(count(), held, state.entries(len(held)))
                 holders.append(value)
             else:
-                layers = wrapped_layers(value) if dict.__contains__(value, WRAPPED) else ()
-                seen.extend(layers)
-                holder = layers[-1] if layers else value
+                holder: Any = unwrapped(value) if dict.__contains__(value, WRAPPED) else value
                 steps = _steps(holder, state)
                 holders.append(holder)
             break
         else:
             if not waiting:
-                return places, visited
+                return places
             row, prefix, steps = waiting.pop()
 
 

@@ -3,31 +3,23 @@
 from __future__ import annotations
 
 import functools
-import types
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from typing import Any, TypeVar
 
 import mlx.nn as nn
 
-from ._containers import WRAPPED, has_parameters, is_container, set_training_mode, unwrapped
+from ._containers import WRAPPED, has_parameters, is_container, unwrapped
 from ._errors import described
 
 T = TypeVar("T")
 
-_SEALED, _SLOTS = "(sealed)", "(slots)"  # not identifiers, so they hide no attribute of a layer
+_SEALED = "(sealed)"  # not an identifier, so it hides no attribute of a layer
 _OF_EVERY_MODULE = frozenset(nn.Module.__mro__)
 _LENT = frozenset(["__call__", "to_quantized"])  # methods of `Wrapper` that call the layer's own
 
 
 class _Sealing(type):
     """A metaclass that checks and seals a wrapper once its ``__init__`` has returned."""
-
-    def __init__(cls, name: str, bases: tuple[type, ...], namespace: dict[str, Any]):
-        super().__init__(name, bases, namespace)
-        inherited = [slot for base in bases for slot in vars(base).get(_SLOTS, ())]
-        slots = [k for k, v in vars(cls).items() if isinstance(v, types.MemberDescriptorType)]
-        setattr(cls, _SLOTS, [*inherited, *slots])
 
     def __call__(cls: type[T], *args: Any, **kwargs: Any) -> T:
         wrapper: Any = super().__call__(*args, **kwargs)
@@ -133,16 +125,14 @@ class Wrapper(nn.Module, metaclass=_Sealing):
 
     # MLX finds the layer's modules, but not those of the wrapper.
     def _set_training_mode(self, mode: bool) -> None:
-        set_training_mode(self.__wrapped__, mode)
+        self.__wrapped__._set_training_mode(mode)
         _set_own_modes(self, mode)
 
     # What a wrapper stores in its `__call__` (`self.last = x`) must not become a parameter of
     # the layer: it would be saved, and would stay after unwrapping.
     def __setattr__(self, name: str, value: Any) -> None:
         is_sealed = _SEALED in _own(self)
-        if name == "_training":  # MLX before 0.30
-            self._set_training_mode(value)
-        elif is_sealed and not _is_own(self, name) and hasattr(unwrapped(self), name):
+        if is_sealed and not _is_own(self, name) and hasattr(unwrapped(self), name):
             setattr(self.__wrapped__, name, value)
         else:
             object.__setattr__(self, name, value)
@@ -158,10 +148,7 @@ class Wrapper(nn.Module, metaclass=_Sealing):
         return self.__wrapped__ if key == WRAPPED else self.__wrapped__[key]
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        if key == WRAPPED:  # mx.grad and mx.compile of an older MLX write back what they found
-            dict.__setitem__(self, WRAPPED, value)
-        else:
-            self.__wrapped__[key] = value
+        self.__wrapped__[key] = value
 
     def __delitem__(self, key: Any) -> None:
         del self.__wrapped__[key]
@@ -190,12 +177,8 @@ def _own(wrapper: Wrapper) -> dict[str, Any]:
 
 
 def own_attributes(wrapper: Wrapper) -> dict[str, Any]:
-    """Return all attributes that were set on the wrapper itself, including slots."""
-    attributes = dict(_own(wrapper))
-    for name in vars(type(wrapper))[_SLOTS]:
-        with suppress(AttributeError):  # it was not set
-            attributes[name] = object.__getattribute__(wrapper, name)
-    return attributes
+    """Return all attributes that were set on the wrapper itself."""
+    return dict(_own(wrapper))
 
 
 def _set_own_modes(wrapper: Wrapper, mode: bool) -> None:

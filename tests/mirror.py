@@ -1,12 +1,12 @@
 """What a model has to look like after each step of a history, said in plain Python.
 
 A `Mirror` holds what every container should hold. An `OpenBlock` says how a `swapped` block has to
-end among others, from a log of all that blocks have put anywhere.
+end among others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -17,8 +17,6 @@ from mlx.utils import tree_flatten
 from oracle import Location, Place
 
 from mlx_modswap import Replacement
-
-Log = list[tuple[Location, nn.Module]]
 
 
 class Mirror:
@@ -87,8 +85,7 @@ class OpenBlock:
     """A `swapped` block that was entered.
 
     `olds` is what it has to put back at each location, `around` are the steps on the way to its
-    places, and `put` those that lead to what it has put there. `entered` is how long the log of
-    all that blocks have put anywhere was at that time.
+    places, and `put` those that lead to what it has put there.
     """
 
     def __init__(
@@ -96,7 +93,6 @@ class OpenBlock:
         model: nn.Module,
         manager: AbstractContextManager[Replacement],
         targets: list[Place],
-        entered: int,
     ):
         self.manager = manager
         self.olds = {place.location: place.module for place in targets}
@@ -104,16 +100,18 @@ class OpenBlock:
         ways = [way(model, place.path) for place in targets]
         self.around = [step for steps in ways for step in steps[:-1]]
         self.put = [steps[-1] for steps in ways]
-        self.entered = entered
 
-    def was_changed_by_hand(self, log: Log) -> bool:
-        """Whether what it relies on is neither what was there nor what a block has put there."""
-        for container, key, value in self.around + self.put:
-            put = [new for at, new in log[self.entered :] if at == (id(container), key)]
-            now = dict(oracle.entries(container)).get(key)
-            if now is not value and not (put and now is put[-1]):
-                return True
-        return False
+    def changed_by_hand(self, above: Mapping[Location, Any]) -> set[Location]:
+        """The locations that no later block covers and that hold another module than it put."""
+        return {
+            (id(container), key)
+            for container, key, value in self.put
+            if not above[id(container), key]
+            and all(
+                dict(oracle.entries(container)).get(key) is not one
+                for one in (value, self.olds[id(container), key])
+            )
+        }
 
     def has_lost_a_place(self) -> bool:
         """Whether the way to a place leads somewhere else, or to another module there."""

@@ -285,7 +285,10 @@ def test_a_model_that_is_quantized_inside_the_block_is_not_put_back(use):
     ):
         nn.quantize(model)
 
-    assert str(error.value) == "'layers.0' was modified inside the block; nothing was put back"
+    assert (
+        str(error.value)
+        == "'layers.0' was modified inside the block, and stays as it is now; everything else was put back"
+    )
     assert type(model.layers[0]) is nn.QuantizedLinear
 
 

@@ -2,7 +2,6 @@
 
 A plain-Python `Mirror` says after each step what the model has to look like. What the library does
 to it is foretold with the reference in `oracle.py`; other people's edits are simply looked at.
-How a block ends among others is foretold from a log of all that blocks have put anywhere.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from mirror import Log, Mirror, OpenBlock, flags, parameters
+from mirror import Mirror, OpenBlock, flags, parameters
 from mlx.utils import tree_flatten
 from oracle import Place
 from strategies import Leaf, Net, exactly, lists_of_patterns, models, one_place, patterns, wheres
@@ -107,7 +106,6 @@ class Streams(RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
         self.blocks: list[OpenBlock] = []  # in the order in which they were entered
-        self.log: Log = []  # all that blocks have put anywhere
         self.adapters = [Leaf(), Leaf()]
         self.open_before = list(_blocks._open)  # those of an example that has failed
 
@@ -163,27 +161,25 @@ class Streams(RuleBasedStateMachine):
             location: [other for other in later if location in other.olds]
             for location in block.olds
         }
-        by_hand = block.was_changed_by_hand(self.log)
+        by_hand = block.changed_by_hand(above)
         lost = block.has_lost_a_place()
         if fail:
             error = fail()
             assert not block.manager.__exit__(fail, error, None)  # so the error goes on
         elif by_hand:
-            with pytest.raises(SelectionError, match="modified inside the block; nothing was put"):
+            with pytest.raises(SelectionError, match="modified inside the block, and stays"):
                 block.manager.__exit__(None, None, None)
         elif any(above.values()) or lost:
-            what = "by a block that was entered after" if any(above.values()) else "around it"
+            what = "by a block that was entered after" if any(above.values()) else "no longer at"
             with pytest.raises(SelectionError, match=what):
                 block.manager.__exit__(None, None, None)
         else:
             block.manager.__exit__(None, None, None)
-        if not by_hand:
-            for location, old in block.olds.items():
-                if above[location]:
-                    above[location][0].olds[location] = old
-                else:
-                    self.log.append((location, old))
-                    self.mirror.put(location, old)
+        for location, old in block.olds.items():
+            if above[location]:
+                above[location][0].olds[location] = old
+            elif location not in by_hand:
+                self.mirror.put(location, old)
 
     # ------------------------------------------------------------ what has to hold
 
@@ -228,8 +224,7 @@ class Streams(RuleBasedStateMachine):
     ) -> None:
         if report is not None:
             changed = [place for place in chosen if place.path in report]
-            self.log += [(place.location, report[place.path]) for place in changed]
-            self.blocks.append(OpenBlock(self.model, manager, changed, len(self.log)))
+            self.blocks.append(OpenBlock(self.model, manager, changed))
 
     def family(self, place: Place) -> list[Place]:
         """A place and all those that have to change with it."""

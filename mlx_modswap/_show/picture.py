@@ -7,6 +7,7 @@ import sys
 from heapq import heappop, heappush
 from html import escape
 
+from .._errors import counted
 from .._fold import Product, is_plain, pattern_of
 from .._measure import NOTHING, Measure
 from .._report import aligned, dtypes, number, size
@@ -82,7 +83,7 @@ class Tree:
     def __init__(self, rows: list[Row], chosen_by: str, selected: int | None, is_frozen: bool):
         self._rows = rows
         self._shows_trainable = is_frozen
-        summary = f"{chosen_by} selects {selected} of {_counted(rows[0].modules)}"
+        summary = f"{chosen_by} selects {selected} of {counted(rows[0].modules)}"
         self._summary = [] if selected is None else [summary]
 
     def __str__(self) -> str:
@@ -214,11 +215,7 @@ def _what_is_collapsed(row: Row, expanded: Expanded) -> str:
         is_short = len(same.pattern) <= _LONGEST_PATTERN
         return "as " + (same.pattern if is_short else f"...{same.pattern[3 - _LONGEST_PATTERN :]}")
     selected = row.selected - row.marked * row.count
-    return f"{_counted(row.modules)} inside" + (f", {selected} selected" if selected else "")
-
-
-def _counted(modules: int) -> str:
-    return f"{modules} module" + "s" * (modules != 1)
+    return f"{counted(row.modules)} inside" + (f", {selected} selected" if selected else "")
 
 
 def _wants_colour() -> bool:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm import utils
 
 from ._folders import one_line
 
@@ -18,24 +17,6 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapters.safetensors"
 PEFT_WEIGHTS = "adapter_model.safetensors"
 TRUTH = "mlx_modswap"  # the config's key for the true rank and scale of each adapter
-
-
-def find_folder(folder: str | Path) -> Path:
-    """Return the folder itself or, for a hub id, the folder in the cache with its files."""
-    path = Path(folder)
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise NotADirectoryError(f"{quoted(path)} is a file; give the folder that it is in")
-    try:
-        download: Any = vars(utils)["snapshot_download"]  # from the hub that mlx-lm uses
-        found = download(str(folder), allow_patterns=[CONFIG, WEIGHTS, PEFT_WEIGHTS])
-    except Exception as error:  # of the hub, the network or the disk
-        raise FileNotFoundError(
-            f"{quoted(path)} is not a folder here, and the hub does not have an adapter of that "
-            f"name: {one_line(error)}"
-        ) from error
-    return Path(found)
 
 
 def read_config(file: Path) -> dict[str, Any]:

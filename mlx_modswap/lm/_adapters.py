@@ -16,7 +16,6 @@ from ._adapter_files import (
     PEFT_WEIGHTS,
     TRUTH,
     WEIGHTS,
-    find_folder,
     quoted,
     read_arrays,
     read_config,
@@ -25,6 +24,7 @@ from ._adapter_files import (
     read_object,
     read_rank,
 )
+from ._folders import find
 from ._lora import A_RANK, METHODS, Adapter, attach, b_rank
 from ._peft import read_peft
 from ._uniform import restore
@@ -93,7 +93,7 @@ def adapter_rules(folder: str | Path) -> dict[Any, Factory]:
         layers.0 (64, 4) 10.0
         layers.2 (64, 8) 20.0
     """
-    where = find_folder(folder)
+    where = find(folder, "an adapter", [CONFIG, WEIGHTS, PEFT_WEIGHTS])
     config = read_config(where / CONFIG)
     if "peft_type" in config:
         file, adapters = where / PEFT_WEIGHTS, read_peft(where, config)

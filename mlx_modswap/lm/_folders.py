@@ -30,8 +30,8 @@ _GENERATION = "generation_config.json"
 _CHAT_TEMPLATES = "additional_chat_templates"  # a folder that transformers writes and reads
 
 
-def find(source: Folder) -> Path:
-    """Return the folder of a model, which is downloaded if it is on the hub and not here yet.
+def find(source: Folder, kind: str = "a model", files: Any = utils.DEFAULT_ALLOW_PATTERNS) -> Path:
+    """Return a folder, which is downloaded if it is on the hub and not here yet.
 
     Raises:
         FileNotFoundError: If there is no such folder, and no such model can be downloaded.
@@ -40,17 +40,16 @@ def find(source: Folder) -> Path:
     if folder.is_dir():
         return folder
     if folder.exists():
-        raise NotADirectoryError(f"the source, {str(source)!r}, is a file, not a folder")
+        raise NotADirectoryError(f"{str(source)!r} is a file, not a folder")
     try:
         # As in mlx-lm, which imports it from the hub that the environment names.
         download: Any = vars(utils)["snapshot_download"]
-        found = download(str(source), allow_patterns=utils.DEFAULT_ALLOW_PATTERNS)
+        return Path(download(str(source), allow_patterns=files))
     except Exception as error:  # of the hub, the network or the disk
         raise FileNotFoundError(
-            f"the source, {str(source)!r}, is not a folder here, and the hub does not have a model "
-            f"of that name: {one_line(error)}"
+            f"{str(source)!r} is not a folder here, and the hub does not have {kind} of that name: "
+            f"{one_line(error)}"
         ) from error
-    return Path(found)
 
 
 def read_config(folder: Path) -> Config:

@@ -15,10 +15,11 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from .._containers import wrapped_layers
+from .._errors import listed
+from .._fold import folded
 from .._select import select
 from .._wrapper import Wrapper, own_attributes
 from ._lora import KINDS
-from ._paths import folded, listed
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), mx.Dtype, Enum)
 # Entries of the config, or of its text_config, that some models keep. They are skipped: the layers
@@ -170,7 +171,7 @@ def other_layers(built: Outline, model: Outline) -> str:
         return ""
     named = [(_names(*classes), paths) for classes, paths in differing.items()]
     texts = [
-        f"mlx-lm builds {one} at {listed(_at(paths))}, the model has {other}"
+        f"mlx-lm builds {one} at {listed(_at(paths), 4)}, the model has {other}"
         for (one, other), paths in named
     ]
     if all(() in classes for classes in differing):
@@ -181,7 +182,7 @@ def other_layers(built: Outline, model: Outline) -> str:
         cure = "fuse or unwrap it, or give a model_file"
         if any((kind.adapter,) in classes for kind in KINDS for classes in differing):
             cure += "; lm.save_adapters writes the adapters alone"
-    return f"{listed(texts, ', and ')}: {cure}"
+    return f"{listed(texts, 4, ', and ')}: {cure}"
 
 
 def _above(path: str) -> Iterator[str]:
@@ -235,11 +236,11 @@ def _other_attributes(built: Outline, model: Outline, original: Outline | None) 
         if (path, name, other) not in old and (name, other) not in old_arguments:
             differing.setdefault((name, *_shortened(one, other)), []).append(path)
     texts = [
-        f"mlx-lm sets {name} of {listed(_at(paths))} to {one}, the model has {other}"
+        f"mlx-lm sets {name} of {listed(_at(paths), 4)} to {one}, the model has {other}"
         for (name, one, other), paths in differing.items()
     ]
     cure = "set it in the model, or give the entry of the config that sets it with config={...}"
-    return f"{listed(texts, ', and ')}: {cure}" if texts else ""
+    return f"{listed(texts, 4, ', and ')}: {cure}" if texts else ""
 
 
 def _unequal_attributes(built: Outline, model: Outline) -> Iterator[tuple[str, str, str, str]]:
@@ -315,11 +316,11 @@ def _other_arrays(built: dict[str, Form], model: dict[str, Form]) -> str:
         if one != other:
             differing.setdefault((one, other), []).append(name)
     texts = [
-        f"mlx-lm builds {one or 'nothing'} at {listed(_at(names))}, the model has "
+        f"mlx-lm builds {one or 'nothing'} at {listed(_at(names), 4)}, the model has "
         f"{other or 'nothing'}"
         for (one, other), names in differing.items()
     ]
-    return listed(texts, ", and ")
+    return listed(texts, 4, ", and ")
 
 
 def _other_constants(built: Outline, model: Outline) -> str:
@@ -330,11 +331,11 @@ def _other_constants(built: Outline, model: Outline) -> str:
         if one is not None and not (one.shape == other.shape and _is_close(one, other)):
             differing.setdefault(name, []).append(path)
     texts = [
-        f"mlx-lm gives {name} of {listed(_at(paths))} other values than the model has"
+        f"mlx-lm gives {name} of {listed(_at(paths), 4)} other values than the model has"
         for name, paths in differing.items()
     ]
     cure = "set them in the model, or give the entry of the config that sets them with config={...}"
-    return f"{listed(texts, ', and ')}: {cure}" if texts else ""
+    return f"{listed(texts, 4, ', and ')}: {cure}" if texts else ""
 
 
 def _is_close(one: mx.array, other: mx.array) -> bool:
@@ -342,5 +343,5 @@ def _is_close(one: mx.array, other: mx.array) -> bool:
 
 
 def _at(paths: list[str]) -> list[str]:
-    inner = folded(path for path in paths if path)
+    inner = folded([path for path in paths if path], slices=True)
     return ["the model itself", *inner] if "" in paths else inner

@@ -12,10 +12,10 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from .._errors import NoMatchError, described
+from .._fold import folded
 from .._replace import replace_layers
 from .._report import Replacement
 from .._select import select
-from ._paths import folded
 
 Settings = dict[str, Any]  # keywords of `to_quantized`
 Value = int | Mapping[str, Any] | None
@@ -276,7 +276,7 @@ def _misfit(model: nn.Module, rules: Rules, pattern: Any, group_size: int) -> st
         for one, value in rules.items()
     }
     replace_layers(model, noting, where=quantizable, strict=False)
-    places = [f"{', '.join(folded(some))} ({width})" for width, some in paths.items()]
+    places = [f"{', '.join(folded(some, slices=True))} ({width})" for width, some in paths.items()]
     fitting = [str(size) for size in (128, 64, 32) if not any(width % size for width in paths)]
     cure = f"use a group_size of {' or '.join(fitting)}" if fitting else "no group size does"
     return (

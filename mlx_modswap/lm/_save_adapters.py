@@ -16,11 +16,11 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.utils import save_config
 
-from .._errors import described
+from .._errors import described, listed
+from .._fold import folded
 from .._select import check_model, select
 from ._adapter_files import CONFIG, PEFT_WEIGHTS, TRUTH, WEIGHTS, quoted
 from ._lora import A_RANK, METHODS, Adapter, class_of, kind_for, kind_of, misfit, shapes
-from ._paths import folded, listed
 from ._uniform import make_uniform
 
 
@@ -155,7 +155,7 @@ def _check_same(adapters: Mapping[str, Adapter], field: str, cure: str) -> None:
         groups.setdefault(getattr(adapter, field), []).append(path)
     if len(groups) > 1:
         found = ", ".join(
-            f"{METHODS.get(value, value)} at {listed([repr(one) for one in folded(paths)])}"
+            f"{METHODS.get(value, value)} at {listed(map(repr, folded(paths, slices=True)), 4)}"
             for value, paths in groups.items()
         )
         raise ValueError(f"mlx-lm reads one {field} for all adapters, not {found}; {cure}")

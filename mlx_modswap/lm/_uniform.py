@@ -20,9 +20,9 @@ from typing import Any
 
 import mlx.core as mx
 
+from .._fold import folded
 from ._adapter_files import read_number, read_object, read_rank
 from ._lora import A_RANK, Adapter, b_rank
-from ._paths import folded
 
 Truths = dict[str, dict[str, Any]]  # the true rank and scale of each path
 
@@ -41,8 +41,9 @@ def make_uniform(adapters: Mapping[str, Adapter]) -> tuple[dict[str, Adapter], T
     scales = Counter(adapter.scale for adapter in adapters.values())
     zeros = [path for path, adapter in adapters.items() if adapter.scale == 0]
     if zeros and len(scales) > 1:
+        places = ", ".join(folded(zeros, slices=True))
         raise ValueError(
-            f"the scale is 0 at {', '.join(folded(zeros))}, and lora_b could not be restored from "
+            f"the scale is 0 at {places}, and lora_b could not be restored from "
             "what mlx-lm reads; set another scale, or take the adapters off"
         )
     scale, _ = scales.most_common(1)[0]
