@@ -1,12 +1,13 @@
 """Swap the layers of an MLX model by path pattern."""
 
 from ._errors import NoMatchError, PatternError, SelectionError
-from ._hooks import capture, observe, patch
-from ._replace import partial_modules, replace_layers, swapped
-from ._report import Replacement
-from ._select import select
+from ._hooks.hooks import capture, observe, patch
+from ._hooks.wrapper import Wrapper
+from ._select.select import select
+from ._show.report import Replacement
 from ._show.tree import tree
-from ._wrapper import Wrapper
+from ._swap.partial import partial_modules
+from ._swap.replace import replace_layers, swapped
 
 __all__ = [
     "NoMatchError",

@@ -17,8 +17,8 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from . import NoMatchError, PatternError, SelectionError, tree
-from ._report import size
-from ._rules_text import MODES, RulesError, read_rules
+from ._cli.rules import MODES, RulesError, read_rules
+from ._words import size
 
 _DETAILS = """\
 MODEL is a folder, or the id of a model on the Hugging Face hub, as for mlx_lm.load.
@@ -186,7 +186,7 @@ def _added(commands: Any, name: str, run: Any, summary: str) -> argparse.Argumen
 
 
 def _tree(given: argparse.Namespace) -> str:
-    from .lm._preview import preview
+    from ._cli.preview import preview
 
     model, note = preview(given.model, trust_remote_code=given.trust_remote_code)
     pattern = "**" if given.pattern is None else given.pattern
@@ -196,7 +196,9 @@ def _tree(given: argparse.Namespace) -> str:
 
 def _convert(given: argparse.Namespace) -> str:
     rules = read_rules(given.rules, given.files)
-    from .lm import _convert, _folders
+    from .lm._folders.convert import convert, plan
+    from .lm._folders.write import check_free
+    from .lm._source import load
 
     settings = {
         "group_size": given.q_group_size,
@@ -206,13 +208,11 @@ def _convert(given: argparse.Namespace) -> str:
         "trust_remote_code": given.trust_remote_code,
     }
     if given.dry_run:
-        _folders.check_free(given.folder)
-        planned = _convert.plan(given.model, rules, **settings)
+        check_free(given.folder)
+        planned = plan(given.model, rules, **settings)
         return f"{planned.report}\n{_size(given, planned.model)}; nothing was written"
-    report = _convert.convert(
-        given.model, given.folder, rules, max_shard_mb=given.max_shard_mb, **settings
-    )
-    model, _ = _folders.load(given.folder, trust_remote_code=given.trust_remote_code)
+    report = convert(given.model, given.folder, rules, max_shard_mb=given.max_shard_mb, **settings)
+    model, _ = load(given.folder, trust_remote_code=given.trust_remote_code)
     return f"{report}\n{_size(given, model)}"
 
 

@@ -126,3 +126,9 @@ class Recorder:
     @property
     def paths(self) -> list[str]:
         return [path for path, _ in self.calls]
+
+
+def modified(path: str) -> str:
+    """The message of a block that ends after its place at ``path`` was modified by hand."""
+    left = "was modified inside the block and left as it is now; everything else was put back"
+    return f"{path!r} {left}"

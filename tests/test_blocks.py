@@ -15,18 +15,19 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 from interrupting import interrupt_at
+from models import modified
 from oracle import Snapshot
 
 from mlx_modswap import (
     SelectionError,
     Wrapper,
-    _blocks,
     capture,
     observe,
     patch,
     replace_layers,
     swapped,
 )
+from mlx_modswap._swap import undo
 
 
 class Block(nn.Module):
@@ -67,7 +68,7 @@ X = mx.ones((1, 2))
 @pytest.fixture(autouse=True)
 def _all_blocks_end():
     yield
-    assert _blocks._open == []
+    assert undo._open == []
 
 
 def fresh(path: str, layer: nn.Module) -> nn.Module:
@@ -318,10 +319,7 @@ def test_what_was_modified_by_hand_under_a_later_block_is_not_put_back():
     second.__enter__()
     model.layers[1] = by_hand = nn.Tanh()
 
-    assert (
-        end(first)
-        == "'layers.1' was modified inside the block, and stays as it is now; everything else was put back"
-    )
+    assert end(first) == modified("layers.1")
     assert end(second) is None
     assert type(model.layers[0]) is Block
     assert model.layers[1] is by_hand
@@ -333,7 +331,7 @@ def test_what_was_modified_by_hand_is_seen_by_all_blocks_on_that_place():
     first.__enter__()
     second.__enter__()
     model.layers[0] = by_hand = nn.Tanh()
-    said = "'layers.0' was modified inside the block, and stays as it is now; everything else was put back"
+    said = modified("layers.0")
 
     assert [end(first), end(second)] == [covered("layers.0"), said]
     assert model.layers[0] is by_hand
@@ -347,10 +345,7 @@ def test_an_inner_block_that_was_modified_puts_back_the_rest_and_the_outer_one_i
     inner.__enter__()
     model.layers[1] = by_hand = nn.Tanh()
 
-    assert (
-        end(inner)
-        == "'layers.1' was modified inside the block, and stays as it is now; everything else was put back"
-    )
+    assert end(inner) == modified("layers.1")
     assert end(outer) is None
     assert model.layers[0] is layer
     assert model.layers[1] is by_hand
@@ -363,10 +358,7 @@ def test_a_list_that_got_shorter_is_a_change_by_hand_among_other_blocks_too():
     second.__enter__()
     model.layers.pop()
 
-    assert (
-        end(first)
-        == "'layers.1' was modified inside the block, and stays as it is now; everything else was put back"
-    )
+    assert end(first) == modified("layers.1")
     assert end(second) is None
 
 
@@ -425,7 +417,7 @@ def test_an_interrupt_while_a_block_is_undone_out_of_order_does_not_stop_it():
 
 def in_blocks(frame: FrameType) -> bool:
     own = frame.f_code.co_name not in ("until_the_end", "end")
-    return frame.f_code.co_filename == _blocks.__file__ and own
+    return frame.f_code.co_filename == undo.__file__ and own
 
 
 def test_an_interrupt_anywhere_while_a_block_begins_leaves_nothing_behind():
@@ -474,8 +466,6 @@ def test_when_a_module_refuses_to_be_put_back_out_of_order_none_is():
     second.__enter__()
     Lockable.locked = True
 
-    assert end(first) == (
-        "'inner.act' was modified inside the block, and stays as it is now; everything else was put back"
-    )
+    assert end(first) == (modified("inner.act"))
     assert end(second) is None
     assert [type(layer) for layer in model.layers] == [Block, Block]

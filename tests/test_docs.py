@@ -308,9 +308,11 @@ def test_the_reference_has_each_public_name_once():
 
 def docstrings() -> list[doctest.DocTest]:
     """The examples of the package that is imported, which may be one that was installed."""
-    names = [module.name for module in pkgutil.iter_modules(mlx_modswap.__path__)]
-    names.remove("lm")  # which needs mlx-lm: tests/lm/ runs its examples
-    modules = [importlib.import_module(f"mlx_modswap.{name}") for name in names]
+    prefix = f"{mlx_modswap.__name__}."
+    names = [module.name for module in pkgutil.walk_packages(mlx_modswap.__path__, prefix)]
+    # These need mlx-lm; tests/lm/ runs the examples of `lm`.
+    core = [name for name in names if not re.match(r"mlx_modswap\.(lm|_cli)\b", name)]
+    modules = [importlib.import_module(name) for name in core]
     found = [examples for module in modules for examples in doctest.DocTestFinder().find(module)]
     return [examples for examples in found if examples.examples]
 

@@ -19,11 +19,12 @@ from hypothesis import strategies as st
 from models import Llama, build, identity
 from strategies import Leaf, Net, swaps
 
-from mlx_modswap import Replacement, Wrapper, _measure, replace_layers, select, tree
-from mlx_modswap._errors import class_names
-from mlx_modswap._fold import fold, pattern_of, segments
-from mlx_modswap._hints import outline
-from mlx_modswap._report import Change, number, size
+from mlx_modswap import Replacement, Wrapper, replace_layers, select, tree
+from mlx_modswap._patterns.fold import fold, pattern_of, segments
+from mlx_modswap._select.hints import contents
+from mlx_modswap._show import measure as _measure
+from mlx_modswap._show.report import Change
+from mlx_modswap._words import class_names, number, size
 
 
 class LoRA(nn.Module):
@@ -594,7 +595,7 @@ def test_figures_stay_when_the_arrays_of_the_new_modules_are_gone(read):
     ],
 )
 def test_paths_fold_into_patterns(paths, patterns):
-    folded = list(fold([segments(path, slices=True) for path in paths]))
+    folded = list(fold([segments(path, numbers_are_indices=True) for path in paths]))
     assert [pattern_of(product) for product, _ in folded] == patterns
     for product, numbers in folded:
         named = {".".join(map(str, names)) for names in each_of(*product)}
@@ -602,7 +603,7 @@ def test_paths_fold_into_patterns(paths, patterns):
 
 
 def test_without_slices_a_number_is_a_name():
-    folded = fold([segments(f"a.{n}", slices=False) for n in range(3)])
+    folded = fold([segments(f"a.{n}", numbers_are_indices=False) for n in range(3)])
     assert [pattern_of(product) for product, _ in folded] == ["a.{0,1,2}"]
 
 
@@ -632,7 +633,7 @@ def test_a_change_is_of_one_rule_and_counts_the_places_of_its_pattern(swap):
 def test_any_choice_of_layers_folds_into_patterns_that_select_it(seed, layers, share):
     model, chance = Llama(layers, 2), random.Random(seed)
     chosen = {path for path in select(model, "layers.**") if chance.random() < share}
-    folded = fold([segments(path, slices=True) for path in chosen])
+    folded = fold([segments(path, numbers_are_indices=True) for path in chosen])
     found = [path for product, _ in folded for path in select(model, pattern_of(product))]
     assert sorted(found) == sorted(chosen)
 
@@ -647,7 +648,7 @@ def test_keys_of_any_text_fold_into_patterns_that_select_them(names, count):
     model.keyed = {name: nn.ReLU() for name in names}
     model.lists = [{name: nn.ReLU() for name in names} for _ in range(count)]
     chosen = [path for path, _ in model.named_modules() if path]
-    folded = fold([segments(path, slices=path.startswith("lists")) for path in chosen])
+    folded = fold([segments(path, numbers_are_indices=path.startswith("lists")) for path in chosen])
     found = [path for product, _ in folded for path in select(model, read(pattern_of(product)))]
     assert sorted(found) == sorted(chosen)
 
@@ -667,9 +668,9 @@ def test_a_report_keeps_no_replaced_module_alive():
 def test_an_outline_names_the_direct_children():
     block = Llama().layers[0]
     model = build(layers=[block] * 4, norm=nn.ReLU())
-    assert outline(model) == ["'layers[0:4]' (4 LlamaBlock)", "'norm'"]
-    assert outline(block.self_attn) == ["'{q,k,v,o}_proj' (4 Linear)", "'rope'"]
-    assert outline(nn.ReLU()) == []
+    assert contents(model) == ["'layers[0:4]' (4 LlamaBlock)", "'norm'"]
+    assert contents(block.self_attn) == ["'{q,k,v,o}_proj' (4 Linear)", "'rope'"]
+    assert contents(nn.ReLU()) == []
 
 
 @pytest.mark.parametrize("bits", ["nf4", 0, 1.58, None])

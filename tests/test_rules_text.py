@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_modswap._rules_text import RulesError, read_rules
+from mlx_modswap._cli.rules import RulesError, read_rules
 
 FORMS = '{"PATTERN": VALUE} or [["PATTERN" or ["PATTERN", ...], VALUE], ...]'
 VALUES = 'it must be a number of bits, an object such as {"bits": 4, "group_size": 32}, or "keep"'

@@ -26,12 +26,12 @@ from strategies import Leaf, Net, exactly, lists_of_patterns, models, one_place,
 from mlx_modswap import (
     Replacement,
     SelectionError,
-    _blocks,
     partial_modules,
     replace_layers,
     select,
     swapped,
 )
+from mlx_modswap._swap import undo
 
 MOST_BLOCKS = 4  # open `swapped` blocks
 MOST_PLACES = 60
@@ -107,7 +107,7 @@ class Streams(RuleBasedStateMachine):
         super().__init__()
         self.blocks: list[OpenBlock] = []  # in the order in which they were entered
         self.adapters = [Leaf(), Leaf()]
-        self.open_before = list(_blocks._open)  # those of an example that has failed
+        self.open_before = list(undo._open)  # those of an example that has failed
 
     @initialize(model=models())
     def begin(self, model: nn.Module) -> None:
@@ -198,7 +198,7 @@ class Streams(RuleBasedStateMachine):
         while self.blocks:
             self.leave_a_block(None, -1)
             self.the_model_is_what_the_mirror_says()
-        assert _blocks._open == self.open_before
+        assert undo._open == self.open_before
 
     # ------------------------------------------------------------ helpers
 

@@ -1,1 +1,1 @@
-"""Draw a model: what its modules look like, the lines of the picture, and ``tree``."""
+"""Figures and pictures: measures, the report of a swap, the tree of a model."""

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
-from .._containers import (
+from .._model.containers import (
     Container,
     Keys,
     Location,
@@ -19,9 +19,9 @@ from .._containers import (
     own_values,
     unwrapped,
 )
-from .._errors import classes
-from .._measure import measure_alone
-from .._sharing import Sharing
+from .._model.sharing import Sharing
+from .._words import classes
+from .measure import measure_alone
 
 _ARRAY = mx.array
 _LONGEST = 48  # characters of the figures of a module
@@ -37,7 +37,7 @@ _ATTRIBUTES = {  # the figures of modules without an `_extra_repr`: the first of
 }
 
 
-class Look(NamedTuple):
+class Appearance(NamedTuple):
     """What a line of the picture shows of a place.
 
     Attributes:
@@ -54,11 +54,11 @@ class Look(NamedTuple):
 
 
 class Child(NamedTuple):
-    """A place in a module: the path from the module to the place, the keys on it, and its look."""
+    """A place in a module: its path, the keys on the path, and what is there."""
 
     path: Segments
     keys: Keys
-    look: Look
+    appearance: Appearance
 
 
 class Form:
@@ -82,7 +82,7 @@ class Form:
         self.text = type(example).__name__ + (f"({figures})" if figures else "")
         self.measure, _ = measure_alone(example)
         self.children = children
-        inner = [(child.path, child.look.form) for child in children if child.look.form]
+        inner = [(child.path, child.appearance.form) for child in children if child.appearance.form]
         self.modules = sum(form.modules + 1 for _, form in inner)
         self.has_parameters = self.measure.params > 0 or any(
             form.has_parameters and not is_private(path) for path, form in inner
@@ -100,7 +100,7 @@ def form_of(model: nn.Module, marked: set[Location]) -> Form:
     forms of their children by identity. The children need their forms first, so the
     loop goes over the model from the inside out, and over each module once: the time
     is linear in the size of the model, however many places a module is in. Whether a
-    child is marked or tied is part of its look, so a selection inside one of several
+    child is marked or tied is part of its appearance, so a selection inside one of several
     equal blocks gives that block another form, and its own line. What the picture does
     not show is not part of a form: blocks that store their own number still share a line.
     """
@@ -119,15 +119,15 @@ def form_of(model: nn.Module, marked: set[Location]) -> Form:
             elif form := forms.get(id(value)):
                 is_tied = form.has_parameters and id(unwrapped(value)) in shared
                 is_marked = (id(holder), keys[-1]) in marked
-                children.append(Child(path, keys, Look(form.text, form, is_tied, is_marked)))
-            elif text := stand_in(value, holder):
-                children.append(Child(path, keys, Look(text)))
+                children.append(Child(path, keys, Appearance(form.text, form, is_tied, is_marked)))
+            elif text := placeholder(value, holder):
+                children.append(Child(path, keys, Appearance(text)))
         for key, value in vars(module).items():
-            if not key.startswith("_") and (text := stand_in(value, module)):
-                children.append(Child((key,), (key,), Look(text)))
+            if not key.startswith("_") and (text := placeholder(value, module)):
+                children.append(Child((key,), (key,), Appearance(text)))
         form = Form(module, children)
-        look = form.text, form.measure, tuple(arrays), tuple(children)
-        forms[id(module)] = different.setdefault(look, form)
+        appearance = form.text, form.measure, tuple(arrays), tuple(children)
+        forms[id(module)] = different.setdefault(appearance, form)
     return forms[id(model)]
 
 
@@ -170,7 +170,7 @@ def _attributes(module: nn.Module) -> str:
 # ---------------------------------------------------------------- what is not a module to MLX
 
 
-def stand_in(value: Any, holder: Container) -> str:
+def placeholder(value: Any, holder: Container) -> str:
     """Describe a value that is where a module could be; ``''`` if it is not shown."""
     if value is None:  # an entry that was left out, if the list has other entries
         among_others = isinstance(holder, list) and any(map(is_container, list.__iter__(holder)))

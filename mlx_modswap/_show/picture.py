@@ -7,11 +7,10 @@ import sys
 from heapq import heappop, heappush
 from html import escape
 
-from .._errors import counted
-from .._fold import Product, is_plain, pattern_of
-from .._measure import NOTHING, Measure
-from .._report import aligned, dtypes, number, size
+from .._patterns.fold import Product, is_plain, pattern_of
+from .._words import aligned, counted, dtypes, number, size
 from .forms import Form
+from .measure import NOTHING, Measure
 
 _LINES, _CHILDREN = 40, 24  # at most: in the text, and directly below one of its lines
 _HTML_LINES, _HTML_CHILDREN = 2000, 200  # the same in HTML, where most lines are collapsed

@@ -7,13 +7,13 @@ from typing import Any
 
 import mlx.nn as nn
 
-from .._containers import Container, Location, is_private, unwrapped, value_at
-from .._errors import listed
-from .._fold import fold
-from .._match import Patterns, Rule, Where, parse_argument
-from .._measure import total
-from .._select import check_model, choose
-from .forms import Form, Look, form_of
+from .._model.containers import Container, Location, is_private, unwrapped, value_at
+from .._patterns.fold import fold
+from .._select.arguments import Patterns, Rule, Where, check_model, parse_argument
+from .._select.select import choose
+from .._words import listed
+from .forms import Appearance, Form, form_of
+from .measure import total
 from .picture import Row, Tree
 
 
@@ -118,17 +118,17 @@ Modules = list[Any]  # what is at the places of a row
 
 def _child_rows(parent: Row, form: Form, modules: Modules) -> list[tuple[Row, Modules]]:
     """Return the lines directly below a line and their modules, in the order of first places."""
-    same: dict[tuple[Look, bool], list[int]] = {}
+    same: dict[tuple[Appearance, bool], list[int]] = {}
     for position, child in enumerate(form.children):
-        same.setdefault((child.look, is_private(child.path)), []).append(position)
+        same.setdefault((child.appearance, is_private(child.path)), []).append(position)
     groups = [
-        (look, private, product, [positions[at] for at in chosen])
-        for (look, private), positions in same.items()
+        (appearance, private, product, [positions[at] for at in chosen])
+        for (appearance, private), positions in same.items()
         for product, chosen in fold([form.children[position].path for position in positions])
     ]
     rows: list[tuple[Row, Modules]] = []
-    for look, private, product, positions in sorted(groups, key=lambda group: group[3][0]):
-        row = Row(parent, product, parent.count * len(positions), *look, private)
+    for appearance, private, product, positions in sorted(groups, key=lambda group: group[3][0]):
+        row = Row(parent, product, parent.count * len(positions), *appearance, private)
         all_keys = [form.children[position].keys for position in positions]
         inner = [reduce(_entry, keys, module) for module in modules for keys in all_keys]
         rows.append((row, inner))

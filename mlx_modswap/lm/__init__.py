@@ -18,12 +18,12 @@ except ImportError as error:
 except AttributeError as error:  # a name that an older MLX does not have
     raise ImportError(f"mlx-lm needs a newer MLX: pip install -U mlx ({error})") from error
 
-from ._adapters import adapter_rules
-from ._blocks import layers_path
-from ._convert import convert
+from ._adapters.read import adapter_rules
+from ._adapters.write import save_adapters
+from ._folders.convert import convert
+from ._folders.save import save
+from ._layers_path import layers_path
 from ._quantize import quantization_config, quantize
-from ._save import save
-from ._save_adapters import save_adapters
 
 __all__ = [
     "adapter_rules",

@@ -11,11 +11,12 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from .._errors import NoMatchError, described
-from .._fold import folded
-from .._replace import replace_layers
-from .._report import Replacement
-from .._select import select
+from .._errors import NoMatchError
+from .._patterns.fold import folded
+from .._select.select import select
+from .._show.report import Replacement
+from .._swap.replace import replace_layers
+from .._words import described
 
 Settings = dict[str, Any]  # keywords of `to_quantized`
 Value = int | Mapping[str, Any] | None
@@ -209,7 +210,7 @@ def _factory(
 
     def by_rule(path: str, layer: Any) -> nn.Module:
         if _width(layer) % settings["group_size"]:
-            raise ValueError(_misfit(model, rules, pattern, settings["group_size"]))
+            raise ValueError(_mismatch(model, rules, pattern, settings["group_size"]))
         return _to_quantized(path, layer, settings)
 
     return by_rule
@@ -245,8 +246,8 @@ def _to_quantized(path: str, layer: Any, settings: Mapping[str, Any]) -> nn.Modu
     try:
         return layer.to_quantized(**keywords)
     except ValueError as error:
-        told = ", ".join(f"{key}={value!r}" for key, value in keywords.items())
-        raise ValueError(f"{place} cannot be quantized with {told}: {error}") from error
+        message = ", ".join(f"{key}={value!r}" for key, value in keywords.items())
+        raise ValueError(f"{place} cannot be quantized with {message}: {error}") from error
 
 
 def _width(layer: Any) -> int:
@@ -261,7 +262,7 @@ def _shown(pattern: Any) -> str:
     return repr(list(pattern)) if isinstance(pattern, tuple) else repr(pattern)
 
 
-def _misfit(model: nn.Module, rules: Rules, pattern: Any, group_size: int) -> str:
+def _mismatch(model: nn.Module, rules: Rules, pattern: Any, group_size: int) -> str:
     """Write that a group size does not divide some widths, and which sizes do."""
     paths: dict[int, list[str]] = {}
 
@@ -276,12 +277,15 @@ def _misfit(model: nn.Module, rules: Rules, pattern: Any, group_size: int) -> st
         for one, value in rules.items()
     }
     replace_layers(model, noting, where=quantizable, strict=False)
-    places = [f"{', '.join(folded(some, slices=True))} ({width})" for width, some in paths.items()]
+    places = [
+        f"{', '.join(folded(some, numbers_are_indices=True))} ({width})"
+        for width, some in paths.items()
+    ]
     fitting = [str(size) for size in (128, 64, 32) if not any(width % size for width in paths)]
-    cure = f"use a group_size of {' or '.join(fitting)}" if fitting else "no group size does"
+    advice = f"use a group_size of {' or '.join(fitting)}" if fitting else "no group size does"
     return (
         f"rule {_shown(pattern)} asks for groups of {group_size}, which do not divide the width of "
-        f"{', '.join(places)}; {cure}, or leave these layers alone with None"
+        f"{', '.join(places)}; {advice}, or leave these layers alone with None"
     )
 
 
@@ -300,12 +304,14 @@ def _refuse_quantized(model: nn.Module, rules: Rules) -> None:
 def _nothing_fits(model: nn.Module, group_size: int) -> str:
     layers = select(model, "**", where=quantizable)
     widths = {_width(layer) for layer in layers.values()}
-    misfits = ", ".join(str(width) for width in sorted(widths) if width % group_size)
-    reasons = [f"groups of {group_size} do not divide the widths {misfits}"] if misfits else []
+    mismatches = ", ".join(str(width) for width in sorted(widths) if width % group_size)
+    reasons = (
+        [f"groups of {group_size} do not divide the widths {mismatches}"] if mismatches else []
+    )
     if any(width % group_size == 0 for width in widths):
         reasons.append("the model's own quant_predicate excludes the layers that fit")
-    cure = "name the layers in a rule of their own, with a group_size that fits"
+    advice = "name the layers in a rule of their own, with a group_size that fits"
     if stay := select(model, "**", where=quantized, strict=False):
         reasons.append(f"{len(stay)} layers are quantized already, and stay as they are")
-        cure = "use the original model"
-    return f"rule '**' quantizes nothing: {', and '.join(reasons)}; {cure}"
+        advice = "use the original model"
+    return f"rule '**' quantizes nothing: {', and '.join(reasons)}; {advice}"

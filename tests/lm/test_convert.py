@@ -22,7 +22,7 @@ from mlx_lm.models.mixtral import ModelArgs as MixtralArgs
 from model_folders import load
 
 from mlx_modswap import NoMatchError, lm
-from mlx_modswap.lm import _convert
+from mlx_modswap.lm._folders import convert as _convert
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
 
@@ -195,7 +195,7 @@ def test_the_figures_of_what_is_returned_are_valid_and_its_arrays_gone(tmp_path,
 
 
 def test_the_plan_of_a_conversion_writes_nothing(tmp_path, source):
-    from mlx_modswap.lm._convert import plan
+    from mlx_modswap.lm._folders.convert import plan
 
     before = model_folders.content(tmp_path)
     rules = {"**.q_proj": 8, "**": 4}

@@ -22,7 +22,7 @@ import model_folders
 from mlx_lm.utils import load_model
 
 from mlx_modswap import lm
-from mlx_modswap.lm import _folders
+from mlx_modswap.lm import _source
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
 
@@ -165,7 +165,7 @@ def blocks_of(folder: Path) -> float:
     ids=lambda value: type(value).__name__,
 )
 def test_what_an_error_says_is_one_line(error, line):
-    assert _folders.one_line(error) == line
+    assert _source.one_line(error) == line
 
 
 def assert_one_line(error: Exception) -> None:

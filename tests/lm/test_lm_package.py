@@ -74,7 +74,7 @@ def test_what_is_used_of_mlx_lm_is_public():
     """What begins with ``_`` may go away in any release of mlx-lm."""
     assert mlx_modswap.__file__
     private = []
-    for file in (Path(mlx_modswap.__file__).parent / "lm").glob("*.py"):
+    for file in (Path(mlx_modswap.__file__).parent / "lm").rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text("utf-8"))):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("mlx_lm"):
                 private += [name.name for name in node.names if name.name.startswith("_")]
@@ -90,8 +90,8 @@ def docstrings() -> list[doctest.DocTest]:
         return []
     from mlx_modswap import lm
 
-    names = [module.name for module in pkgutil.iter_modules(lm.__path__)]
-    modules = [importlib.import_module(f"mlx_modswap.lm.{name}") for name in names]
+    names = [module.name for module in pkgutil.walk_packages(lm.__path__, f"{lm.__name__}.")]
+    modules = list(map(importlib.import_module, names))
     found = [examples for module in modules for examples in doctest.DocTestFinder().find(module)]
     return [examples for examples in found if examples.examples]
 

@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("mlx_lm", reason="mlx_modswap.lm is made of functions of mlx-lm")
 
-from mlx_modswap.lm._outline import Form, Outline, difference
+from mlx_modswap.lm._folders.compare import Outline, Spec, difference
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
 
@@ -19,7 +19,7 @@ CURE = "or give the entry of the config that sets"
 
 def outlined(
     classes: dict[str, type] | None = None,
-    arrays: dict[str, Form] | None = None,
+    arrays: dict[str, Spec] | None = None,
     constants: dict[tuple[str, str], mx.array] | None = None,
     **attributes: dict[str, str],
 ) -> Outline:
@@ -201,7 +201,7 @@ def test_a_bool_of_the_old_config_may_not_stay(old):
 )
 def test_arguments_of_the_old_config_may_stay_where_shapes_changed(shape, old_shape, is_refused):
     def of(value: str, shape: tuple[int, int]) -> Outline:
-        arrays = {"a.b.weight": Form(mx.float32, shape), "a.b.bias": Form(mx.float32, (8,))}
+        arrays = {"a.b.weight": Spec(mx.float32, shape), "a.b.bias": Spec(mx.float32, (8,))}
         return outlined(arrays=arrays, a={"args.x": value})
 
     shown = attribute("args.x", "1", "2") if is_refused else ""
@@ -214,17 +214,17 @@ def test_arguments_of_the_old_config_may_stay_where_shapes_changed(shape, old_sh
 @pytest.mark.parametrize(
     ("built", "model", "differences"),
     [
-        ({"a.w": Form(mx.float32, (2,))}, {"a.w": Form(mx.float32, (2,))}, [""]),
+        ({"a.w": Spec(mx.float32, (2,))}, {"a.w": Spec(mx.float32, (2,))}, [""]),
         (
-            {"a.w": Form(mx.float32, (2,))},
-            {"a.w": Form(mx.float16, (2,)), "a.v": Form(mx.float16, (2, 3))},
+            {"a.w": Spec(mx.float32, (2,))},
+            {"a.w": Spec(mx.float16, (2,)), "a.v": Spec(mx.float16, (2, 3))},
             [
                 "mlx-lm builds float32 (2,) at a.w, the model has float16 (2,)",
                 "mlx-lm builds nothing at a.v, the model has float16 (2, 3)",
             ],
         ),
         (
-            {"a.w": Form(mx.float32, (2,))},
+            {"a.w": Spec(mx.float32, (2,))},
             {},
             ["mlx-lm builds float32 (2,) at a.w, the model has nothing"],
         ),

@@ -1,0 +1,1 @@
+"""Modules that represent a layer: ``Wrapper``, and those of ``observe``, ``capture``, ``patch``."""

@@ -1,0 +1,1 @@
+"""Text to patterns, and patterns to text; nothing here knows MLX."""

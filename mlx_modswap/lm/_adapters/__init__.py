@@ -1,0 +1,1 @@
+"""Adapter folders of mlx-lm and of PEFT: read and write."""

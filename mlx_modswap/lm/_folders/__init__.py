@@ -1,0 +1,1 @@
+"""Folders of models: read, write, compare, save and convert."""

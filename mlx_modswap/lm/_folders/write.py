@@ -1,0 +1,139 @@
+"""Write the folder of a model under another name until it is complete."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import mlx.nn as nn
+from mlx_lm import utils
+
+from ..._words import size
+from .._source import GENERATION, Config, one_line
+
+# What `copy_files` does not copy: weights in any format, and files that describe them.
+_WEIGHTS = {
+    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack"),
+    *(".npy", ".npz", ".onnx", ".onnx_data", ".ot", ".part", ".pkl", ".tflite"),
+}
+_DESCRIPTIONS = {"config.json", "hf_quant_config.json"}
+_CHAT_TEMPLATES = "additional_chat_templates"  # a folder that transformers writes and reads
+
+
+@contextmanager
+def staged(folder: Path, nbytes: int) -> Iterator[Path]:
+    """Yield an empty folder beside the target, and rename it to the target at the end.
+
+    Args:
+        folder (Path): The target.
+        nbytes (int): The size of what will be written, in bytes.
+
+    Raises:
+        FileExistsError: If the target exists.
+        OSError: If the disk does not have enough space.
+    """
+    check_free(folder)
+    # Missing parents are made at the end, so that none is left after a failure. The first folder
+    # above the target that exists is on the disk where the target will be.
+    above = next(parent for parent in folder.absolute().parents if parent.exists())
+    left = shutil.disk_usage(above).free
+    if nbytes > left:
+        raise OSError(
+            f"{str(folder)!r} needs {size(nbytes)}, and its disk has {size(left)} left; "
+            "nothing was written"
+        )
+    outer = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=above))
+    try:
+        inner = outer / folder.name  # with the usual permissions, unlike the outer folder
+        inner.mkdir()
+        yield inner
+        check_free(folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        inner.rename(folder)
+    except BaseException:
+        _remove(outer)
+        raise
+    outer.rmdir()
+
+
+def check_free(folder: Path) -> None:
+    """Raise a ``FileExistsError`` if something has that name."""
+    if folder.exists() or folder.is_symlink():
+        raise FileExistsError(f"{str(folder)!r} exists already; give the name of a new folder")
+
+
+def _remove(folder: Path) -> None:
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:
+        warnings.warn(
+            f"{str(folder)!r} holds an unfinished model and could not be removed: {error}",
+            stacklevel=2,
+        )
+
+
+@contextmanager
+def writing(what: str) -> Iterator[None]:
+    """Raise an ``OSError`` that says what could not be written, since MLX's error does not."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise OSError(f"{what} could not be written: {one_line(error)}") from error
+
+
+def copy_files(source: Path, folder: Path) -> None:
+    """Copy the tokenizer and the other files of a source, except those of its weights."""
+    for file in _files_to_copy(source):
+        copy = folder / file.relative_to(source)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, copy)
+
+
+def copied_nbytes(source: Path) -> int:
+    """Return the size of the files that are copied, in bytes."""
+    return sum(file.stat().st_size for file in _files_to_copy(source))
+
+
+def _files_to_copy(source: Path) -> list[Path]:
+    """List the top-level files of a source, except those of its weights, and its chat templates."""
+    return [
+        file
+        for file in sorted([*source.iterdir(), *source.glob(f"{_CHAT_TEMPLATES}/*.jinja")])
+        if file.is_file()
+        and file.suffix.lower() not in _WEIGHTS
+        and file.name not in _DESCRIPTIONS
+        and not file.name.endswith(".index.json")
+    ]
+
+
+def change_generation(folder: Path, changes: Config) -> None:
+    """Give entries new values in the generation config of a folder, where it has them.
+
+    Otherwise mlx-lm, which prefers the end tokens of this file, would not see theirs.
+    """
+    file = folder / GENERATION
+    if not file.is_file():
+        return
+    try:
+        old: Config = json.loads(file.read_text())
+    except ValueError:  # mlx-lm ignores such a file
+        return
+    new = {key: changes.get(key, value) for key, value in old.items()}
+    if new != old:
+        file.write_text(json.dumps(new, indent=2))
+
+
+def write_config(config: Config, folder: Path, model: nn.Module) -> None:
+    """Write a config as ``mlx_lm.utils.save`` does."""
+    # The expression is mlx-lm's: a model with a vision tower needs its vision config, too.
+    keep_vision_config = "vision_tower" in getattr(model, "model", {})
+    utils.save_config(
+        dict(config),  # a copy, since `save_config` removes entries
+        config_path=folder / "config.json",
+        keep_vision_config=keep_vision_config,
+    )

@@ -1,0 +1,114 @@
+"""Find and read the folder of a model with mlx-lm."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm import utils
+
+Config = dict[str, Any]
+Folder = str | Path
+
+GENERATION = "generation_config.json"
+
+
+def locate(
+    source: Folder, kind: str = "a model", files: Any = utils.DEFAULT_ALLOW_PATTERNS
+) -> Path:
+    """Return a folder, which is downloaded if it is on the hub and not here yet.
+
+    Raises:
+        FileNotFoundError: If there is no such folder, and no such model can be downloaded.
+    """
+    folder = Path(source)
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise NotADirectoryError(f"{str(source)!r} is a file, not a folder")
+    try:
+        # As in mlx-lm, which imports it from the hub that the environment names.
+        download: Any = vars(utils)["snapshot_download"]
+        return Path(download(str(source), allow_patterns=files))
+    except Exception as error:  # of the hub, the network or the disk
+        raise FileNotFoundError(
+            f"{str(source)!r} is not a folder here, and the hub does not have {kind} of that name: "
+            f"{one_line(error)}"
+        ) from error
+
+
+def read_config(folder: Path) -> Config:
+    """Return the config of a folder, as mlx-lm reads it.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ValueError: If it is not a JSON object.
+    """
+    file = folder / "config.json"
+    try:
+        config: Any = utils.load_config(folder)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no config.json in {str(folder)!r}") from None
+    except ValueError as error:
+        raise ValueError(f"{str(file)!r} is not JSON: {one_line(error)}") from error
+    except (AttributeError, TypeError):  # mlx-lm takes each of the two files for an object
+        for one in (file, folder / GENERATION):
+            _check_object(one, json.loads(one.read_text()))
+        raise
+    _check_object(file, config)
+    return config
+
+
+def _check_object(file: Path, held: Any) -> None:
+    """Raise a ``ValueError`` if what a file of JSON holds is not an object."""
+    if not isinstance(held, dict):
+        raise ValueError(f"{str(file)!r} must hold a JSON object, not a {type(held).__name__}")
+
+
+def text_config(config: Config) -> Config:
+    """Return the part of a config that is about the language model of a multimodal model."""
+    found = config.get("text_config")
+    return found if isinstance(found, dict) else {}
+
+
+def check_trust(config: Config, trust_remote_code: bool) -> None:
+    """Raise a ``ValueError`` if a config names code that was not allowed to run."""
+    if config.get("model_file") is not None and not trust_remote_code:
+        raise ValueError(
+            f"the config names a model_file, {config['model_file']!r}, whose code builds the "
+            "model; pass trust_remote_code=True if you trust it"
+        )
+
+
+def load(folder: Path, *, trust_remote_code: bool, strict: bool = True) -> tuple[nn.Module, Config]:
+    """Return the model and the config of a folder; only the headers of the weights are read.
+
+    Raises:
+        ValueError: If mlx-lm cannot build a model from the folder.
+    """
+    try:
+        return utils.load_model(
+            folder, lazy=True, strict=strict, trust_remote_code=trust_remote_code
+        )
+    except Exception as error:  # code of mlx-lm and of the model may raise anything
+        _check_weights(folder)
+        raise ValueError(f"mlx-lm cannot load {str(folder)!r}: {one_line(error)}") from error
+
+
+def _check_weights(folder: Path) -> None:
+    for file in sorted(folder.glob("model*.safetensors")):
+        try:
+            mx.load(str(file))
+        except Exception as error:
+            raise ValueError(f"{str(file)!r} is broken: {one_line(error)}") from error
+
+
+def one_line(error: BaseException) -> str:
+    """Return the message of an error in one line, cut if it is too long."""
+    text = " ".join(str(error).split())
+    if not isinstance(error, (ValueError, RuntimeError, OSError)) or not text:
+        text = f"{type(error).__name__}: {text}"
+    return text if len(text) <= 400 else f"{text[:400]}..."
