@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import signal
 import sys
 import threading
@@ -26,16 +25,11 @@ A PATTERN is matched with the whole path of a module; put it in quotes.
 
 Exit status: 0, 1 if what was asked for cannot be done, 2 if the arguments are wrong.
 """
+_EXAMPLES = """\
+mlx_modswap tree my_model '**.self_attn.{q,v}_proj'
+mlx_modswap convert my_model my_model_4bit '**.embed_tokens=8' '**=4'
+"""
 _DTYPES = ("float16", "bfloat16", "float32")  # as in mlx_lm.convert
-
-# What the library's errors say, as regular expressions -> what the command line says instead.
-_OPTIONS = {
-    "trust_remote_code=True": "--trust-remote-code",
-    "a group_size": "a --q-group-size",
-    "alone with None": "alone with 'keep'",
-    r"; (for a regular expression write )?re\.compile\(.*": "; regular expressions work only in "
-    "Python: write * for a name, ** for any path, [0:2] for a slice of a list, {a,b} for a choice",
-}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -75,9 +69,7 @@ def _interrupted_when_ended() -> Iterator[None]:
 
 
 def _refuse(why: object, status: int) -> int:
-    line = str(why).partition("\n")[0]
-    for argument, option in _OPTIONS.items():
-        line = re.sub(argument, option, line)
+    line, _, _ = str(why).partition("\n")
     print(f"mlx_modswap: {line}", file=sys.stderr)
     return status
 
@@ -96,32 +88,42 @@ def _print(text: str) -> None:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("mlx_modswap", description=__doc__, allow_abbrev=False)
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    _add_tree(commands)
-    _add_convert(commands)
-    given, left = parser.parse_known_args(arguments)
-    # argparse refuses these after an option: `convert MODEL FOLDER --dtype float16 '**=4'`.
-    if left and not any(text.startswith("-") for text in left):
-        if "rules" in given:
-            given.rules, left = [*given.rules, *left], []
-        elif given.pattern is None:
-            given.pattern, *left = left
-    if left:
-        parser.error(f"unrecognized arguments: {' '.join(left)}")
-    return given
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    commands = {"tree": _tree_parser, "convert": _convert_parser}
+    if given[:1] and given[0] in commands:
+        # Rules may follow an option: `convert MODEL FOLDER --dtype float16 '**=4'`. The parsers of
+        # argparse's own subcommands refuse that.
+        return commands[given[0]]().parse_intermixed_args(given[1:])
+    parser = argparse.ArgumentParser(
+        "mlx_modswap",
+        usage="mlx_modswap {tree,convert} ...",
+        description=__doc__,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"mlx_modswap {_version()}")
+    parser.add_argument("command", choices=commands, help="its options: mlx_modswap tree --help")
+    return parser.parse_args(given)
 
 
-def _add_tree(commands: Any) -> None:
-    parser = _added(commands, "tree", _tree, "draw the model that mlx_lm.load would build")
+def _version() -> str:
+    from importlib.metadata import version  # here, since it takes longer than all of the rest
+
+    return version("mlx-modswap")
+
+
+def _tree_parser() -> argparse.ArgumentParser:
+    parser = _parser("tree", _tree, "draw the model that mlx_lm.load would build")
     parser.add_argument("pattern", metavar="PATTERN", nargs="?", help="what to mark")
     parser.add_argument(
         "--exclude", metavar="PATTERN", action="append", default=[], help="what not to mark"
     )
+    return parser
 
 
-def _add_convert(commands: Any) -> None:
-    parser = _added(commands, "convert", _convert, "quantize a model by rules into a new folder")
+def _convert_parser() -> argparse.ArgumentParser:
+    parser = _parser("convert", _convert, "quantize a model by rules into a new folder")
     parser.add_argument("folder", metavar="FOLDER", type=Path, help="must not exist yet")
     parser.add_argument(
         "rules",
@@ -155,6 +157,7 @@ def _add_convert(commands: Any) -> None:
         help="size of a file; default: %(default)s",
     )
     parser.add_argument("--dry-run", action="store_true", help="print the plan and write nothing")
+    return parser
 
 
 def _positive(text: str) -> int:
@@ -163,10 +166,9 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _added(commands: Any, name: str, run: Any, summary: str) -> argparse.ArgumentParser:
-    parser = commands.add_parser(
-        name,
-        help=summary,
+def _parser(name: str, run: Any, summary: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        f"mlx_modswap {name}",
         description=f"{summary[0].upper()}{summary[1:]}.",
         epilog=_DETAILS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -198,7 +200,8 @@ def _convert(given: argparse.Namespace) -> str:
     rules = read_rules(given.rules, given.files)
     from .lm._folders.convert import convert, plan
     from .lm._folders.write import check_free
-    from .lm._source import load
+    from .lm._loaders import Loader
+    from .lm._source import Source
 
     settings = {
         "group_size": given.q_group_size,
@@ -212,7 +215,7 @@ def _convert(given: argparse.Namespace) -> str:
         planned = plan(given.model, rules, **settings)
         return f"{planned.report}\n{_size(given, planned.model)}; nothing was written"
     report = convert(given.model, given.folder, rules, max_shard_mb=given.max_shard_mb, **settings)
-    model, _ = load(given.folder, trust_remote_code=given.trust_remote_code)
+    model, _ = Source(given.folder, Loader(), given.trust_remote_code).load()
     return f"{report}\n{_size(given, model)}"
 
 

@@ -98,7 +98,7 @@ def covered(path: str) -> str:
 
 def lost(path: str) -> str:
     return (
-        f"'{path}' is no longer at its path, because a module around it was replaced inside the "
+        f"'{path}' is no longer at its path, because a module that contains it was replaced inside the "
         "block; its own layer was put back inside that module; if another block replaced it, end "
         "blocks in the reverse order, or use one block around both"
     )

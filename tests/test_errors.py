@@ -456,13 +456,13 @@ def test_a_model_that_holds_a_cycle(call):
     with pytest.raises(SelectionError) as error:
         call(cycle(), "**")
     assert str(error.value) == (
-        "the model holds a cycle: 'layers.1.self_attn.back' is 'layers' again"
+        "the model contains a cycle: 'layers.1.self_attn.back' is 'layers' again"
     )
     model = Net()
     model.lm_head.top = model
     with pytest.raises(SelectionError) as error:
         call(model, "**")
-    assert str(error.value) == "the model holds a cycle: 'lm_head.top' is the model itself again"
+    assert str(error.value) == "the model contains a cycle: 'lm_head.top' is the model itself again"
 
 
 def test_a_narrow_look_does_not_come_to_a_cycle():
@@ -588,7 +588,7 @@ def test_a_factory_that_would_make_a_cycle():
     with pytest.raises(SelectionError) as error:
         replace_layers(model, "lm_head", lambda path, layer: nn.Sequential(layer, model))
     assert str(error.value) == (
-        "the model holds a cycle: 'lm_head.layers.1' is the model itself again"
+        "the model contains a cycle: 'lm_head.layers.1' is the model itself again"
     )
 
 
@@ -599,7 +599,7 @@ def test_a_factory_that_would_make_a_cycle_and_hands_on_the_layer_further_down()
             model, "lm_head", lambda path, layer: nn.Sequential(model, nn.Sequential(layer))
         )
     assert str(error.value) == (
-        "the model holds a cycle: 'lm_head.layers.0' is the model itself again"
+        "the model contains a cycle: 'lm_head.layers.0' is the model itself again"
     )
 
 

@@ -929,7 +929,7 @@ class TestRules:
         rules = {"layers.0.*": fresh, "layers[0:2].*": fresh}
         assert misses(Model(), rules, where=is_the_first) == (
             "rule 'layers[0:2].*' never applies: earlier rules already match the only one of its "
-            "modules that where=is_the_first lets through; remove it, or move it up"
+            "modules that where=is_the_first accepts; remove it, or move it up"
         )
         report = replace_layers(Model(), rules, where=is_the_first, strict=False)
         assert list(report) == ["layers.0.attn"]
@@ -1008,7 +1008,7 @@ class TestNoPinning:
 
     def test_a_container_changed_by_someone_else_counts_as_well(self):
         model = Model()
-        moved = "is no longer at its path, because a module around it was replaced"
+        moved = "is no longer at its path, because a module that contains it was replaced"
         with pytest.raises(SelectionError, match=moved), swapped(model, "layers.*.attn", fresh):
             model.layers = list(model.layers)
         assert [type(layer.attn) for layer in model.layers] == [nn.Linear] * 3
@@ -1095,34 +1095,34 @@ class TestLimits:
         model.a.b.append(model.a)
         with pytest.raises(SelectionError) as caught:
             replace_layers(model, "a.b.0", fresh)
-        assert str(caught.value) == "the model holds a cycle: 'a.b.1' is 'a' again"
+        assert str(caught.value) == "the model contains a cycle: 'a.b.1' is 'a' again"
 
     def test_a_new_module_that_holds_the_model_is_refused(self):
         model = build(a=nn.ReLU(), b=nn.ReLU())
         assert refuses(model, "a", lambda path, module: Holder(model)) == (
-            "the model holds a cycle: 'a.inner' is the model itself again"
+            "the model contains a cycle: 'a.inner' is the model itself again"
         )
 
     def test_a_new_module_that_holds_one_around_its_place_is_refused(self):
         model = build(a=build(b=[nn.ReLU()]))
         message = refuses(model, "a.b.0", lambda path, module: Holder([model.a]))
-        assert message == "the model holds a cycle: 'a.b.0.inner.0' is 'a' again"
+        assert message == "the model contains a cycle: 'a.b.0.inner.0' is 'a' again"
 
     def test_two_new_modules_that_hold_one_another_are_refused(self):
         one, two = Holder(), Holder()
         one.other, two.other = two, one
         model = build(a=nn.ReLU(), b=nn.ReLU())
         message = refuses(model, "*", lambda path, module: one if path == "a" else two)
-        assert message == "the model holds a cycle: 'a.other.other' is 'a' again"
+        assert message == "the model contains a cycle: 'a.other.other' is 'a' again"
 
     def test_a_new_module_that_holds_the_layer_of_a_wrapper_around_its_place_is_refused(self):
         layer = build(a=nn.ReLU())
         message = refuses(Wrapper(layer), "a", lambda path, module: Holder(layer))
-        assert message == "the model holds a cycle: 'a.inner' is the model itself again"
+        assert message == "the model contains a cycle: 'a.inner' is the model itself again"
 
         model = build(b=Wrapper(layer))
         message = refuses(model, "b.a", lambda path, module: Holder(layer))
-        assert message == "the model holds a cycle: 'b.a.inner' is 'b' again"
+        assert message == "the model contains a cycle: 'b.a.inner' is 'b' again"
 
     @pytest.mark.parametrize("length", [1, 2, 3, 4])
     def test_a_cycle_inside_a_new_module_is_refused(self, length):
@@ -1131,7 +1131,7 @@ class TestLimits:
         for one, next_one in zip(ring, ring[1:] + ring[:1]):
             one.inner = next_one
         assert refuses(build(a=nn.ReLU()), "a", lambda path, module: new) == (
-            f"the model holds a cycle: 'a.inner{'.inner' * length}' is 'a.inner' again"
+            f"the model contains a cycle: 'a.inner{'.inner' * length}' is 'a.inner' again"
         )
 
     def test_two_places_that_each_take_in_the_other_are_refused(self):

@@ -1,4 +1,4 @@
-"""Whether an argument does something is judged on the modules that `where` lets through."""
+"""Whether an argument does something is judged on the modules that `where` accepts."""
 
 from __future__ import annotations
 
@@ -77,13 +77,13 @@ PATTERNS = [
     (
         "layers[:2]",
         {},
-        "where=Linear rejects all 2 modules that 'layers[:2]' matches: 2 Block; "
+        "where=Linear rejects both modules that 'layers[:2]' matches: 2 Block; "
         "'layers[:2].**' matches 6",
     ),
     (
         ["embed", "layers[0]"],
         {},
-        "where=Linear rejects all 2 modules that 'embed', 'layers[0]' matches: "
+        "where=Linear rejects both modules that 'embed', 'layers[0]' matches: "
         "1 Embedding, 1 Block; 'layers[0].**' matches 3",
     ),
     (
@@ -219,13 +219,13 @@ RULES = [
         {"layers.*.{mlp,attention}": q8, "layers[:2].{mlp,norm1}": q4},
         {},
         "rule 'layers[:2].{mlp,norm1}' never applies: earlier rules already match all 2 of its "
-        "modules that where=Linear lets through; remove it, or move it up",
+        "modules that where=Linear accepts; remove it, or move it up",
     ),
     (
         {"layers.*.mlp": q8, "layers[0].{mlp,norm1}": q4},
         {},
         "rule 'layers[0].{mlp,norm1}' never applies: earlier rules already match the only one of "
-        "its modules that where=Linear lets through; remove it, or move it up",
+        "its modules that where=Linear accepts; remove it, or move it up",
     ),
     (
         {"**.q_proj": q8, ("layers[0].attention.q_proj", "layers[1].attention.q_proj"): q4},
@@ -277,7 +277,7 @@ QUIET = [
     # Excluded as a whole, whatever `where` says of it.
     (["**.mlp", "layers[0].norm1"], {"exclude": "layers[0]"}, 3),
     (["**.mlp", "layers[0].attention"], {"exclude": "layers[0]"}, 3),
-    # All that `where` lets through is excluded; it would be the same without what it rejects.
+    # All that `where` accepts is excluded; it would be the same without what it rejects.
     (["head", "layers[0].{mlp,norm1}"], {"exclude": "**.mlp"}, 1),
     (["**.q_proj", "layers.*.{mlp,norm1}"], {"exclude": ["layers[0].attention", "**.mlp"]}, 3),
     # A `None` rule for a container that is not a Linear itself.
@@ -457,7 +457,7 @@ CLASSES = [
     (
         nn.RMSNorm,
         "norms.*",
-        f"where=mlx.nn.RMSNorm rejects all 2 modules that 'norms.*' matches: 2 {HERE}.RMSNorm",
+        f"where=mlx.nn.RMSNorm rejects both modules that 'norms.*' matches: 2 {HERE}.RMSNorm",
     ),
     (
         (nn.Embedding, nn.RMSNorm),

@@ -356,7 +356,7 @@ def test_a_cycle_in_a_new_module_around_a_place_left_alone_is_refused():
 
     with pytest.raises(SelectionError) as error:
         replace_layers(model, {"layers.0.attn": None, "layers[0]": ring})
-    assert str(error.value) == "the model holds a cycle: 'layers.0.again' is 'layers.0' again"
+    assert str(error.value) == "the model contains a cycle: 'layers.0.again' is 'layers.0' again"
     assert before.differences() == []
 
 

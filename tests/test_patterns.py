@@ -213,13 +213,13 @@ PARSE_ERRORS = [
     ("a.{b.c,d}", "unmatched '{' in this segment; write ['a.b.c', 'a.d']\n    a.{b.c,d}\n      ^"),
     (
         "x.{q, k}_proj",
-        "an alternative in braces starts or ends with a blank; write 'x.{q,k}_proj'\n"
+        "an alternative in braces starts or ends with a space; write 'x.{q,k}_proj'\n"
         "    x.{q, k}_proj\n"
         "      ^^^^^^^^^^^",
     ),
     (
         "{a,b}{q ,k}*",
-        "an alternative in braces starts or ends with a blank; write '{a,b}{q,k}*'\n"
+        "an alternative in braces starts or ends with a space; write '{a,b}{q,k}*'\n"
         "    {a,b}{q ,k}*\n"
         "    ^^^^^^^^^^^^",
     ),

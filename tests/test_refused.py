@@ -172,7 +172,7 @@ def test_a_factory_that_spoils_the_model_does_not_spoil_the_new_modules():
 def test_a_cycle_does_not_spoil_the_new_modules():
     model = Model().eval()
     make = Maker("layers.2", lambda module: New(model))
-    with pytest.raises(SelectionError, match="the model holds a cycle"):
+    with pytest.raises(SelectionError, match="the model contains a cycle"):
         replace_layers(model, "layers.*", make)
     assert make.differences() == []
 

@@ -1004,7 +1004,7 @@ def test_tree_refuses_a_model_with_a_cycle():
     model = net(a=inner)
     inner.b = model
     with pytest.raises(
-        SelectionError, match=r"the model holds a cycle: 'a\.b' is the model itself"
+        SelectionError, match=r"the model contains a cycle: 'a\.b' is the model itself"
     ):
         tree(model)
 

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import inspect
 from pathlib import Path
-from typing import Any
 
 import huggingface_hub
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm import utils
 
-from ..lm._source import Config, check_trust, load, one_line, read_config, text_config
+from ..lm._loaders import Loader
+from ..lm._source import Source, one_line, text_config
 
 FROM_CONFIG = "drawn from config.json alone, without weights: bits are not known"
 
 
-def preview(source: str, *, trust_remote_code: bool) -> tuple[nn.Module, str]:
+def preview(model: str, *, trust_remote_code: bool) -> tuple[nn.Module, str]:
     """Build the model of a folder or of the hub.
 
     Args:
-        source (str): A folder, or the id of a model on the hub. If its weights
+        model (str): A folder, or the id of a model on the hub. If its weights
             are not here, only its ``config.json`` is fetched.
         trust_remote_code (bool): Whether a ``model_file`` may be run.
 
@@ -32,13 +31,12 @@ def preview(source: str, *, trust_remote_code: bool) -> tuple[nn.Module, str]:
         OSError: If there is no such folder, and no such model can be downloaded.
         ValueError: If mlx-lm cannot build a model from it.
     """
-    folder, has_weights = _locate(source)
-    config = read_config(folder)
-    check_trust(config, trust_remote_code)
+    folder, has_weights = _locate(model)
+    source = Source(folder, Loader(), trust_remote_code)
     if has_weights:
-        model, _ = load(folder, trust_remote_code=trust_remote_code)
-        return model, ""
-    return _built(folder, config, trust_remote_code), FROM_CONFIG
+        built, _ = source.load()
+        return built, ""
+    return _built(source), FROM_CONFIG
 
 
 def _locate(source: str) -> tuple[Path, bool]:
@@ -72,34 +70,12 @@ def _holds_weights(folder: Path) -> bool:
     return any(folder.glob("model*.safetensors"))
 
 
-def _built(folder: Path, config: Config, trust_remote_code: bool) -> nn.Module:
-    """Return the model that mlx-lm builds for a config, with the dtype of the config."""
-    try:
-        model, _ = utils.load_model(
-            folder,
-            lazy=True,
-            strict=False,
-            get_model_classes=_classes_without_sanitize,
-            trust_remote_code=trust_remote_code,
-        )
-    except Exception as error:  # code of mlx-lm and of the model may raise anything
-        raise ValueError(
-            f"mlx-lm cannot build a model from {str(folder)!r}: {one_line(error)}"
-        ) from error
+def _built(source: Source) -> nn.Module:
+    """Return the model that is built for a config, with the dtype of the config."""
+    model, config = source.build(), source.config()
     for one in (config, text_config(config)):
         name = str(one.get("dtype") or one.get("torch_dtype")).removeprefix("torch.")
         if isinstance(dtype := getattr(mx, name, None), mx.Dtype):
             model.set_dtype(dtype)
             break
     return model
-
-
-def _classes_without_sanitize(config: Config) -> tuple[type, type]:
-    """Return the classes that mlx-lm finds by default, but with a ``sanitize`` that does nothing.
-
-    The ``sanitize`` of some models fails if there are no weights.
-    """
-    parameters = inspect.signature(utils.load_model).parameters
-    model_class, args_class = parameters["get_model_classes"].default(config)
-    keep: dict[str, Any] = {"sanitize": lambda self, weights: weights}
-    return type(model_class.__name__, (model_class,), keep), args_class

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 Key = str | tuple[str, ...]
-Value = int | dict[str, Any] | None
+Value = Any  # which `lm.quantize` checks
 Rule = tuple[Key, Value]
 
 MODES = ("affine", "mxfp4", "nvfp4", "mxfp8")  # as in mlx_lm.convert
@@ -102,35 +102,7 @@ def _checked(file: Path, item: Any) -> Rule:
     patterns = key if isinstance(key, list) else [key]
     if not patterns or not all(isinstance(pattern, str) for pattern in patterns):
         raise RulesError(f"{file}: {json.dumps(key)} is not a pattern or a list of patterns")
-    return tuple(key) if isinstance(key, list) else key, _value(file, json.dumps(key), value)
-
-
-def _value(file: Path, key: str, value: Any) -> Value:
-    if value is None or value == _KEEP:
-        return None
-    if isinstance(value, dict):
-        for name in ("bits", "group_size"):  # the layer checks the other keywords
-            if name in value and not (_is_number(value[name]) and value[name] > 0):
-                raise RulesError(
-                    f"{file}: {name!r} of {key} is {json.dumps(value[name])}; it must be a whole "
-                    "number above 0"
-                )
-        if "mode" in value and value["mode"] not in MODES:
-            raise RulesError(
-                f"{file}: 'mode' of {key} is {json.dumps(value['mode'])}; it must be one of "
-                f"{', '.join(map(json.dumps, MODES))}"
-            )
-        return value
-    if not (_is_number(value) and value in _BITS):
-        raise RulesError(
-            f"{file}: the value of {key} is {json.dumps(value)}; it must be a number of bits, an "
-            'object such as {"bits": 4, "group_size": 32}, or "keep"'
-        )
-    return value
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return tuple(key) if isinstance(key, list) else key, None if value == _KEEP else value
 
 
 def _shown(key: Key) -> str:

@@ -210,7 +210,7 @@ def _check_own(wrapper: Wrapper) -> None:
         if callable(getattr(nn.Module, name, None)):
             raise TypeError(
                 f"{type(wrapper).__name__}.__init__ sets {name!r}, which is a method of every "
-                "mlx.nn.Module; give the attribute another name"
+                "mlx.nn.Module; use another name for the attribute"
             )
         if not name.startswith("_") and _holds_arrays(value):
             what = described(value) + " that holds arrays" * is_container(value)

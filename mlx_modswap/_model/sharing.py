@@ -100,7 +100,7 @@ def sort_containers(model: nn.Module, swaps: Swaps | None = None) -> list[Contai
             if id(value) in path_of:
                 path, ancestor = shorten(inside[:-1]), path_of[id(value)][:-1]
                 again = repr(shorten(ancestor)) if ancestor else "the model itself"
-                raise SelectionError(f"the model holds a cycle: {path!r} is {again} again")
+                raise SelectionError(f"the model contains a cycle: {path!r} is {again} again")
             if id(value) not in done:
                 path_of[id(value)] = inside
                 stack.append((value, inside, _child_entries(value, swaps)))

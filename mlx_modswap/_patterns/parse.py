@@ -110,7 +110,7 @@ def _parse_name(start: int, name: str) -> Any:
     pieces = re.split(r"\{([^{}]*)\}", name)
     parts = [piece.split(",") if i % 2 else [piece] for i, piece in enumerate(pieces)]
     if any(option != option.strip(" ") for options in parts[1::2] for option in options):
-        raise Mistake("an alternative in braces starts or ends with a blank", start, len(name))
+        raise Mistake("an alternative in braces starts or ends with a space", start, len(name))
     if "*" not in name and "?" not in name and len(parts) <= 3:
         return Names(map("".join, product(*parts)))
     return Glob([[_TOKEN.findall(option) for option in options] for options in parts])
@@ -167,7 +167,7 @@ def _message(text: str, mistake: Mistake, trial: Trial) -> str:
     if right:
         best = next(filter(trial, right), right[0])
         is_regex = isinstance(best, re.Pattern)
-        condition = "for a regular expression " if is_regex else mistake.condition
+        condition = "for a regular expression (only in Python) " if is_regex else mistake.condition
         advice = f"{condition}write {as_code(best)}"
     return f"{mistake}{advice and '; '}{advice}\n{mistake.shown_in(text)}"
 

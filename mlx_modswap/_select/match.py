@@ -43,7 +43,7 @@ def _reaches_below(request: Request) -> list[bool]:
 
 
 def _regex_test(regex: re.Pattern[str], below: bool) -> Callable[[str], bool]:
-    """Return a test of a path: does it match or, with ``below``, does it or a path around it?"""
+    """Return a function that says whether a path or, with ``below``, one of its parents matches."""
     if not below:
         return lambda path: regex.fullmatch(path) is not None
     known: dict[str, bool] = {}

@@ -173,7 +173,7 @@ def _all_excluded(matched: _Matched) -> str:
     message = (
         f"exclude {_union(request.excludes)} "
         f"{'leave nothing: they remove' if several else 'leaves nothing: it removes'} "
-        f"{_all_of(removed)} {_union(request.patterns)} matches"
+        f"{_all_of(removed)} {_union(request.patterns)} {_matches(request)}"
     )
     if any(_reaches_inside(matched.model, exclude) for exclude in request.excludes):
         message += ", because what is inside an excluded place is excluded too"
@@ -198,10 +198,13 @@ def _all_rejected(matched: _Matched) -> str:
     request = matched.request
     pairs = zip(matched.places.modules, matched.places.masks)
     rejected = [module for module, mask in pairs if mask in matched.free]
-    rest = " and exclude leaves" if request.excludes else ""
+    patterns = _union(request.patterns)
+    which = f"{patterns} {_matches(request)}"
+    if request.excludes:
+        which = f"{'are' if rejected[1:] else 'is'} left of {patterns} after exclude"
     message = (
-        f"{_where(request, rejected)} rejects {_all_of(rejected)} {_union(request.patterns)} "
-        f"matches{rest}: {_classes(request, rejected)}"
+        f"{_where(request, rejected)} rejects {_all_of(rejected)} {which}: "
+        f"{_classes(request, rejected)}"
     )
     tried = (_works_inside(matched, number) for number in range(len(request.patterns)))
     return message + next(filter(None, tried), "")
@@ -234,14 +237,14 @@ def _never_applies(matched: _Matched, number: int) -> str:
     request, masks = matched.request, matched.places.masks
     bits = sum(1 << at for at, owner in enumerate(request.owners) if owner == number)
     its = matched.modules(bits)
-    let_through = len(its)
+    accepted = len(its)
     if matched.accepted is not None:
         pairs = zip(masks, matched.accepted)
-        let_through -= sum(mask & bits > 0 and not answer for mask, answer in pairs)
-    which = f"all {let_through} of its modules" if let_through > 1 else "its only module"
-    if let_through < len(its):
-        which = f"all {let_through}" if let_through > 1 else "the only one"
-        which += f" of its modules that {_where(request, its)} lets through"
+        accepted -= sum(mask & bits > 0 and not answer for mask, answer in pairs)
+    which = f"all {accepted} of its modules" if accepted > 1 else "its only module"
+    if accepted < len(its):
+        which = f"all {accepted}" if accepted > 1 else "the only one"
+        which += f" of its modules that {_where(request, its)} accepts"
     return (
         f"rule {request.rules[number].text} never applies: earlier rules already match {which}; "
         "remove it, or move it up"
@@ -270,7 +273,13 @@ def _works_inside(matched: _Matched, number: int) -> str:
 
 
 def _all_of(modules: Sequence[nn.Module]) -> str:
-    return f"all {len(modules)} modules that" if len(modules) > 1 else "the only module that"
+    if len(modules) == 2:
+        return "both modules that"
+    return f"all {len(modules)} modules that" if len(modules) > 2 else "the only module that"
+
+
+def _matches(request: Request) -> str:
+    return "match" if len(request.patterns) > 1 else "matches"
 
 
 def _classes(request: Request, modules: Sequence[nn.Module]) -> str:

@@ -153,12 +153,12 @@ def swapped(
 
     Blocks on one model need not end in the reverse order, for example if two token
     streams take turns. Once the last of the blocks has ended, the model has its own
-    layers back. But two kinds of block raise an error when they end:
+    layers back. But a block raises an error at its end in two cases:
 
-    * a block that ends while a later block is still open on one of the same places,
-      since its own module was not in use there in the meantime;
-    * a block with a place that is no longer at its path, because another block
-      changed a module around it.
+    * a later block is still open on one of the same places, so its own module was not
+      in use there in the meantime;
+    * one of its places is no longer at its path, because another block changed a
+      module that contains it.
 
     Use one block around both streams instead. The same holds for :func:`observe`,
     :func:`capture` and :func:`patch`.

@@ -282,10 +282,15 @@ def _mismatch(model: nn.Module, rules: Rules, pattern: Any, group_size: int) -> 
         for width, some in paths.items()
     ]
     fitting = [str(size) for size in (128, 64, 32) if not any(width % size for width in paths)]
-    advice = f"use a group_size of {' or '.join(fitting)}" if fitting else "no group size does"
+    advice = "no supported group size does, so leave these layers alone with None (keep)"
+    if fitting:
+        advice = (
+            f"use a group_size (--q-group-size) of {' or '.join(fitting)}, or leave these layers "
+            "alone with None (keep)"
+        )
     return (
         f"rule {_shown(pattern)} asks for groups of {group_size}, which do not divide the width of "
-        f"{', '.join(places)}; {advice}, or leave these layers alone with None"
+        f"{', '.join(places)}; {advice}"
     )
 
 
@@ -296,8 +301,9 @@ def _refuse_quantized(model: nn.Module, rules: Rules) -> None:
             continue
         if stay := select(model, pattern, where=quantized, strict=False):
             raise NoMatchError(
-                f"rule {_shown(pattern)} has nothing to quantize: the layers that it matches are "
-                f"quantized already, and stay as they are ({len(stay)}); use the original model"
+                f"rule {_shown(pattern)} has nothing to quantize: the layers that it matches "
+                f"({len(stay)}) are already quantized and are left unchanged; start from the "
+                "original model"
             ) from None
 
 
@@ -312,6 +318,6 @@ def _nothing_fits(model: nn.Module, group_size: int) -> str:
         reasons.append("the model's own quant_predicate excludes the layers that fit")
     advice = "name the layers in a rule of their own, with a group_size that fits"
     if stay := select(model, "**", where=quantized, strict=False):
-        reasons.append(f"{len(stay)} layers are quantized already, and stay as they are")
-        advice = "use the original model"
+        reasons.append(f"{len(stay)} layers are already quantized and are left unchanged")
+        advice = "start from the original model"
     return f"rule '**' quantizes nothing: {', and '.join(reasons)}; {advice}"

@@ -3,22 +3,82 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm import utils
 
-Config = dict[str, Any]
+from ._loaders import Config, Loader
+
 Folder = str | Path
 
 GENERATION = "generation_config.json"
 
 
-def locate(
-    source: Folder, kind: str = "a model", files: Any = utils.DEFAULT_ALLOW_PATTERNS
-) -> Path:
+class Source(NamedTuple):
+    """A folder of a model, and how to load it.
+
+    Attributes:
+        folder (Path): The folder.
+        loader (Loader): The package that loads it.
+        trust_remote_code (bool): Whether the code of a ``model_file`` may run.
+    """
+
+    folder: Path
+    loader: Loader
+    trust_remote_code: bool
+
+    def config(self) -> Config:
+        """Return the config of the folder, as mlx-lm reads it."""
+        return read_config(self.folder)
+
+    def check_trust(self, config: Config) -> None:
+        """Raise a ``ValueError`` if a config names code that was not allowed to run."""
+        if config.get("model_file") is not None and not self.trust_remote_code:
+            raise ValueError(
+                f"the config names a model_file, {config['model_file']!r}, whose code builds the "
+                "model; pass trust_remote_code=True (--trust-remote-code) if you trust it"
+            )
+
+    def load(self, *, strict: bool = True) -> tuple[nn.Module, Config]:
+        """Return the model and its config; only the headers of the weights are read.
+
+        Raises:
+            ValueError: If no model can be built from the folder.
+        """
+        config = self.config()
+        self.check_trust(config)
+        try:
+            return self.loader.load(
+                self.folder, config, strict=strict, trust_remote_code=self.trust_remote_code
+            )
+        except Exception as error:  # code of the loader and of the model may raise anything
+            _check_weights(self.folder)
+            raise ValueError(
+                f"{self.loader.name} cannot load {str(self.folder)!r}: {one_line(error)}"
+            ) from error
+
+    def build(self) -> nn.Module:
+        """Return the model that is built from the config alone.
+
+        Raises:
+            ValueError: If no model can be built from it.
+        """
+        config = self.config()
+        self.check_trust(config)
+        try:
+            return self.loader.build(self.folder, config, trust_remote_code=self.trust_remote_code)
+        except Exception as error:  # code of the loader and of the model may raise anything
+            raise ValueError(
+                f"{self.loader.name} cannot build a model from {str(self.folder)!r}: "
+                f"{one_line(error)}"
+            ) from error
+
+
+def locate(source: Folder, download: Callable[[str], Path], kind: str = "a model") -> Path:
     """Return a folder, which is downloaded if it is on the hub and not here yet.
 
     Raises:
@@ -30,9 +90,7 @@ def locate(
     if folder.exists():
         raise NotADirectoryError(f"{str(source)!r} is a file, not a folder")
     try:
-        # As in mlx-lm, which imports it from the hub that the environment names.
-        download: Any = vars(utils)["snapshot_download"]
-        return Path(download(str(source), allow_patterns=files))
+        return download(str(source))
     except Exception as error:  # of the hub, the network or the disk
         raise FileNotFoundError(
             f"{str(source)!r} is not a folder here, and the hub does not have {kind} of that name: "
@@ -72,30 +130,6 @@ def text_config(config: Config) -> Config:
     """Return the part of a config that is about the language model of a multimodal model."""
     found = config.get("text_config")
     return found if isinstance(found, dict) else {}
-
-
-def check_trust(config: Config, trust_remote_code: bool) -> None:
-    """Raise a ``ValueError`` if a config names code that was not allowed to run."""
-    if config.get("model_file") is not None and not trust_remote_code:
-        raise ValueError(
-            f"the config names a model_file, {config['model_file']!r}, whose code builds the "
-            "model; pass trust_remote_code=True if you trust it"
-        )
-
-
-def load(folder: Path, *, trust_remote_code: bool, strict: bool = True) -> tuple[nn.Module, Config]:
-    """Return the model and the config of a folder; only the headers of the weights are read.
-
-    Raises:
-        ValueError: If mlx-lm cannot build a model from the folder.
-    """
-    try:
-        return utils.load_model(
-            folder, lazy=True, strict=strict, trust_remote_code=trust_remote_code
-        )
-    except Exception as error:  # code of mlx-lm and of the model may raise anything
-        _check_weights(folder)
-        raise ValueError(f"mlx-lm cannot load {str(folder)!r}: {one_line(error)}") from error
 
 
 def _check_weights(folder: Path) -> None:

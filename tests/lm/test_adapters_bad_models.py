@@ -200,7 +200,7 @@ UNSAVABLE: dict[str, tuple[dict[str, Any], str]] = {
     "an adapter in an adapter": (
         {Q1: stacked},
         f"ValueError: '{Q1}' is an adapter around an adapter, and mlx-lm reads one for each layer; "
-        "take one of the two off",
+        "remove one of the two",
     ),
     "an adapter around another class": (
         {Q1: around_a_norm},
@@ -210,7 +210,7 @@ UNSAVABLE: dict[str, tuple[dict[str, Any], str]] = {
         {"**.q_proj": lora(4), "**.{k,v}_proj": lora(4, method="dora")},
         "ValueError: mlx-lm reads one method for all adapters, not LoRA at "
         "'model.layers[0:4].self_attn.q_proj', DoRA at 'model.layers[0:4].self_attn.{k,v}_proj'; "
-        "take the adapters of one kind off, or fuse them",
+        "remove the adapters of one kind, or fuse them",
     ),
     "two dropouts": (
         {"**.q_proj": lora(4, dropout=0.1), "model.layers[0].**.k_proj": lora(4)},
@@ -244,12 +244,12 @@ UNSAVABLE: dict[str, tuple[dict[str, Any], str]] = {
         {"**.q_proj": changed(scale=0), "**.k_proj": lora(4), "**.up_proj": changed(scale=0)},
         "ValueError: the scale is 0 at model.layers[0:4].self_attn.q_proj, "
         "model.layers[0:4].mlp.up_proj, and lora_b could not be restored from what mlx-lm reads; "
-        "set another scale, or take the adapters off",
+        "set another scale, or remove the adapters",
     ),
     "a scale of zero among others": (
         {Q1: changed(scale=0), "**.k_proj": lora(4)},
         f"ValueError: the scale is 0 at {Q1}, and lora_b could not be restored from what mlx-lm "
-        "reads; set another scale, or take the adapters off",
+        "reads; set another scale, or remove the adapters",
     ),
 }
 

@@ -160,7 +160,7 @@ def test_an_adapter_of_peft_is_not_overwritten(weights, tmp_path):
         lm.save_adapters(llama_with(4), tmp_path)
 
     assert str(caught.value) == (
-        f"{str(tmp_path)!r} has an adapter of PEFT, which would be lost; give another folder"
+        f"{str(tmp_path)!r} has an adapter of PEFT, which would be lost; use another folder"
     )
     assert files(tmp_path) == before
 
@@ -170,7 +170,7 @@ def test_a_file_is_not_a_folder(tmp_path):
     with pytest.raises(NotADirectoryError) as caught:
         lm.save_adapters(llama_with(4), tmp_path / "math")
 
-    assert str(caught.value) == f"{str(tmp_path / 'math')!r} is a file; give a folder"
+    assert str(caught.value) == f"{str(tmp_path / 'math')!r} is a file; pass a folder"
     assert files(tmp_path) == {"math": b"mine"}
 
 

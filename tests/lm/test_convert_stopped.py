@@ -227,7 +227,7 @@ def without_config(source: Path) -> None:
             with_code,
             ValueError,
             "the config names a model_file, 'own.py', whose code builds the model; pass "
-            "trust_remote_code=True if you trust it",
+            "trust_remote_code=True (--trust-remote-code) if you trust it",
         ),
         (
             with_an_unknown_type,
@@ -354,9 +354,7 @@ def test_a_target_that_exists_is_refused_before_anything_is_read(tmp_path):
     with pytest.raises(FileExistsError) as caught:
         lm.convert("no/such/model", tmp_path / "converted", {"**": 4})
 
-    assert str(caught.value) == (
-        f"'{tmp_path}/converted' exists already; give the name of a new folder"
-    )
+    assert str(caught.value) == (f"'{tmp_path}/converted' exists already; use a new folder name")
 
 
 HUGE = """
@@ -422,7 +420,7 @@ def test_a_model_that_would_be_loaded_with_other_dtypes_is_refused(tmp_path, sou
         lm.convert(source, tmp_path / "converted", {"**": 4}, trust_remote_code=True)
 
     assert str(caught.value) == (
-        f"'{tmp_path}/converted' was not written: mlx-lm builds float32 (64,) at "
-        "model.norm.weight, the model has float16 (64,)"
+        f"'{tmp_path}/converted' was not written: mlx-lm would build float32 (64,) at "
+        "model.norm.weight, but the model has float16 (64,)"
     )
     assert [path.name for path in tmp_path.iterdir()] == ["source"]

@@ -49,27 +49,27 @@ def told(built: Outline, model: Outline, original: Outline | None = None) -> lis
         (
             {"a.b": nn.ReLU},
             {},
-            ["mlx-lm builds ReLU at a.b, the model has Linear"],
+            ["mlx-lm would build ReLU at a.b, but the model has Linear"],
         ),
         (  # the one around it says enough
             {"a": nn.GELU, "a.b": nn.ReLU},
             {},
-            ["mlx-lm builds GELU at a, the model has Sequential"],
+            ["mlx-lm would build GELU at a, but the model has Sequential"],
         ),
         (
             {"": nn.GELU, "a": nn.ReLU, "a.b": nn.ReLU},
             {},
-            ["mlx-lm builds GELU at the model itself, the model has Sequential"],
+            ["mlx-lm would build GELU at the model itself, but the model has Sequential"],
         ),
         (
             {"a.b": nn.ReLU, "c": nn.ReLU},
             {},
             [
-                "mlx-lm builds ReLU at a.b, the model has Linear",
-                "mlx-lm builds ReLU at c, the model has nothing",
+                "mlx-lm would build ReLU at a.b, but the model has Linear",
+                "mlx-lm would build ReLU at c, but the model has nothing",
             ],
         ),
-        ({}, {"a.c": nn.ReLU}, ["mlx-lm builds nothing at a.c, the model has ReLU"]),
+        ({}, {"a.c": nn.ReLU}, ["mlx-lm would build nothing at a.c, but the model has ReLU"]),
     ],
 )
 def test_other_layers(built, model, differences):
@@ -80,7 +80,7 @@ def test_other_layers(built, model, differences):
 
 
 def attribute(name: str, one: str, other: str, place: str = "a") -> str:
-    return f"mlx-lm sets {name} of {place} to {one}, the model has {other}"
+    return f"mlx-lm would set {name} of {place} to {one}, but the model has {other}"
 
 
 @pytest.mark.parametrize(
@@ -219,14 +219,14 @@ def test_arguments_of_the_old_config_may_stay_where_shapes_changed(shape, old_sh
             {"a.w": Spec(mx.float32, (2,))},
             {"a.w": Spec(mx.float16, (2,)), "a.v": Spec(mx.float16, (2, 3))},
             [
-                "mlx-lm builds float32 (2,) at a.w, the model has float16 (2,)",
-                "mlx-lm builds nothing at a.v, the model has float16 (2, 3)",
+                "mlx-lm would build float32 (2,) at a.w, but the model has float16 (2,)",
+                "mlx-lm would build nothing at a.v, but the model has float16 (2, 3)",
             ],
         ),
         (
             {"a.w": Spec(mx.float32, (2,))},
             {},
-            ["mlx-lm builds float32 (2,) at a.w, the model has nothing"],
+            ["mlx-lm would build float32 (2,) at a.w, but the model has nothing"],
         ),
     ],
 )
@@ -241,14 +241,14 @@ NAN, INFINITE = float("nan"), float("inf")
     ("built", "model", "differences"),
     [
         ({"x": [1, NAN, INFINITE]}, {"x": [1.000001, NAN, INFINITE]}, [""]),
-        ({"x": [1, 2]}, {"x": [1, 2.1]}, ["mlx-lm gives x of a"]),
-        ({"x": [1, 1]}, {"x": [1]}, ["mlx-lm gives x of a"]),  # `mx.allclose` would broadcast
+        ({"x": [1, 2]}, {"x": [1, 2.1]}, ["mlx-lm would give x of a"]),
+        ({"x": [1, 1]}, {"x": [1]}, ["mlx-lm would give x of a"]),  # `mx.allclose` would broadcast
         ({}, {"x": [1]}, [""]),
         ({"x": [1]}, {}, [""]),
         (
             {"x": [1], "y": [1]},
             {"x": [2], "y": [2]},
-            ["mlx-lm gives x of a", "mlx-lm gives y of a"],
+            ["mlx-lm would give x of a", "mlx-lm would give y of a"],
         ),
     ],
 )

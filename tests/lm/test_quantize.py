@@ -469,7 +469,7 @@ def test_an_error_for_a_model_that_is_quantized_already_asks_for_the_original(ll
     )
     assert str(other.value) == (
         "rule '**' quantizes nothing: groups of 64 do not divide the widths 96, and 26 layers are "
-        "quantized already, and stay as they are; use the original model"
+        "already quantized and are left unchanged; use the original model"
     )
 
 

@@ -319,7 +319,9 @@ def test_a_config_that_changes_what_layers_compute_is_refused_unless_they_comput
     tmp_path, source
 ):
     model = load(source)
-    with pytest.raises(ValueError, match=r"mlx-lm sets eps of .+ to 0\.001, the model has 1e-05"):
+    with pytest.raises(
+        ValueError, match=r"mlx-lm would set eps of .+ to 0\.001, but the model has 1e-05"
+    ):
         lm.save(model, tmp_path / "saved", source, config={"rms_norm_eps": 1e-3})
 
     for path, norm in model.named_modules():
@@ -335,8 +337,8 @@ def test_a_multimodal_model_with_fewer_blocks_is_saved_with_the_whole_of_its_tex
     del model.layers[-1]
 
     assert refusal(model, tmp_path / "saved", source, config={"num_hidden_layers": 3}) == (
-        "mlx-lm builds TransformerBlock at language_model.model.layers.3, the model has nothing: "
-        "give the entries of its config that have changed with config={...}; if they are in its "
+        "mlx-lm would build TransformerBlock at language_model.model.layers.3, but the model has nothing: "
+        "pass the changed config entries: config={...}; if they are in its "
         "'text_config', give the whole of that"
     )
     text_config = {**model_folders.config_of(source)["text_config"], "num_hidden_layers": 3}

@@ -48,11 +48,11 @@ class Model(llama.Model):
 
 
 OTHER_VALUE = (
-    "mlx-lm sets {name} of model.layers[2:4].mlp.down_proj to {one}, the model has {other}: set it "
+    "mlx-lm would set {name} of model.layers[2:4].mlp.down_proj to {one}, but the model has {other}: set it "
     "in the model, or give the entry of the config that sets it with config={{...}}"
 )
 OTHER_LAYER = (
-    "mlx-lm builds Scaled(Linear) at model.layers[2:4].mlp.down_proj, the model has {other}: fuse "
+    "mlx-lm would build Scaled(Linear) at model.layers[2:4].mlp.down_proj, but the model has {other}: fuse "
     "or unwrap it, or give a model_file"
 )
 
@@ -63,7 +63,7 @@ OTHER_LAYER = (
         ("Scaled(layer, 5.0)", OTHER_VALUE.format(name="by", one="2.0", other="5.0")),
         (
             "Scaled(layer, vector=5.0)",
-            "mlx-lm gives _vector of model.layers[2:4].mlp.down_proj other values than the model "
+            "mlx-lm would give _vector of model.layers[2:4].mlp.down_proj other values than the model "
             "has: set them in the model, or give the entry of the config that sets them with "
             "config={...}",
         ),
@@ -97,7 +97,7 @@ def test_attributes_of_a_wrapper_under_a_wrapper_are_compared(tmp_path, source):
     model.layers[-1].mlp.down_proj.__wrapped__.__wrapped__.by = 5.0
 
     assert refusal(model, tmp_path / "saved", source, **how) == (
-        "mlx-lm sets __wrapped__.__wrapped__.by of model.layers.3.mlp.down_proj to 2.0, the model "
+        "mlx-lm would set __wrapped__.__wrapped__.by of model.layers.3.mlp.down_proj to 2.0, the model "
         "has 5.0: set it in the model, or give the entry of the config that sets it with "
         "config={...}"
     )
@@ -112,8 +112,8 @@ def test_ropes_with_other_frequencies_are_refused(tmp_path):
         layer.self_attn.rope = initialize_rope(16, 10000, False, {**scaling, "factor": 32.0})
 
     assert refusal(model, tmp_path / "saved", source) == (
-        "mlx-lm gives _freqs of model.layers[1:4].self_attn.rope other values than the model has: "
-        "set them in the model, or give the entry of the config that sets them with config={...}"
+        "mlx-lm would give _freqs of model.layers[1:4].self_attn.rope other values than the model has: "
+        "set them in the model, or pass the config entry that sets them: config={...}"
     )
 
 
@@ -124,8 +124,8 @@ def test_a_config_of_which_the_model_computes_with_the_old_value_is_refused(tmp_
     lm.quantize(model, {"**": 4})
 
     assert refusal(model, tmp_path / "saved", source, config={"scale_emb": 40}) == (
-        "mlx-lm sets args.scale_emb of the model itself, model, model.layers[0:4], "
-        "model.layers[0:4].self_attn to 40, the model has 2: set it in the model, or give the "
+        "mlx-lm would set args.scale_emb of the model itself, model, model.layers[0:4], "
+        "model.layers[0:4].self_attn to 40, but the model has 2: set it in the model, or give the "
         "entry of the config that sets it with config={...}"
     )
     model.args.scale_emb = 40
@@ -138,8 +138,8 @@ def test_a_model_that_does_not_use_its_new_head_is_refused(tmp_path):
     model.lm_head = nn.Linear(64, 100, bias=False)
 
     assert refusal(model, tmp_path / "saved", source, config=config) == (
-        "mlx-lm sets args.tie_word_embeddings of the model itself, model, model.layers[0:4] to "
-        "False, the model has True: set it in the model, or give the entry of the config that sets "
+        "mlx-lm would set args.tie_word_embeddings of the model itself, model, model.layers[0:4] to "
+        "False, but the model has True: set it in the model, or give the entry of the config that sets "
         "it with config={...}"
     )
     model.args.tie_word_embeddings = False
@@ -174,25 +174,28 @@ def with_another_factor(model: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        (with_an_object, "mlx-lm sets note of the model itself to nothing, the model has Decimal"),
+        (
+            with_an_object,
+            "mlx-lm would set note of the model itself to nothing, but the model has Decimal",
+        ),
         (
             with_a_dict,
-            "mlx-lm sets note of the model itself to nothing, the model has "
+            "mlx-lm would set note of the model itself to nothing, but the model has "
             "{'a': (1, 'b'), 2: (2.5, None)}",
         ),
         (
             with_fewer_frequencies,
-            "mlx-lm sets _freqs of model.layers.0.self_attn.rope to float32 (8,), the model has "
+            "mlx-lm would set _freqs of model.layers.0.self_attn.rope to float32 (8,), but the model has "
             "float16 (4,)",
         ),
         (
             without_a_scale,
-            "mlx-lm sets scale of model.layers.0.self_attn to 0.25, the model has nothing",
+            "mlx-lm would set scale of model.layers.0.self_attn to 0.25, but the model has nothing",
         ),
         (
             with_another_factor,
-            "mlx-lm sets args.rope_scaling of the model itself, model, model.layers[0:4] to "
-            "...8.0, 'original_max_position_embeddings': 16}..., the model has "
+            "mlx-lm would set args.rope_scaling of the model itself, model, model.layers[0:4] to "
+            "...8.0, 'original_max_position_embeddings': 16}..., but the model has "
             "...4.0, 'original_max_position_embeddings': 16}...",
         ),
     ],
@@ -202,5 +205,5 @@ def test_attributes_of_any_kind_are_compared(tmp_path, change, told):
     model = load(source)
     change(model)
 
-    cure = "set it in the model, or give the entry of the config that sets it with config={...}"
+    cure = "set it in the model, or pass the config entry that sets it: config={...}"
     assert refusal(model, tmp_path / "saved", source) == f"{told}: {cure}"

@@ -84,35 +84,35 @@ def with_other_arguments(model: Any) -> None:
     [
         (
             with_adapters,
-            "mlx-lm builds Linear at model.layers[0:2].self_attn.{q,v}_proj, the model has "
-            "LoRALinear: fuse or unwrap it, or give a model_file; lm.save_adapters writes the "
+            "mlx-lm would build Linear at model.layers[0:2].self_attn.{q,v}_proj, but the model has "
+            "LoRALinear: fuse or unwrap it, or pass a model_file; lm.save_adapters writes the "
             "adapters alone",
         ),
         (
             with_wrappers_and_without_mlps,
-            "mlx-lm builds Linear at model.layers[0:4].self_attn.v_proj, the model has Scaled, and "
-            "mlx-lm builds MLP at model.layers[0:4].mlp, the model has Identity: fuse or unwrap "
+            "mlx-lm would build Linear at model.layers[0:4].self_attn.v_proj, but the model has Scaled, and "
+            "mlx-lm would build MLP at model.layers[0:4].mlp, but the model has Identity: fuse or unwrap "
             "it, or give a model_file",
         ),
         (
             with_a_norm_of_its_own,
-            "mlx-lm builds mlx.nn.layers.normalization.RMSNorm at model.norm, the model has "
-            "test_save_refused.RMSNorm: fuse or unwrap it, or give a model_file",
+            "mlx-lm would build mlx.nn.layers.normalization.RMSNorm at model.norm, but the model has "
+            "test_save_refused.RMSNorm: fuse or unwrap it, or pass a model_file",
         ),
         (
             without_a_block,
-            "mlx-lm builds TransformerBlock at model.layers.3, the model has nothing: give the "
+            "mlx-lm would build TransformerBlock at model.layers.3, but the model has nothing: give the "
             "entries of its config that have changed with config={...}",
         ),
         (
             with_another_scale,
-            "mlx-lm sets scale of model.layers[1:4].self_attn to 0.25, the model has 0.5: set it "
+            "mlx-lm would set scale of model.layers[1:4].self_attn to 0.25, but the model has 0.5: set it "
             "in the model, or give the entry of the config that sets it with config={...}",
         ),
         (
             with_a_note,
-            "mlx-lm sets note of the model itself to nothing, the model has 'trained on Monday': "
-            "set it in the model, or give the entry of the config that sets it with config={...}",
+            "mlx-lm would set note of the model itself to nothing, but the model has 'trained on Monday': "
+            "set it in the model, or pass the config entry that sets it: config={...}",
         ),
         (
             with_a_bias,
@@ -125,8 +125,8 @@ def with_other_arguments(model: Any) -> None:
         ),
         (
             with_other_arguments,
-            "mlx-lm sets args.rms_norm_eps of the model itself, model, model.layers[0:4] to "
-            "1e-05, the model has 1e-06: set it in the model, or give the entry of the config that "
+            "mlx-lm would set args.rms_norm_eps of the model itself, model, model.layers[0:4] to "
+            "1e-05, but the model has 1e-06: set it in the model, or give the entry of the config that "
             "sets it with config={...}",
         ),
     ],
@@ -169,8 +169,8 @@ def test_other_layers_are_named_for_a_model_with_a_model_file(tmp_path, source):
     how: dict[str, Any] = {"config": {"model_file": "own.py"}, "trust_remote_code": True}
 
     assert refusal(model, tmp_path / "saved", source, **how) == (
-        "mlx-lm builds Linear at model.layers[0:2].self_attn.{q,v}_proj, the model has LoRALinear: "
-        "fuse or unwrap it, or give a model_file; lm.save_adapters writes the adapters alone"
+        "mlx-lm would build Linear at model.layers[0:2].self_attn.{q,v}_proj, but the model has LoRALinear: "
+        "fuse or unwrap it, or pass a model_file; lm.save_adapters writes the adapters alone"
     )
 
 
@@ -179,7 +179,7 @@ def test_a_folder_whose_weights_mlx_lm_would_cast_is_refused(tmp_path, source):
     how: dict[str, Any] = {"config": {"model_file": "casting.py"}, "trust_remote_code": True}
 
     assert refusal(load(source), tmp_path / "saved", source, **how) == (
-        "mlx-lm builds float32 (64,) at model.norm.weight, the model has float16 (64,)"
+        "mlx-lm would build float32 (64,) at model.norm.weight, but the model has float16 (64,)"
     )
 
 
@@ -276,7 +276,7 @@ def test_a_source_that_is_broken_is_named(tmp_path, source, spoil, error, messag
             {"config": {"model_file": "own.py"}, "files": ["own.py"]},
             ValueError,
             "the config names a model_file, 'own.py', whose code builds the model; pass "
-            "trust_remote_code=True if you trust it",
+            "trust_remote_code=True (--trust-remote-code) if you trust it",
         ),
         (
             {"config": {"vocab_size": 7}},
@@ -315,7 +315,7 @@ def test_a_target_that_exists_is_refused(tmp_path, source, kind):
     with pytest.raises(FileExistsError) as caught:
         lm.save(load(source), target, source)
 
-    assert str(caught.value) == f"{str(target)!r} exists already; give the name of a new folder"
+    assert str(caught.value) == f"{str(target)!r} exists already; use a new folder name"
     assert model_folders.content(tmp_path) == before
 
 

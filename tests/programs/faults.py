@@ -103,8 +103,8 @@ FAULTS = [
     Fault(
         "a cycle is no error of the library's own",
         "_sharing.py",
-        'raise SelectionError(f"the model holds a cycle',
-        'raise RecursionError(f"the model holds a cycle',
+        'raise SelectionError(f"the model contains a cycle',
+        'raise RecursionError(f"the model contains a cycle',
     ),
     Fault(
         "ties are not looked for",

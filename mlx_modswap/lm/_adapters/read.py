@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..._swap.factories import Factory
+from .._loaders import Loader
 from .._source import locate
 from .files import (
     CONFIG,
@@ -71,7 +73,7 @@ def adapter_rules(folder: str | Path) -> dict[Any, Factory]:
             the folder contains something that is not an adapter in MLX: a full
             fine-tune, ``modules_to_save``, biases, or a variant of LoRA such as
             PEFT's DoRA. So is PEFT's adapter of an embedding: it changes only the
-            inputs, and mlx-lm's also the outputs if the embedding is the head, too.
+            inputs, but mlx-lm's would also change the outputs of a tied head.
             The factories raise a ``ValueError`` if an array does not fit the layer.
 
     Example:
@@ -93,7 +95,8 @@ def adapter_rules(folder: str | Path) -> dict[Any, Factory]:
         layers.0 (64, 4) 10.0
         layers.2 (64, 8) 20.0
     """
-    where = locate(folder, "an adapter", [CONFIG, WEIGHTS, PEFT_WEIGHTS])
+    download = partial(Loader().download, files=[CONFIG, WEIGHTS, PEFT_WEIGHTS])
+    where = locate(folder, download, "an adapter")
     config = read_adapter_config(where / CONFIG)
     if "peft_type" in config:
         file, adapters = where / PEFT_WEIGHTS, read_peft(where, config)

@@ -44,7 +44,7 @@ def unify(adapters: Mapping[str, Adapter]) -> tuple[dict[str, Adapter], Original
         places = ", ".join(folded(zeros, numbers_are_indices=True))
         raise ValueError(
             f"the scale is 0 at {places}, and lora_b could not be restored from "
-            "what mlx-lm reads; set another scale, or take the adapters off"
+            "what mlx-lm reads; set another scale, or remove the adapters"
         )
     scale, _ = scales.most_common(1)[0]
     rank = max(adapter.rank for adapter in adapters.values())

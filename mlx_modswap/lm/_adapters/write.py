@@ -84,7 +84,7 @@ def save_adapters(model: nn.Module, folder: str | Path) -> None:
             "such as mlx_lm.tuner.lora.LoRALinear"
         )
     adapters = {path: _read(path, module) for path, module in modules.items()}
-    _check_same(adapters, "method", "take the adapters of one kind off, or fuse them")
+    _check_same(adapters, "method", "remove the adapters of one kind, or fuse them")
     _check_same(adapters, "dropout", "give them one: layer.dropout = mlx.nn.Dropout(p)")
     keys, num_layers = _keys(model, modules)
     uniform, originals = unify(adapters)
@@ -129,7 +129,7 @@ def _read(path: str, module: Any) -> Adapter:
     if _has_lora(path, layer):
         raise ValueError(
             f"{path!r} is an adapter around an adapter, and mlx-lm reads one for each layer; "
-            "take one of the two off"
+            "remove one of the two"
         )
     if kind_for(layer, kind.method) is not kind:
         raise ValueError(
@@ -189,8 +189,8 @@ def _keys(model: nn.Module, modules: Mapping[str, nn.Module]) -> tuple[list[str]
     for path in modules:
         if any(path in names for names in blocks):
             raise ValueError(
-                f"mlx-lm would take {path!r} for a path inside a block, too, and put adapters "
-                "there, too"
+                f"mlx-lm would also find {path!r} inside a block, and would put adapters there as "
+                "well"
             )
     return list(modules), len(blocks)
 
@@ -204,10 +204,10 @@ def _replaced(folder: Path) -> Iterator[Path]:
     peft = Path(PEFT_WEIGHTS)
     if any((folder / name).exists() for name in (peft, peft.with_suffix(".bin"))):
         raise ValueError(
-            f"{quoted(folder)} has an adapter of PEFT, which would be lost; give another folder"
+            f"{quoted(folder)} has an adapter of PEFT, which would be lost; use another folder"
         )
     if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"{quoted(folder)} is a file; give a folder")
+        raise NotADirectoryError(f"{quoted(folder)} is a file; pass a folder")
     made = [one for one in (folder, *folder.parents) if not one.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     try:

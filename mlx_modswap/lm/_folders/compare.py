@@ -142,7 +142,7 @@ def difference(built: Outline, model: Outline, original: Outline | None = None) 
     Args:
         built (Outline): What mlx-lm builds.
         model (Outline): The model.
-        original (Outline, optional): What mlx-lm builds with the config that the model
+        original (Outline, optional): What mlx-lm would build with the config that the model
             was loaded with, if some of its entries may have changed.
 
     Returns:
@@ -157,7 +157,7 @@ def difference(built: Outline, model: Outline, original: Outline | None = None) 
 
 
 def other_layers(built: Outline, model: Outline) -> str:
-    """Say where mlx-lm builds modules of other classes than a model has; ``""`` if nowhere."""
+    """Say where mlx-lm would build modules of other classes than a model has; ``""`` if nowhere."""
     differing: dict[tuple[Classes, Classes], list[str]] = {}
     seen: set[str] = set()
     for path in dict.fromkeys([*model.classes, *built.classes]):
@@ -171,15 +171,15 @@ def other_layers(built: Outline, model: Outline) -> str:
         return ""
     named = [(_names(*classes), paths) for classes, paths in differing.items()]
     texts = [
-        f"mlx-lm builds {one} at {listed(_at(paths), 4)}, the model has {other}"
+        f"mlx-lm would build {one} at {listed(_at(paths), 4)}, but the model has {other}"
         for (one, other), paths in named
     ]
     if all(() in classes for classes in differing):
-        advice = "give the entries of its config that have changed with config={...}"
+        advice = "pass the changed config entries: config={...}"
         if "args.text_config" in model.attributes[""]:
-            advice += "; if they are in its 'text_config', give the whole of that"
+            advice += "; if they are in its 'text_config', pass the complete 'text_config'"
     else:
-        advice = "fuse or unwrap it, or give a model_file"
+        advice = "fuse or unwrap it, or pass a model_file"
         if any((kind.adapter,) in classes for kind in KINDS for classes in differing):
             advice += "; lm.save_adapters writes the adapters alone"
     return f"{listed(texts, 4, ', and ')}: {advice}"
@@ -236,10 +236,10 @@ def _other_attributes(built: Outline, model: Outline, original: Outline | None) 
         if (path, name, other) not in old and (name, other) not in old_arguments:
             differing.setdefault((name, *_shortened(one, other)), []).append(path)
     texts = [
-        f"mlx-lm sets {name} of {listed(_at(paths), 4)} to {one}, the model has {other}"
+        f"mlx-lm would set {name} of {listed(_at(paths), 4)} to {one}, but the model has {other}"
         for (name, one, other), paths in differing.items()
     ]
-    advice = "set it in the model, or give the entry of the config that sets it with config={...}"
+    advice = "set it in the model, or pass the config entry that sets it: config={...}"
     return f"{listed(texts, 4, ', and ')}: {advice}" if texts else ""
 
 
@@ -316,7 +316,7 @@ def _other_arrays(built: dict[str, Spec], model: dict[str, Spec]) -> str:
         if one != other:
             differing.setdefault((one, other), []).append(name)
     texts = [
-        f"mlx-lm builds {one or 'nothing'} at {listed(_at(names), 4)}, the model has "
+        f"mlx-lm would build {one or 'nothing'} at {listed(_at(names), 4)}, but the model has "
         f"{other or 'nothing'}"
         for (one, other), names in differing.items()
     ]
@@ -331,12 +331,10 @@ def _other_constants(built: Outline, model: Outline) -> str:
         if one is not None and not (one.shape == other.shape and _is_close(one, other)):
             differing.setdefault(name, []).append(path)
     texts = [
-        f"mlx-lm gives {name} of {listed(_at(paths), 4)} other values than the model has"
+        f"mlx-lm would give {name} of {listed(_at(paths), 4)} other values than the model has"
         for name, paths in differing.items()
     ]
-    advice = (
-        "set them in the model, or give the entry of the config that sets them with config={...}"
-    )
+    advice = "set them in the model, or pass the config entry that sets them: config={...}"
     return f"{listed(texts, 4, ', and ')}: {advice}" if texts else ""
 
 

@@ -15,8 +15,9 @@ from mlx_lm.convert import MODEL_CONVERSION_DTYPES
 from tqdm import tqdm
 
 from ..._show.report import Replacement
+from .._loaders import loader_named
 from .._quantize import Rules, quantize
-from .._source import Config, Folder, check_trust, load, locate, one_line, read_config, text_config
+from .._source import Config, Folder, Source, locate, one_line, text_config
 from .compare import outline
 from .save import check, finish
 from .write import check_free, copied_nbytes, staged, writing
@@ -104,14 +105,14 @@ def convert(
     expected = outline(model)
     arrays = _parameters(model)
     nbytes = sum(array.nbytes for array in arrays.values())
-    with staged(target, nbytes + copied_nbytes(origin)) as staging:
+    with staged(target, nbytes + copied_nbytes(origin.folder)) as staging:
         finish(staging, origin, config, model)
         shards = list(_shards(arrays, max_shard_mb * 10**6))
         summary = {"total_size": nbytes, "total_parameters": utils.get_total_parameters(model)}
         del arrays
         _drop_arrays(model, report)
         _write(staging, shards, originals, summary)
-        check(staging, target, expected, None, trust_remote_code)
+        check(origin._replace(folder=staging), target, expected, None)
     return report
 
 
@@ -119,14 +120,14 @@ class Conversion(NamedTuple):
     """What will be written. None of its arrays is computed yet.
 
     Attributes:
-        origin (Path): The folder of the source.
+        origin (Source): The folder of the source.
         model (mlx.nn.Module): The quantized model.
         config (dict): The config of the source.
         report (Replacement): What was quantized.
         originals (dict): The parameters before they were quantized, by name.
     """
 
-    origin: Path
+    origin: Source
     model: nn.Module
     config: Config
     report: Replacement
@@ -145,9 +146,9 @@ def plan(
 ) -> Conversion:
     """Load and quantize a model lazily, with the arguments of ``convert``; return the plan."""
     wanted = _parsed(dtype)
-    origin = locate(source)
-    check_trust(read_config(origin), trust_remote_code)
-    model, config = load(origin, trust_remote_code=trust_remote_code)
+    loader = loader_named("mlx-lm")
+    origin = Source(locate(source, loader.download), loader, trust_remote_code)
+    model, config = origin.load()
     _cast(model, config, wanted)
     originals = _parameters(model)
     report = quantize(model, rules, group_size=group_size, mode=mode, strict=strict)

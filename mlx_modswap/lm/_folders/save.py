@@ -16,8 +16,9 @@ from mlx_lm.models.bitlinear_layers import BitLinear
 from ..._select.arguments import check_model
 from ..._select.select import select
 from ..._words import described
+from .._loaders import loader_of
 from .._quantize import quantization_config, quantized
-from .._source import Config, Folder, check_trust, load, locate, read_config
+from .._source import Config, Folder, Source, locate
 from .compare import Outline, difference, other_layers, outline
 from .write import (
     change_generation,
@@ -81,38 +82,39 @@ def save(
     check_model(model)
     target, changes = Path(folder), _checked(config)
     check_free(target)
-    origin = locate(source)
-    old_config = read_config(origin)
-    code = _model_file(changes, origin)
+    loader = loader_of(model)
+    origin = Source(locate(source, loader.download), loader, trust_remote_code)
+    old_config = origin.config()
+    code = _model_file(changes, origin.folder)
     new_config = {**old_config, **changes}
-    check_trust(new_config, trust_remote_code)
+    origin.check_trust(new_config)
 
     expected = outline(model)
-    original = _original(origin, trust_remote_code) if changes else None
+    original = _original(origin) if changes else None
     arrays: Any = tree_flatten(model.parameters())
     nbytes = sum(array.nbytes for _, array in arrays)
-    with staged(target, nbytes + copied_nbytes(origin)) as staging:
+    with staged(target, nbytes + copied_nbytes(origin.folder)) as staging:
         with writing("the weights"):
             utils.save_model(staging, model)
         finish(staging, origin, new_config, model)
         change_generation(staging, changes)
         if code is not None:
             shutil.copyfile(code, staging / code.name)
-        check(staging, target, expected, original, trust_remote_code)
+        check(origin._replace(folder=staging), target, expected, original)
 
 
-def finish(staging: Path, origin: Path, config: Config, model: nn.Module) -> None:
+def finish(staging: Path, origin: Source, config: Config, model: nn.Module) -> None:
     """Write everything in a folder except the weights."""
-    copy_files(origin, staging)
-    write_config(_with_quantization(config, model), staging, model)
+    copy_files(origin.folder, staging)
+    keep_vision_config = origin.loader.keeps_vision(model)
+    write_config(_with_quantization(config, model), staging, keep_vision_config=keep_vision_config)
 
 
 def check(
-    staging: Path,
+    staged: Source,
     target: Path,
     expected: Outline,
     original: Outline | None,
-    trust_remote_code: bool,
 ) -> None:
     """Load a folder that was written, and compare the result with the model it was written from.
 
@@ -120,30 +122,30 @@ def check(
         ValueError: If mlx-lm cannot load it, or builds something else.
     """
     try:
-        built, _ = load(staging, trust_remote_code=trust_remote_code)
+        built, _ = staged.load()
     except ValueError as error:
         # If the weights do not fit because mlx-lm builds other layers, the message is about these,
         # and mlx-lm's list of the weights that do not fit is left out.
-        differs = _other_layers(staging, expected, trust_remote_code)
-        message = differs or str(error).replace(str(staging), str(target))
+        differs = _other_layers(staged, expected)
+        message = differs or str(error).replace(str(staged.folder), str(target))
         cause = None if differs else error
         raise ValueError(f"{str(target)!r} was not written: {message}") from cause
     if differs := difference(outline(built), expected, original):
         raise ValueError(f"{str(target)!r} was not written: {differs}")
 
 
-def _other_layers(staging: Path, expected: Outline, trust_remote_code: bool) -> str:
+def _other_layers(staged: Source, expected: Outline) -> str:
     try:
-        built, _ = load(staging, trust_remote_code=trust_remote_code, strict=False)
+        built, _ = staged.load(strict=False)
     except ValueError:
         return ""
     return other_layers(outline(built), expected)
 
 
-def _original(origin: Path, trust_remote_code: bool) -> Outline | None:
+def _original(origin: Source) -> Outline | None:
     """Return what mlx-lm builds from the source; ``None`` if it cannot, say without weights."""
     try:
-        model, _ = load(origin, trust_remote_code=trust_remote_code, strict=False)
+        model, _ = origin.load(strict=False)
     except ValueError:
         return None
     return outline(model)

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import mlx.nn as nn
 from mlx_lm import utils
 
 from ..._words import size
@@ -64,7 +63,7 @@ def staged(folder: Path, nbytes: int) -> Iterator[Path]:
 def check_free(folder: Path) -> None:
     """Raise a ``FileExistsError`` if something has that name."""
     if folder.exists() or folder.is_symlink():
-        raise FileExistsError(f"{str(folder)!r} exists already; give the name of a new folder")
+        raise FileExistsError(f"{str(folder)!r} exists already; use a new folder name")
 
 
 def _remove(folder: Path) -> None:
@@ -128,10 +127,8 @@ def change_generation(folder: Path, changes: Config) -> None:
         file.write_text(json.dumps(new, indent=2))
 
 
-def write_config(config: Config, folder: Path, model: nn.Module) -> None:
+def write_config(config: Config, folder: Path, *, keep_vision_config: bool) -> None:
     """Write a config as ``mlx_lm.utils.save`` does."""
-    # The expression is mlx-lm's: a model with a vision tower needs its vision config, too.
-    keep_vision_config = "vision_tower" in getattr(model, "model", {})
     utils.save_config(
         dict(config),  # a copy, since `save_config` removes entries
         config_path=folder / "config.json",
