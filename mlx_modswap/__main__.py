@@ -29,6 +29,10 @@ _EXAMPLES = """\
 mlx_modswap tree my_model '**.self_attn.{q,v}_proj'
 mlx_modswap convert my_model my_model_4bit '**.embed_tokens=8' '**=4'
 """
+_NO_REGEX = (
+    "; but regular expressions work only in Python: write * for a name, ** for any path, [0:2] for "
+    "a slice of a list, {a,b} for a choice"
+)
 _DTYPES = ("float16", "bfloat16", "float32")  # as in mlx_lm.convert
 
 
@@ -70,6 +74,8 @@ def _interrupted_when_ended() -> Iterator[None]:
 
 def _refuse(why: object, status: int) -> int:
     line, _, _ = str(why).partition("\n")
+    if "re.compile(" in line:
+        line += _NO_REGEX
     print(f"mlx_modswap: {line}", file=sys.stderr)
     return status
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import sys
 import weakref
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager
@@ -98,7 +97,8 @@ def covered(path: str) -> str:
 
 def lost(path: str) -> str:
     return (
-        f"'{path}' is no longer at its path, because a module that contains it was replaced inside the "
+        f"'{path}' is no longer at its path, because a module that contains it was replaced "
+        f"inside the "
         "block; its own layer was put back inside that module; if another block replaced it, end "
         "blocks in the reverse order, or use one block around both"
     )
@@ -409,8 +409,7 @@ def test_an_interrupt_while_a_block_is_undone_out_of_order_does_not_stop_it():
     second.__enter__()
     with pytest.raises(KeyboardInterrupt) as caught:
         first.__exit__(None, None, None)
-    if sys.version_info >= (3, 11):
-        assert caught.value.__notes__ == [covered("layers.1")]
+    assert caught.value.__notes__ == [covered("layers.1")]
     assert end(second) is None
     assert before.differences() == []
 

@@ -219,8 +219,8 @@ def test_files_of_weights_are_as_large_as_asked_for(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "the following arguments are required: COMMAND"),
-        (["--hel"], "the following arguments are required: COMMAND"),
+        ([], "the following arguments are required: command"),
+        (["--hel"], "the following arguments are required: command"),
         (["draw", "llama"], "invalid choice: 'draw'"),
         (["tree"], "the following arguments are required: MODEL"),
         (["tree", "llama", "**", "more", "yet"], "unrecognized arguments: more yet"),
@@ -345,14 +345,16 @@ def test_the_help_says_what_can_be_given(arguments, parts, monkeypatch, capsys):
 
 
 def test_without_mlx_lm_one_line_says_what_to_install(monkeypatch, capsys):
-    for name in [name for name in sys.modules if name.startswith("mlx_modswap.lm")]:
+    for name in [
+        name for name in sys.modules if re.match(r"mlx_modswap\.(lm|_cli\.preview)", name)
+    ]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "mlx_lm", None)
     for arguments in (["tree", "anywhere"], ["convert", "anywhere", "new", "**=4"]):
         assert main(arguments) == 1
         assert capsys.readouterr() == (
             "",
-            "mlx_modswap: mlx_modswap.lm needs mlx-lm 0.32 or newer, and so Python 3.11 or newer: "
+            "mlx_modswap: mlx_modswap.lm needs mlx-lm 0.32.1 or newer: "
             "pip install 'mlx-modswap[lm]' (import of mlx_lm halted; None in sys.modules)\n",
         )
 

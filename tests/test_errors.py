@@ -312,8 +312,8 @@ OTHERS = [
     ),
     (
         {"pattern": ["layers.*", "embed"], "where": (nn.Conv1d, nn.RMSNorm)},
-        "where=(Conv1d, RMSNorm) rejects all 5 modules that 'layers.*', 'embed' matches: "
-        "4 Block, 1 Embedding",
+        "where=(Conv1d, RMSNorm) rejects all 5 modules that 'layers.*', 'embed' match: 4 "
+        "Block, 1 Embedding",
     ),
     (
         {"pattern": "**", "where": keep, "exclude": "lm_hed"},

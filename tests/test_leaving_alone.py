@@ -433,7 +433,7 @@ ALL_EXCLUDED = [
         ["layers.*", "layers[0].mlp"],
         ["layers[0]", "layers[1:]"],
         "exclude 'layers[0]', 'layers[1:]' leave nothing: they remove all 4 modules that "
-        "'layers.*', 'layers[0].mlp' matches, because what is inside an excluded place is "
+        "'layers.*', 'layers[0].mlp' match, because what is inside an excluded place is "
         "excluded too",
     ),
     (

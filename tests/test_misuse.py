@@ -6,7 +6,6 @@ Python has notes (3.11 and later) it is a note, before that a part of the messag
 
 from __future__ import annotations
 
-import sys
 from functools import partial
 from typing import Any
 
@@ -76,8 +75,7 @@ def build() -> nn.Module:
 
 def said(error: BaseException) -> tuple[str, list[str]]:
     """The text of an error, and its notes; for 3.10 the same is made of the text alone."""
-    if sys.version_info >= (3, 11):
-        return str(error), list(error.__notes__)
+    return str(error), list(error.__notes__)
     text, *added = str(error).split("; ", 1)
     return text, ["while replacing 'head' (Linear)", *added]
 
@@ -200,11 +198,8 @@ WRONG_WHERE = {
 def test_a_where_for_another_call_is_told_how_it_is_called(where, text, note):
     with pytest.raises((TypeError, AttributeError)) as error:
         select(build(), "head", where=where)
-    if sys.version_info >= (3, 11):
-        asked = "while asking where of 'head' (Linear)"
-        assert (str(error.value), error.value.__notes__) == (text, [asked, note])
-    else:
-        assert str(error.value) == f"{text}; {note}"
+    asked = "while asking where of 'head' (Linear)"
+    assert (str(error.value), error.value.__notes__) == (text, [asked, note])
 
 
 def test_a_where_that_fails_for_another_reason_says_for_which_module():

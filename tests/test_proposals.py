@@ -130,9 +130,7 @@ REFUSED = [
 def test_an_error_of_a_pattern_proposes_what_was_meant(text, reason, proposed):
     with pytest.raises(PatternError) as error:
         select(llama(), text)
-    write = (
-        "for a regular expression (only in Python) write" if proposed.startswith("re.") else "write"
-    )
+    write = "for a regular expression write" if proposed.startswith("re.") else "write"
     assert str(error.value).split("\n")[0] == f"{reason}; {write} {proposed}"
     assert select(llama(), eval(proposed))
     assert proposed_by(error.value) == [(eval(proposed), None)]
@@ -292,7 +290,7 @@ TRIED = [
     ("layers.[0-9]x", "[0-9] is not a valid index or slice; write 'layers.?x'"),
     (
         ".*layers",
-        'a segment is empty; for a regular expression (only in Python) write re.compile(r".*(.*layers).*")',
+        'a segment is empty; for a regular expression write re.compile(r".*(.*layers).*")',
     ),
 ]
 

@@ -4,11 +4,10 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, assert_type
 
 import mlx.core as mx
 import mlx.nn as nn
-from typing_extensions import assert_type
 
 from mlx_modswap import (
     NoMatchError,

@@ -167,7 +167,7 @@ def _message(text: str, mistake: Mistake, trial: Trial) -> str:
     if right:
         best = next(filter(trial, right), right[0])
         is_regex = isinstance(best, re.Pattern)
-        condition = "for a regular expression (only in Python) " if is_regex else mistake.condition
+        condition = "for a regular expression " if is_regex else mistake.condition
         advice = f"{condition}write {as_code(best)}"
     return f"{mistake}{advice and '; '}{advice}\n{mistake.shown_in(text)}"
 

@@ -73,19 +73,20 @@ Accepted = list[bool]  # what `where` says of each place
 def ask_where(places: Places, request: Request, strict: bool) -> Accepted | None:
     """Return whether ``where`` accepts each place; ``None`` if there is no ``where``.
 
-    A function is called for an excluded place only with ``strict``.
+    A function is called once for each place that a pattern matches; for an excluded one only
+    with ``strict``.
     """
     where: Any = request.where
     if where is None:
         return None
     if is_class(where):
         return list(map(isinstance, places.modules, repeat(where)))
-    rows = zip(places.paths, places.modules, places.masks)
+    included = request.included
     return [
-        _ask(where, path, module, mask > request.included)
-        if strict or mask <= request.included
+        _ask(where, path, module, mask > included)
+        if mask & included and (strict or mask <= included)
         else False
-        for path, module, mask in rows
+        for path, module, mask in zip(places.paths, places.modules, places.masks)
     ]
 
 

@@ -22,8 +22,8 @@ _COVERED = (
 )
 _MODIFIED = "{} modified inside the block and left as it is now; everything else was put back"
 _MOVED = (
-    "{!r} is no longer at its path, because a module that contains it was replaced inside the block; "
-    f"its own layer was put back inside that module; if another block replaced it, {_ADVICE}"
+    "{!r} is no longer at its path, because a module that contains it was replaced inside the "
+    f"block; its own layer was put back inside that module; if another block replaced it, {_ADVICE}"
 )
 
 

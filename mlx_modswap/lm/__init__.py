@@ -1,18 +1,19 @@
 """Quantize, convert and save language models for mlx-lm; read and write their adapters.
 
-Needs mlx-lm 0.32 or newer (``pip install 'mlx-modswap[lm]'``), and so Python 3.11 or
-newer; ``import mlx_modswap`` alone never imports mlx-lm.
+Needs mlx-lm 0.32.1 or newer (``pip install 'mlx-modswap[lm]'``); ``import mlx_modswap``
+alone never imports mlx-lm.
 """
+
+import re
 
 try:
     import mlx_lm
 
-    if tuple(map(int, mlx_lm.__version__.split(".")[:2])) < (0, 32):
+    if tuple(map(int, re.findall(r"\d+", mlx_lm.__version__)[:3])) < (0, 32, 1):
         raise ImportError(f"{mlx_lm.__version__} is installed", name="mlx_lm")
 except ImportError as error:
     raise ImportError(
-        "mlx_modswap.lm needs mlx-lm 0.32 or newer, and so Python 3.11 or newer: "
-        f"pip install 'mlx-modswap[lm]' ({error})",
+        f"mlx_modswap.lm needs mlx-lm 0.32.1 or newer: pip install 'mlx-modswap[lm]' ({error})",
         name=error.name,
     ) from error
 except AttributeError as error:  # a name that an older MLX does not have

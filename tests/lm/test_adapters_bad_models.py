@@ -310,8 +310,8 @@ def test_a_path_that_mlx_lm_would_find_in_a_block_too_is_one_clear_error(tmp_pat
     replace_layers(model, "head", lora(2))
 
     assert message(lambda: lm.save_adapters(model, tmp_path), tmp_path) == (
-        "ValueError: mlx-lm would take 'head' for a path inside a block, too, and put adapters "
-        "there, too"
+        "ValueError: mlx-lm would also find 'head' inside a block, and would put adapters "
+        "there as well"
     )
 
 

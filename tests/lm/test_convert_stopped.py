@@ -264,7 +264,7 @@ def test_a_source_that_neither_the_disk_nor_the_hub_has_is_named(tmp_path):
         lm.convert("no/such/model", tmp_path / "converted", {"**": 4})
 
     assert str(caught.value) == (
-        "the source, 'no/such/model', is not a folder here, and the hub does not have a model of "
+        "'no/such/model' is not a folder here, and the hub does not have a model of "
         f"that name: {of_the_hub.value}"
     )
     assert list(tmp_path.iterdir()) == []
@@ -275,8 +275,7 @@ def test_a_name_on_the_hub_that_is_not_in_the_cache_is_an_error_of_one_line(tmp_
         lm.convert("no-such/model", tmp_path / "converted", {"**": 4})
 
     assert str(caught.value).startswith(
-        "the source, 'no-such/model', is not a folder here, and the hub does not have a model of "
-        "that name: "
+        "'no-such/model' is not a folder here, and the hub does not have a model of that name: "
     )
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "converted").exists()
@@ -324,8 +323,8 @@ def test_a_model_in_the_cache_of_the_hub_is_converted_and_saved(tmp_path, hub_ca
             {},
             ValueError,
             "rule '**.down_proj' asks for groups of 64, which do not divide the width of "
-            "model.layers[0:4].mlp.down_proj (96); use a group_size of 32, or leave these layers "
-            "alone with None",
+            "model.layers[0:4].mlp.down_proj (96); use a group_size (--q-group-size) of 32, or "
+            "leave these layers alone with None (keep)",
         ),
     ],
 )

@@ -20,10 +20,7 @@ HAS_MLX_LM = importlib.util.find_spec("mlx_lm") is not None
 needs_mlx_lm = pytest.mark.skipif(not HAS_MLX_LM, reason="mlx-lm is not installed")
 
 
-NEEDS = (
-    "mlx_modswap.lm needs mlx-lm 0.32 or newer, and so Python 3.11 or newer: "
-    "pip install 'mlx-modswap[lm]'"
-)
+NEEDS = "mlx_modswap.lm needs mlx-lm 0.32.1 or newer: pip install 'mlx-modswap[lm]'"
 
 
 def run(code: str) -> str:
@@ -54,6 +51,7 @@ def test_lm_says_what_to_install_where_mlx_lm_is_missing():
     [
         ("__version__ = '0.31.3'", f"{NEEDS} (0.31.3 is installed)"),
         ("__version__ = '0.9.0'", f"{NEEDS} (0.9.0 is installed)"),
+        ("__version__ = '0.32.0'", f"{NEEDS} (0.32.0 is installed)"),
         (
             "import mlx.core as mx; mx.no_such_name",
             "mlx-lm needs a newer MLX: pip install -U mlx (module 'mlx.core' has no attribute "

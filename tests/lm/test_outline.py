@@ -14,7 +14,7 @@ from mlx_modswap.lm._folders.compare import Outline, Spec, difference
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
 
-CURE = "or give the entry of the config that sets"
+CURE = "or pass the config entry that sets"
 
 
 def outlined(

@@ -287,24 +287,24 @@ def told_by_first(model: nn.Module, rules: dict[str, Any]) -> dict[str, str]:
             {},
             ValueError,
             "rule '**.down_proj' asks for groups of 64, which do not divide the width of "
-            "model.layers[0:4].mlp.down_proj (96); use a group_size of 32, or leave these layers "
-            "alone with None",
+            "model.layers[0:4].mlp.down_proj (96); use a group_size (--q-group-size) of 32, or "
+            "leave these layers alone with None (keep)",
         ),
         (
             {"**.{q,down}_proj": 4},
             {},
             ValueError,
             "rule '**.{q,down}_proj' asks for groups of 64, which do not divide the width of "
-            "model.layers[0:4].mlp.down_proj (96); use a group_size of 32, or leave these layers "
-            "alone with None",
+            "model.layers[0:4].mlp.down_proj (96); use a group_size (--q-group-size) of 32, or "
+            "leave these layers alone with None (keep)",
         ),
         (
             {"**.{q,down}_proj": {"group_size": 128}},
             {},
             ValueError,
             "rule '**.{q,down}_proj' asks for groups of 128, which do not divide the width of "
-            "model.layers[0:4].self_attn.q_proj (64), model.layers[0:4].mlp.down_proj (96); use a "
-            "group_size of 32, or leave these layers alone with None",
+            "model.layers[0:4].self_attn.q_proj (64), model.layers[0:4].mlp.down_proj (96); "
+            "use a group_size (--q-group-size) of 32, or leave these layers alone with None (keep)",
         ),
         (
             {
@@ -316,7 +316,8 @@ def told_by_first(model: nn.Module, rules: dict[str, Any]) -> dict[str, str]:
             ValueError,
             "rule '**.layers.*.**' asks for groups of 128, which do not divide the width of "
             "model.layers[1:4].self_attn.{q,k,v,o}_proj, model.layers[1:4].mlp.{gate,up}_proj "
-            "(64); use a group_size of 64 or 32, or leave these layers alone with None",
+            "(64); use a group_size (--q-group-size) of 64 or 32, or leave these layers alone "
+            "with None (keep)",
         ),
         (
             {"**.q_proj": 7},
@@ -420,19 +421,24 @@ def test_an_error_says_what_was_wrong_and_changes_nothing(llama, rules, keywords
 
 
 @pytest.mark.parametrize(
-    ("width", "group_size", "cure"),
+    ("width", "group_size", "advice"),
     [
-        (384, 256, "use a group_size of 128 or 64 or 32"),
-        (48, 64, "no group size does"),
+        (
+            384,
+            256,
+            "use a group_size (--q-group-size) of 128 or 64 or 32, or leave these layers alone "
+            "with None (keep)",
+        ),
+        (48, 64, "no supported group size does, so leave these layers alone with None (keep)"),
     ],
 )
-def test_an_error_of_widths_names_the_group_sizes_that_fit(width, group_size, cure):
+def test_an_error_of_widths_names_the_group_sizes_that_fit(width, group_size, advice):
     with pytest.raises(ValueError, match="do not divide") as caught:
         lm.quantize(nn.Sequential(nn.Linear(width, 8)), {"layers[0]": 4}, group_size=group_size)
 
     assert str(caught.value) == (
         f"rule 'layers[0]' asks for groups of {group_size}, which do not divide the width of "
-        f"layers.0 ({width}); {cure}, or leave these layers alone with None"
+        f"layers.0 ({width}); {advice}"
     )
 
 
@@ -464,12 +470,12 @@ def test_an_error_for_a_model_that_is_quantized_already_asks_for_the_original(ll
         lm.quantize(llama, {"**": 8})
 
     assert str(one.value) == (
-        "rule '**.q_proj' has nothing to quantize: the layers that it matches are quantized "
-        "already, and stay as they are (4); use the original model"
+        "rule '**.q_proj' has nothing to quantize: the layers that it matches (4) are "
+        "already quantized and are left unchanged; start from the original model"
     )
     assert str(other.value) == (
         "rule '**' quantizes nothing: groups of 64 do not divide the widths 96, and 26 layers are "
-        "already quantized and are left unchanged; use the original model"
+        "already quantized and are left unchanged; start from the original model"
     )
 
 

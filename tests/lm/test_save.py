@@ -337,9 +337,10 @@ def test_a_multimodal_model_with_fewer_blocks_is_saved_with_the_whole_of_its_tex
     del model.layers[-1]
 
     assert refusal(model, tmp_path / "saved", source, config={"num_hidden_layers": 3}) == (
-        "mlx-lm would build TransformerBlock at language_model.model.layers.3, but the model has nothing: "
-        "pass the changed config entries: config={...}; if they are in its "
-        "'text_config', give the whole of that"
+        "mlx-lm would build TransformerBlock at language_model.model.layers.3, but the model "
+        "has nothing: "
+        "pass the changed config entries: config={...}; if they are in its 'text_config', pass "
+        "the complete 'text_config'"
     )
     text_config = {**model_folders.config_of(source)["text_config"], "num_hidden_layers": 3}
     lm.save(model, tmp_path / "saved", source, config={"text_config": text_config})

@@ -48,12 +48,14 @@ class Model(llama.Model):
 
 
 OTHER_VALUE = (
-    "mlx-lm would set {name} of model.layers[2:4].mlp.down_proj to {one}, but the model has {other}: set it "
-    "in the model, or give the entry of the config that sets it with config={{...}}"
+    "mlx-lm would set {name} of model.layers[2:4].mlp.down_proj to {one}, but the model has "
+    "{other}: set it "
+    "in the model, or pass the config entry that sets it: config={{...}}"
 )
 OTHER_LAYER = (
-    "mlx-lm would build Scaled(Linear) at model.layers[2:4].mlp.down_proj, but the model has {other}: fuse "
-    "or unwrap it, or give a model_file"
+    "mlx-lm would build Scaled(Linear) at model.layers[2:4].mlp.down_proj, but the model has "
+    "{other}: fuse "
+    "or unwrap it, or pass a model_file"
 )
 
 
@@ -63,9 +65,9 @@ OTHER_LAYER = (
         ("Scaled(layer, 5.0)", OTHER_VALUE.format(name="by", one="2.0", other="5.0")),
         (
             "Scaled(layer, vector=5.0)",
-            "mlx-lm would give _vector of model.layers[2:4].mlp.down_proj other values than the model "
-            "has: set them in the model, or give the entry of the config that sets them with "
-            "config={...}",
+            "mlx-lm would give _vector of model.layers[2:4].mlp.down_proj other values than "
+            "the model "
+            "has: set them in the model, or pass the config entry that sets them: config={...}",
         ),
         ("Scaled(Scaled(layer))", OTHER_LAYER.format(other="Scaled(Scaled(Linear))")),
         ("Scaled(Negated(layer))", OTHER_LAYER.format(other="Scaled(Negated(Linear))")),
@@ -97,8 +99,8 @@ def test_attributes_of_a_wrapper_under_a_wrapper_are_compared(tmp_path, source):
     model.layers[-1].mlp.down_proj.__wrapped__.__wrapped__.by = 5.0
 
     assert refusal(model, tmp_path / "saved", source, **how) == (
-        "mlx-lm would set __wrapped__.__wrapped__.by of model.layers.3.mlp.down_proj to 2.0, the model "
-        "has 5.0: set it in the model, or give the entry of the config that sets it with "
+        "mlx-lm would set __wrapped__.__wrapped__.by of model.layers.3.mlp.down_proj to 2.0, "
+        "but the model has 5.0: set it in the model, or pass the config entry that sets it: "
         "config={...}"
     )
 
@@ -112,7 +114,8 @@ def test_ropes_with_other_frequencies_are_refused(tmp_path):
         layer.self_attn.rope = initialize_rope(16, 10000, False, {**scaling, "factor": 32.0})
 
     assert refusal(model, tmp_path / "saved", source) == (
-        "mlx-lm would give _freqs of model.layers[1:4].self_attn.rope other values than the model has: "
+        "mlx-lm would give _freqs of model.layers[1:4].self_attn.rope other values than the "
+        "model has: "
         "set them in the model, or pass the config entry that sets them: config={...}"
     )
 
@@ -125,8 +128,8 @@ def test_a_config_of_which_the_model_computes_with_the_old_value_is_refused(tmp_
 
     assert refusal(model, tmp_path / "saved", source, config={"scale_emb": 40}) == (
         "mlx-lm would set args.scale_emb of the model itself, model, model.layers[0:4], "
-        "model.layers[0:4].self_attn to 40, but the model has 2: set it in the model, or give the "
-        "entry of the config that sets it with config={...}"
+        "model.layers[0:4].self_attn to 40, but the model has 2: set it in the model, or pass "
+        "the config entry that sets it: config={...}"
     )
     model.args.scale_emb = 40
     lm.save(model, tmp_path / "saved", source, config={"scale_emb": 40})
@@ -138,9 +141,10 @@ def test_a_model_that_does_not_use_its_new_head_is_refused(tmp_path):
     model.lm_head = nn.Linear(64, 100, bias=False)
 
     assert refusal(model, tmp_path / "saved", source, config=config) == (
-        "mlx-lm would set args.tie_word_embeddings of the model itself, model, model.layers[0:4] to "
-        "False, but the model has True: set it in the model, or give the entry of the config that sets "
-        "it with config={...}"
+        "mlx-lm would set args.tie_word_embeddings of the model itself, model, "
+        "model.layers[0:4] to "
+        "False, but the model has True: set it in the model, or pass the config entry that "
+        "sets it: config={...}"
     )
     model.args.tie_word_embeddings = False
     lm.save(model, tmp_path / "saved", source, config=config)
@@ -185,7 +189,8 @@ def with_another_factor(model: Any) -> None:
         ),
         (
             with_fewer_frequencies,
-            "mlx-lm would set _freqs of model.layers.0.self_attn.rope to float32 (8,), but the model has "
+            "mlx-lm would set _freqs of model.layers.0.self_attn.rope to float32 (8,), but the "
+            "model has "
             "float16 (4,)",
         ),
         (

@@ -84,34 +84,40 @@ def with_other_arguments(model: Any) -> None:
     [
         (
             with_adapters,
-            "mlx-lm would build Linear at model.layers[0:2].self_attn.{q,v}_proj, but the model has "
+            "mlx-lm would build Linear at model.layers[0:2].self_attn.{q,v}_proj, but the model "
+            "has "
             "LoRALinear: fuse or unwrap it, or pass a model_file; lm.save_adapters writes the "
             "adapters alone",
         ),
         (
             with_wrappers_and_without_mlps,
-            "mlx-lm would build Linear at model.layers[0:4].self_attn.v_proj, but the model has Scaled, and "
-            "mlx-lm would build MLP at model.layers[0:4].mlp, but the model has Identity: fuse or unwrap "
-            "it, or give a model_file",
+            "mlx-lm would build Linear at model.layers[0:4].self_attn.v_proj, but the model has "
+            "Scaled, and "
+            "mlx-lm would build MLP at model.layers[0:4].mlp, but the model has Identity: fuse "
+            "or unwrap "
+            "it, or pass a model_file",
         ),
         (
             with_a_norm_of_its_own,
-            "mlx-lm would build mlx.nn.layers.normalization.RMSNorm at model.norm, but the model has "
+            "mlx-lm would build mlx.nn.layers.normalization.RMSNorm at model.norm, but the "
+            "model has "
             "test_save_refused.RMSNorm: fuse or unwrap it, or pass a model_file",
         ),
         (
             without_a_block,
-            "mlx-lm would build TransformerBlock at model.layers.3, but the model has nothing: give the "
-            "entries of its config that have changed with config={...}",
+            "mlx-lm would build TransformerBlock at model.layers.3, but the model has nothing: "
+            "pass the changed config entries: config={...}",
         ),
         (
             with_another_scale,
-            "mlx-lm would set scale of model.layers[1:4].self_attn to 0.25, but the model has 0.5: set it "
-            "in the model, or give the entry of the config that sets it with config={...}",
+            "mlx-lm would set scale of model.layers[1:4].self_attn to 0.25, but the model has "
+            "0.5: set it "
+            "in the model, or pass the config entry that sets it: config={...}",
         ),
         (
             with_a_note,
-            "mlx-lm would set note of the model itself to nothing, but the model has 'trained on Monday': "
+            "mlx-lm would set note of the model itself to nothing, but the model has 'trained "
+            "on Monday': "
             "set it in the model, or pass the config entry that sets it: config={...}",
         ),
         (
@@ -126,8 +132,8 @@ def with_other_arguments(model: Any) -> None:
         (
             with_other_arguments,
             "mlx-lm would set args.rms_norm_eps of the model itself, model, model.layers[0:4] to "
-            "1e-05, but the model has 1e-06: set it in the model, or give the entry of the config that "
-            "sets it with config={...}",
+            "1e-05, but the model has 1e-06: set it in the model, or pass the config entry "
+            "that sets it: config={...}",
         ),
     ],
 )
@@ -169,7 +175,8 @@ def test_other_layers_are_named_for_a_model_with_a_model_file(tmp_path, source):
     how: dict[str, Any] = {"config": {"model_file": "own.py"}, "trust_remote_code": True}
 
     assert refusal(model, tmp_path / "saved", source, **how) == (
-        "mlx-lm would build Linear at model.layers[0:2].self_attn.{q,v}_proj, but the model has LoRALinear: "
+        "mlx-lm would build Linear at model.layers[0:2].self_attn.{q,v}_proj, but the model "
+        "has LoRALinear: "
         "fuse or unwrap it, or pass a model_file; lm.save_adapters writes the adapters alone"
     )
 
@@ -238,7 +245,7 @@ def no_folder(source: Path) -> None:
             "'{target}' was not written: mlx-lm cannot load '{target}': Model type paligemma not "
             "supported.",
         ),
-        (no_folder, NotADirectoryError, "the source, '{source}', is a file, not a folder"),
+        (no_folder, NotADirectoryError, "'{source}' is a file, not a folder"),
     ],
 )
 def test_a_source_that_is_broken_is_named(tmp_path, source, spoil, error, message):
