@@ -1,6 +1,8 @@
 """Damaged folders of models: one clear error, and the model and the disk are as before.
 
-A thousand folders and more: ``pytest --hypothesis-profile nightly tests/lm/test_damaged_models.py``
+A thousand folders and more:
+
+    pytest --hypothesis-profile nightly tests/lm/folders/test_damaged_models.py
 """
 
 from __future__ import annotations

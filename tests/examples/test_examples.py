@@ -26,7 +26,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "examples"))
 recipe = importlib.import_module("recipe")
 tensor_parallel = importlib.import_module("tensor_parallel")

@@ -7,7 +7,7 @@ import sysconfig
 from pathlib import Path
 
 import pytest
-from programs.release import check_content, check_links, check_tag
+from release import check_content, check_links, check_tag
 
 import mlx_modswap
 

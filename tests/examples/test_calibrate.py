@@ -21,7 +21,7 @@ pytest.importorskip("mlx_lm", reason="mlx-lm is not installed")
 from mlx_lm.models import llama, mixtral
 from mlx_lm.quant import gptq
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 calibrate: Any = importlib.import_module("calibrate")
 
 SHAPE = {
