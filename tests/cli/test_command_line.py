@@ -8,7 +8,6 @@ change of words ``python tests/cli/test_command_line.py`` writes the table again
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
 import json
 import os
@@ -32,9 +31,6 @@ import zoo
 from mlx_modswap import tree
 from mlx_modswap.__main__ import main
 
-needs_mlx_lm = pytest.mark.skipif(
-    importlib.util.find_spec("mlx_lm") is None, reason="the models are those of mlx-lm"
-)
 TABLE = Path(__file__).parents[1] / "data" / "command_line.txt"
 
 
@@ -44,7 +40,6 @@ TABLE = Path(__file__).parents[1] / "data" / "command_line.txt"
 @pytest.fixture(scope="session")
 def models(tmp_path_factory) -> Path:
     """A folder of models."""
-    pytest.importorskip("mlx_lm", reason="the models are those of mlx-lm")
     folder = tmp_path_factory.mktemp("models")
     folders.make_models(folder)
     return folder
@@ -60,7 +55,6 @@ def rows() -> list[tuple[str, str]]:
     return [(command, f"{printed.rstrip()}\n") for command, _, printed in blocks]
 
 
-@needs_mlx_lm
 @pytest.mark.parametrize(("command", "expected"), rows())
 def test_what_is_printed(command, expected, models, monkeypatch):
     monkeypatch.chdir(models)
@@ -105,7 +99,6 @@ def write_table() -> None:
 # ---------------------------------------------------------------- the model that is drawn
 
 
-@needs_mlx_lm
 @pytest.mark.parametrize("name", ["llama", "by_mlx_lm", "quantized", "mxfp4", "own_code"])
 def test_what_is_drawn_is_what_mlx_lm_loads(name, models):
     from mlx_lm.utils import load_model
@@ -115,7 +108,6 @@ def test_what_is_drawn_is_what_mlx_lm_loads(name, models):
     assert run_here(command) == f"{tree(loaded)}\n"
 
 
-@needs_mlx_lm
 def test_what_was_converted_is_drawn_as_the_rules_say(models, tmp_path):
     from mlx_lm import load
 
@@ -136,7 +128,6 @@ def leaves(model: nn.Module) -> list[tuple[str, Any]]:
     ]
 
 
-@needs_mlx_lm
 @pytest.mark.parametrize("name", zoo.ARCHITECTURES)
 def test_every_architecture_is_drawn_without_weights(name, tmp_path):
     if "stub" in zoo.ZOO[name]:
@@ -149,7 +140,6 @@ def test_every_architecture_is_drawn_without_weights(name, tmp_path):
     )
 
 
-@needs_mlx_lm
 @pytest.mark.parametrize(
     ("config", "dtype"),
     [
@@ -172,7 +162,6 @@ def test_without_weights_the_dtype_is_that_of_the_config(tmp_path, config, dtype
     assert first_line.endswith(f" {dtype}")
 
 
-@needs_mlx_lm
 def test_weights_are_not_read(tmp_path):
     from mlx_lm.models import llama
 
@@ -195,7 +184,6 @@ def test_weights_are_not_read(tmp_path):
     assert mx.get_peak_memory() - before < 2**20
 
 
-@needs_mlx_lm
 def test_without_weights_nothing_is_computed(tmp_path):
     config = {**folders.LLAMA, "hidden_size": 2**13, "intermediate_size": 2**15}
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -205,7 +193,6 @@ def test_without_weights_nothing_is_computed(tmp_path):
     assert mx.get_peak_memory() - before < 2**20
 
 
-@needs_mlx_lm
 def test_files_of_weights_are_as_large_as_asked_for(tmp_path):
     folders.write(tmp_path / "large", {"vocab_size": 20_000})  # 2.6 MB in the embedding
     rules = "**.embed_tokens=keep **=4"
@@ -260,7 +247,6 @@ def test_rules_and_options_come_in_any_order(models, monkeypatch):
     assert "new: " in printed.pop()
 
 
-@needs_mlx_lm
 def test_the_pattern_of_tree_may_come_after_an_option(models, monkeypatch):
     monkeypatch.chdir(models)
     printed = run_here("mlx_modswap tree llama **.q_proj --exclude model.layers[0]")
@@ -269,7 +255,6 @@ def test_the_pattern_of_tree_may_come_after_an_option(models, monkeypatch):
     assert run_here("mlx_modswap tree --exclude model.layers[0] llama **.q_proj") == printed
 
 
-@needs_mlx_lm
 def test_several_files_of_rules_are_read_in_their_order(models, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("first.json").write_text('{"**.q_proj": 8}')
@@ -357,7 +342,6 @@ def test_without_mlx_lm_one_line_says_what_to_install(monkeypatch, capsys):
         )
 
 
-@needs_mlx_lm
 @pytest.mark.parametrize(
     ("code", "message"),
     [
@@ -380,7 +364,6 @@ def test_what_the_code_of_a_model_raises_is_one_line(code, message, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-@needs_mlx_lm
 def test_the_code_of_a_model_without_weights_is_run_if_it_may_be(models, tmp_path):
     folder = tmp_path / "model"
     folders.write(folder, {"model_file": "own.py"}, with_weights=False)
@@ -391,7 +374,6 @@ def test_the_code_of_a_model_without_weights_is_run_if_it_may_be(models, tmp_pat
     )
 
 
-@needs_mlx_lm
 def test_a_config_that_mlx_lm_cannot_build_is_one_line(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "none"}')
 
@@ -422,7 +404,6 @@ def run(*arguments: str | Path, **environment: str) -> tuple[int, str, str]:
     return done.returncode, done.stdout, done.stderr
 
 
-@needs_mlx_lm
 def test_it_runs_as_a_module(models):
     status, out, err = run("tree", models / "llama", "**.norm")
     assert (status, err) == (0, "")
@@ -433,7 +414,6 @@ def test_it_runs_as_a_module(models):
     assert run("tree", models / "llama", "norm") == (2, "", f"mlx_modswap: {message}\n")
 
 
-@needs_mlx_lm
 def test_it_runs_as_a_script(models):
     script = Path(sys.executable).parent / "mlx_modswap"
     if not script.exists():
@@ -444,7 +424,6 @@ def test_it_runs_as_a_script(models):
     assert done.stdout == run_here(f"mlx_modswap tree {models / 'llama'}")
 
 
-@needs_mlx_lm
 def test_a_reader_that_has_seen_enough_is_no_error(models):
     process = subprocess.Popen(
         [sys.executable, "-m", "mlx_modswap", "tree", models / "llama"],
@@ -459,7 +438,6 @@ def test_a_reader_that_has_seen_enough_is_no_error(models):
     process.stderr.close()
 
 
-@needs_mlx_lm
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no full device to write to")
 def test_a_full_disk_is_one_line(models):
     with open("/dev/full", "w") as full:
@@ -474,7 +452,6 @@ def test_a_full_disk_is_one_line(models):
     assert (done.returncode, done.stderr) == (1, message)
 
 
-@needs_mlx_lm
 @pytest.mark.parametrize(
     ("is_full", "told"),
     [(False, ""), (True, "mlx_modswap: cannot print: No space left on device\n")],
@@ -524,7 +501,6 @@ def run_with(handler: Any, name: str, command: str) -> tuple[int, str, str]:
         signal.signal(signal.Signals[name], before)
 
 
-@needs_mlx_lm
 @pytest.mark.parametrize("ending", ["SIGINT", "SIGTERM", "SIGHUP"], indirect=True)
 def test_a_conversion_that_is_ended_by_a_signal_leaves_nothing(ending, tmp_path, request):
     name = request.node.callspec.params["ending"]
@@ -532,7 +508,6 @@ def test_a_conversion_that_is_ended_by_a_signal_leaves_nothing(ending, tmp_path,
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-@needs_mlx_lm
 @pytest.mark.parametrize("ending", ["SIGHUP"], indirect=True)
 def test_a_signal_that_is_ignored_does_not_end_a_conversion(ending, tmp_path):
     status, _, err = run_with(signal.SIG_IGN, "SIGHUP", ending)
@@ -540,7 +515,6 @@ def test_a_signal_that_is_ignored_does_not_end_a_conversion(ending, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "new"]
 
 
-@needs_mlx_lm
 def test_the_handlers_of_signals_are_the_same_afterwards_and_other_threads_work(models):
     before = [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGHUP)]
     with ThreadPoolExecutor(1) as pool:
@@ -552,7 +526,6 @@ def test_the_handlers_of_signals_are_the_same_afterwards_and_other_threads_work(
 # ---------------------------------------------------------------- models of the hub
 
 
-@needs_mlx_lm
 def test_a_model_in_the_cache_of_the_hub_is_drawn_like_a_folder(models, hub_cache):
     snapshot = hub.snapshot(hub_cache, "whole")
     for file in ("config.json", "model.safetensors"):
@@ -561,7 +534,6 @@ def test_a_model_in_the_cache_of_the_hub_is_drawn_like_a_folder(models, hub_cach
     assert run_here("mlx_modswap tree some/whole") == expected
 
 
-@needs_mlx_lm
 def test_a_model_of_the_hub_without_weights_here_is_drawn_from_its_config(models, hub_cache):
     snapshot = hub.snapshot(hub_cache, "config")
     (snapshot / "config.json").symlink_to(models / "llama" / "config.json")
@@ -570,7 +542,6 @@ def test_a_model_of_the_hub_without_weights_here_is_drawn_from_its_config(models
     assert run_here("mlx_modswap tree some/config") == expected
 
 
-@needs_mlx_lm
 def test_only_the_config_of_a_model_on_the_hub_is_fetched(models, hub_cache, monkeypatch):
     from huggingface_hub import constants
 
@@ -587,7 +558,6 @@ def test_only_the_config_of_a_model_on_the_hub_is_fetched(models, hub_cache, mon
     assert [one for one in asked if "/some/model" in one] == [f"HEAD {file}", f"GET {file}"]
 
 
-@needs_mlx_lm
 def test_a_model_of_the_hub_that_cannot_be_had_is_one_line(hub_cache):
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import LocalEntryNotFoundError

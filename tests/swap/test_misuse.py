@@ -1,12 +1,11 @@
 """A function that was written for another call is told how it is called.
 
-Python's own words for it ("'str' object has no attribute 'weight'") say nothing of that. Where
-Python has notes (3.11 and later) it is a note, before that a part of the message.
+Python's own words for it ("'str' object has no attribute 'weight'") say nothing of that. A note
+says it.
 """
 
 from __future__ import annotations
 
-import sys
 from functools import partial
 from typing import Any
 
@@ -75,11 +74,7 @@ def build() -> nn.Module:
 
 
 def said(error: BaseException) -> tuple[str, list[str]]:
-    """The text of an error, and its notes; for 3.10 the same is made of the text alone."""
-    if sys.version_info >= (3, 11):
-        return str(error), list(error.__notes__)
-    text, *added = str(error).split("; ", 1)
-    return text, ["while replacing 'head' (Linear)", *added]
+    return str(error), error.__notes__
 
 
 CALLED = "it was called as factory(path, module)"
@@ -200,11 +195,7 @@ WRONG_WHERE = {
 def test_a_where_for_another_call_is_told_how_it_is_called(where, text, note):
     with pytest.raises((TypeError, AttributeError)) as error:
         select(build(), "head", where=where)
-    if sys.version_info >= (3, 11):
-        asked = "while asking where of 'head' (Linear)"
-        assert (str(error.value), error.value.__notes__) == (text, [asked, note])
-    else:
-        assert str(error.value) == f"{text}; {note}"
+    assert said(error.value) == (text, ["while asking where of 'head' (Linear)", note])
 
 
 def test_a_where_that_fails_for_another_reason_says_for_which_module():
@@ -214,10 +205,13 @@ def test_a_where_that_fails_for_another_reason_says_for_which_module():
     assert error.value.__notes__ == ["while asking where of 'head' (Linear)"]
 
 
-def test_an_adapter_of_mlx_lm_as_the_factory_is_told_how_to_write_it():
-    lora = pytest.importorskip("mlx_lm.tuner.lora", reason="the adapter is mlx-lm's")
+def test_an_adapter_of_mlx_lm_as_the_factory_is_told_how_to_write_it(needs):
+    needs("mlx_lm")
+    from mlx_lm.tuner import lora
+
+    factory: Any = lora.LoRALinear.from_base
     with pytest.raises(AttributeError) as error:
-        replace_layers(build(), "head", lora.LoRALinear.from_base)
+        replace_layers(build(), "head", factory)
     assert said(error.value)[1][-1] == (
         f"{CALLED}; write lambda path, layer: LoRALinear.from_base(layer)"
     )

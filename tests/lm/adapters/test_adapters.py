@@ -8,11 +8,6 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 import zoo
-
-from mlx_modswap import capture, replace_layers, swapped
-
-pytest.importorskip("mlx_lm", reason="adapters are those of mlx-lm")
-
 from adapting import (
     EMBEDDING,
     adapted,
@@ -25,7 +20,7 @@ from adapting import (
 )
 from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
 
-from mlx_modswap import lm
+from mlx_modswap import capture, lm, replace_layers, swapped
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
 

@@ -13,16 +13,11 @@ import hub
 import mlx.core as mx
 import pytest
 import zoo
+from adapting import arrays_of, config_of, contents, is_expected, lora, message
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_modswap import NoMatchError, replace_layers, swapped
-
-pytest.importorskip("mlx_lm", reason="adapters are those of mlx-lm")
-
-from adapting import arrays_of, config_of, contents, is_expected, lora, message
-
-from mlx_modswap import lm
+from mlx_modswap import NoMatchError, lm, replace_layers, swapped
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
 

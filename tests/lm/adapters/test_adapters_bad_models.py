@@ -10,15 +10,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 import zoo
-
-from mlx_modswap import Wrapper, capture, replace_layers
-
-pytest.importorskip("mlx_lm", reason="adapters are those of mlx-lm")
-
 from adapting import adapted, contents, is_expected, lora, message
 from mlx_lm.tuner.lora import LoRALinear
 
-from mlx_modswap import lm
+from mlx_modswap import Wrapper, capture, lm, replace_layers
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
 

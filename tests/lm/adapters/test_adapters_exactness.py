@@ -8,17 +8,12 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from adapting import arrays_of, config_of, identical, identical_adapters
 from hypothesis import given
 from hypothesis import strategies as st
-
-from mlx_modswap import replace_layers
-
-pytest.importorskip("mlx_lm", reason="adapters are those of mlx-lm")
-
-from adapting import arrays_of, config_of, identical, identical_adapters
 from mlx_lm.tuner.lora import LoRALinear
 
-from mlx_modswap import lm
+from mlx_modswap import lm, replace_layers
 
 
 @pytest.fixture(autouse=True)

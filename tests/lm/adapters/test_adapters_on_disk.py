@@ -14,15 +14,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 import zoo
-
-from mlx_modswap import replace_layers
-
-pytest.importorskip("mlx_lm", reason="adapters are those of mlx-lm")
-
 from adapting import adapters_in, arrays_of, config_of, identical, lora
 from mlx_lm.tuner.utils import load_adapters
 
-from mlx_modswap import lm
+from mlx_modswap import lm, replace_layers
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
 

@@ -11,15 +11,10 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 import zoo
-
-from mlx_modswap import replace_layers
-
-pytest.importorskip("mlx_lm", reason="adapters are those of mlx-lm")
-
 from adapting import identical_adapters, is_expected, message
 from mlx_lm.tuner.utils import load_adapters
 
-from mlx_modswap import lm
+from mlx_modswap import lm, replace_layers
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
 

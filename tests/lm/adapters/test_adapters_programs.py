@@ -14,17 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import pytest
-
-from mlx_modswap import replace_layers
-
-pytest.importorskip("mlx_lm", reason="adapters are those of mlx-lm")
-
 import mlx_lm
 import model_folders
+import pytest
 from adapting import lora
 
-from mlx_modswap import lm
+from mlx_modswap import lm, replace_layers
 
 PROMPT, COUNT = "w12 w34 w56", 12
 

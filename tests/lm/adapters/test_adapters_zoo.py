@@ -10,15 +10,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 import zoo
-
-from mlx_modswap import replace_layers, select, swapped
-
-pytest.importorskip("mlx_lm", reason="the zoo is made of the models of mlx-lm")
-
 from adapting import adaptable, adapted, adapters_in, config_of, identical, lora
 from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
 
-from mlx_modswap import lm
+from mlx_modswap import lm, replace_layers, select, swapped
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
 

@@ -10,12 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import pytest
-
-pytest.importorskip("mlx_lm", reason="mlx_modswap.lm is made of functions of mlx-lm")
-
 import mlx_lm
 import model_folders
+import pytest
 from mlx_lm import utils
 from mlx_lm.models.mixtral import Model as Mixtral
 from mlx_lm.models.mixtral import ModelArgs as MixtralArgs

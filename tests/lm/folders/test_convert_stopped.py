@@ -11,14 +11,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
-import pytest
-
-pytest.importorskip("mlx_lm", reason="mlx_modswap.lm is made of functions of mlx-lm")
-
 import hub
 import huggingface_hub
+import mlx.core as mx
 import model_folders
+import pytest
 from model_folders import load
 
 from mlx_modswap import NoMatchError, PatternError, lm

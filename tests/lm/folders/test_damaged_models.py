@@ -14,13 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import model_folders
 import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
-
-pytest.importorskip("mlx_lm", reason="mlx_modswap.lm is made of functions of mlx-lm")
-
-import model_folders
 from mlx_lm.utils import load_model
 
 from mlx_modswap import lm

@@ -8,8 +8,6 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
-pytest.importorskip("mlx_lm", reason="mlx_modswap.lm is made of functions of mlx-lm")
-
 from mlx_modswap.lm._folders.compare import Outline, Spec, difference
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")

@@ -9,12 +9,9 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import pytest
-
-pytest.importorskip("mlx_lm", reason="mlx_modswap.lm is made of functions of mlx-lm")
-
 import mlx_lm
 import model_folders
+import pytest
 import zoo
 from mlx_lm import utils
 from mlx_lm.models.bitlinear_layers import bitnet_quantize

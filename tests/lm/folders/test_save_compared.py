@@ -7,11 +7,8 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import pytest
-
-pytest.importorskip("mlx_lm", reason="mlx_modswap.lm is made of functions of mlx-lm")
-
 import model_folders
+import pytest
 from mlx_lm.models.rope_utils import initialize_rope
 from model_folders import load, refusal
 

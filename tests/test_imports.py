@@ -1,24 +1,15 @@
-"""The package ``mlx_modswap.lm``: what it brings, and what the core does not bring."""
+"""What an import of the package brings, and what it says where mlx-lm is missing."""
 
 from __future__ import annotations
 
 import ast
-import doctest
-import importlib
-import importlib.util
-import pkgutil
 import subprocess
 import sys
 from pathlib import Path
 
-import mlx.core as mx
 import pytest
 
 import mlx_modswap
-
-HAS_MLX_LM = importlib.util.find_spec("mlx_lm") is not None
-needs_mlx_lm = pytest.mark.skipif(not HAS_MLX_LM, reason="mlx-lm is not installed")
-
 
 NEEDS = (
     "mlx_modswap.lm needs mlx-lm 0.32 or newer, and so Python 3.11 or newer: "
@@ -83,36 +74,3 @@ def test_what_is_used_of_mlx_lm_is_public():
                 is_private = node.attr.startswith("_") and node.attr != "__version__"
                 private += [node.attr] if is_of_mlx_lm and is_private else []
     assert private == []
-
-
-def docstrings() -> list[doctest.DocTest]:
-    if not HAS_MLX_LM:
-        return []
-    from mlx_modswap import lm
-
-    names = [module.name for module in pkgutil.walk_packages(lm.__path__, f"{lm.__name__}.")]
-    modules = list(map(importlib.import_module, names))
-    found = [examples for module in modules for examples in doctest.DocTestFinder().find(module)]
-    return [examples for examples in found if examples.examples]
-
-
-@needs_mlx_lm
-@pytest.mark.parametrize("examples", docstrings(), ids=lambda examples: examples.name)
-def test_the_examples_in_a_docstring_print_what_they_say(examples, tmp_path, monkeypatch):
-    import model_folders
-
-    monkeypatch.chdir(tmp_path)
-    model_folders.add_tokenizer(model_folders.llama_folder(tmp_path / "my_model"))
-    report: list[str] = []
-    runner = doctest.DocTestRunner(verbose=False, optionflags=doctest.ELLIPSIS)
-    with mx.stream(mx.cpu):
-        runner.run(examples, out=report.append)
-    assert "".join(report) == ""
-
-
-@needs_mlx_lm
-def test_every_public_name_has_a_docstring_with_an_example():
-    from mlx_modswap import lm
-
-    for name in lm.__all__:
-        assert "Example:" in (getattr(lm, name).__doc__ or ""), name
