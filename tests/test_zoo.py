@@ -30,8 +30,6 @@ from mlx_modswap import (
     tree,
 )
 
-pytest.importorskip("mlx_lm", reason="the zoo is made of the models of mlx-lm")
-
 INSTALLED = zoo.installed()
 BUILT = [name for name in zoo.ZOO if zoo.ZOO[name].get("module", name) in INSTALLED]
 RUNNING = [name for name in BUILT if "no_forward" not in zoo.ZOO[name]]

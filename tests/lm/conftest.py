@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import model_folders
 import pytest
 
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     """A folder of a tiny llama."""
-    import model_folders  # it needs mlx-lm
-
     return model_folders.llama_folder(tmp_path / "source")

@@ -5,11 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import mlx.nn as nn
-import pytest
-
-pytest.importorskip("mlx_lm", reason="mlx_modswap.lm is made of functions of mlx-lm")
-
 import model_folders
+import pytest
 
 from mlx_modswap import lm, select
 

@@ -6,11 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import mlx.nn as nn
-import pytest
-
-pytest.importorskip("mlx_lm", reason="mlx_modswap.lm is made of functions of mlx-lm")
-
 import model_folders
+import pytest
 import zoo
 from mlx_lm import utils
 

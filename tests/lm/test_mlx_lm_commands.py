@@ -15,12 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import pytest
-
-pytest.importorskip("mlx_lm", reason="mlx_modswap.lm is made of functions of mlx-lm")
-
 import mlx_lm
 import model_folders
+import pytest
 
 from mlx_modswap import lm
 

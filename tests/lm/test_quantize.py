@@ -7,13 +7,10 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import model_folders
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-pytest.importorskip("mlx_lm", reason="mlx_modswap.lm is made of functions of mlx-lm")
-
-import model_folders
 from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_lm.utils import quantize_model
 

@@ -733,7 +733,8 @@ def copy(folder: Path) -> Path:
 def first_failure(folder: Path, patience: float | None = None) -> str:
     """The name of the first test that fails, if one does."""
     command = [sys.executable, "-c", START, "-x", "-q", "-rf", "-p", "no:cacheprovider"]
-    command += ["-o", "addopts=", *(f"tests/test_{name}.py" for name in TESTS)]
+    files = [next((folder / "tests").rglob(f"test_{name}.py")) for name in TESTS]
+    command += ["-o", "addopts=", *map(str, files)]
     environment = {**os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
     try:
         run = subprocess.run(

@@ -75,13 +75,18 @@ def main(wanted: list[str]) -> int:
 
     os.chdir("mutants")
     runs = Runs(changes, known)
-    tests = [f"tests/test_{name}.py" for name in FILES.split()]
+    tests = [path_of(name) for name in FILES.split()]
     if any(file_of(name).startswith("lm.") for name in names):
-        tests += [f"tests/lm/test_{name}.py" for name in LM_FILES.split()]
+        tests += [path_of(name) for name in LM_FILES.split()]
     options = ["-q", "-s", "-p", "no:cacheprovider", "--hypothesis-profile=mutants"]
     pytest.main([*options, "-k", f"not ({SLOW})", *tests], plugins=[runs])
     os.chdir(ROOT)
     return report(changes, runs.killed, known)
+
+
+def path_of(name: str) -> str:
+    (path,) = Path("tests").rglob(f"test_{name}.py")
+    return str(path)
 
 
 def made_of(file: Path) -> list[str]:
