@@ -63,13 +63,13 @@ def observe(
     Args:
         model (mlx.nn.Module): The model to observe.
         pattern (str, re.Pattern or an iterable of them): The paths of the
-            layers. Layers inside selected layers may be selected too. OnCall
+            layers. Layers inside selected layers may be selected too. See
             :func:`select`.
         hook (Callable): Called as ``hook(path, output, *args, **kwargs)`` with the
             arguments of the layer's call. Its result is ignored; an error that it
             raises propagates through the model to the caller.
         where (type, tuple of types or Callable, optional): Which of these
-            layers to hook. OnCall :func:`select`. Default: ``None``.
+            layers to hook. See :func:`select`. Default: ``None``.
         exclude (str, re.Pattern or an iterable of them): The paths to leave
             out, with everything inside them. Default: ``()``.
         strict (bool): If ``True``, a pattern, ``exclude`` or ``where`` that does
@@ -140,15 +140,9 @@ def capture(
     Args:
         model (mlx.nn.Module): The model to record.
         pattern (str, re.Pattern or an iterable of them): The paths of the
-            layers. Layers inside selected layers may be selected too. OnCall
+            layers. Layers inside selected layers may be selected too. See
             :func:`select`.
-        where (type, tuple of types or Callable, optional): Which of these
-            layers to hook. OnCall :func:`select`. Default: ``None``.
-        exclude (str, re.Pattern or an iterable of them): The paths to leave
-            out, with everything inside them. Default: ``()``.
-        strict (bool): If ``True``, a pattern, ``exclude`` or ``where`` that does
-            nothing is an error, and so is a pattern if none of its layers is called
-            inside the block. Default: ``True``.
+        where, exclude, strict: As in :func:`observe`.
 
     Yields:
         dict[str, list]: The outputs of the layer at each path, in the order of the
@@ -198,18 +192,12 @@ def patch(
     Args:
         model (mlx.nn.Module): The model to change.
         pattern (str, re.Pattern or an iterable of them): The paths of the
-            layers. Layers inside selected layers may be selected too. OnCall
+            layers. Layers inside selected layers may be selected too. See
             :func:`select`.
         change (Callable): Called as ``change(path, output)`` after each call of
             a layer; returns the output to use instead. For a layer in several
             places, ``path`` is the first of its paths.
-        where (type, tuple of types or Callable, optional): Which of these
-            layers to hook. OnCall :func:`select`. Default: ``None``.
-        exclude (str, re.Pattern or an iterable of them): The paths to leave
-            out, with everything inside them. Default: ``()``.
-        strict (bool): If ``True``, a pattern, ``exclude`` or ``where`` that does
-            nothing is an error, and so is a pattern if none of its layers is called
-            inside the block. Default: ``True``.
+        where, exclude, strict: As in :func:`observe`.
 
     Yields:
         None
