@@ -142,7 +142,9 @@ def capture(
         pattern (str, re.Pattern or an iterable of them): The paths of the
             layers. Layers inside selected layers may be selected too. See
             :func:`select`.
-        where, exclude, strict: As in :func:`observe`.
+        where (optional): As in :func:`observe`.
+        exclude (optional): As in :func:`observe`.
+        strict (bool): As in :func:`observe`.
 
     Yields:
         dict[str, list]: The outputs of the layer at each path, in the order of the
@@ -197,7 +199,9 @@ def patch(
         change (Callable): Called as ``change(path, output)`` after each call of
             a layer; returns the output to use instead. For a layer in several
             places, ``path`` is the first of its paths.
-        where, exclude, strict: As in :func:`observe`.
+        where (optional): As in :func:`observe`.
+        exclude (optional): As in :func:`observe`.
+        strict (bool): As in :func:`observe`.
 
     Yields:
         None
