@@ -25,9 +25,14 @@ A PATTERN is matched with the whole path of a module; put it in quotes.
 
 Exit status: 0, 1 if what was asked for cannot be done, 2 if the arguments are wrong.
 """
-_EXAMPLES = """\
-mlx_modswap tree my_model '**.self_attn.{q,v}_proj'
-mlx_modswap convert my_model my_model_4bit '**.embed_tokens=8' '**=4'
+_COMMANDS = """\
+commands:
+  tree      draw the model that mlx_lm.load would build
+  convert   quantize a model by rules into a new folder
+
+examples:
+  mlx_modswap tree my_model '**.self_attn.{q,v}_proj'
+  mlx_modswap convert my_model my_model_4bit '**.embed_tokens=8' '**=4'
 """
 _NO_REGEX = (
     "; but regular expressions work only in Python: write * for a name, ** for any path, [0:2] for "
@@ -104,7 +109,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "mlx_modswap",
         usage="mlx_modswap {tree,convert} ...",
         description=__doc__,
-        epilog=_EXAMPLES,
+        epilog=_COMMANDS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -194,9 +199,12 @@ def _parser(name: str, run: Any, summary: str) -> argparse.ArgumentParser:
 
 
 def _tree(given: argparse.Namespace) -> str:
+    from .lm._loaders import loader_named  # first: it says what to install if mlx-lm is missing
+
+    loader = loader_named("mlx-lm")
     from ._cli.preview import preview
 
-    model, note = preview(given.model, trust_remote_code=given.trust_remote_code)
+    model, note = preview(given.model, loader, trust_remote_code=given.trust_remote_code)
     pattern = "**" if given.pattern is None else given.pattern
     picture = tree(model, pattern, exclude=given.exclude)
     return f"{picture}\n{note}" if note else str(picture)

@@ -814,12 +814,11 @@ def test_swapped_puts_everything_back_when_its_body_fails(swap):
 @given(swaps(), st.data(), st.sampled_from([Boom, SelectionError]))
 def test_swapped_does_not_undo_what_someone_else_changed(swap, data, error):
     victim = data.draw(st.sampled_from(swap.targets))
-    meanwhile = []
+    before, intruder = Snapshot(swap.model), nn.ReLU()
 
     def swap_and_interfere() -> None:
         with swapped(swap.model, swap.patterns, wrap):
-            victim.put(nn.ReLU())
-            meanwhile.append(Snapshot(swap.model))
+            victim.put(intruder)
             if error is Boom:
                 raise Boom
 
@@ -827,7 +826,9 @@ def test_swapped_does_not_undo_what_someone_else_changed(swap, data, error):
         swap_and_interfere()
     paths = [place.path for place in swap.targets if place.location == victim.location]
     assert error is Boom or any(printed(path) in str(caught.value) for path in paths)
-    assert meanwhile[0].differences() == []
+    assert victim.now() is intruder
+    victim.put(victim.module)  # everything else was put back
+    assert before.differences() == []
 
 
 @given(swaps())

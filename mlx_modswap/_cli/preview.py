@@ -15,12 +15,13 @@ from ..lm._source import Source, one_line, text_config
 FROM_CONFIG = "drawn from config.json alone, without weights: bits are not known"
 
 
-def preview(model: str, *, trust_remote_code: bool) -> tuple[nn.Module, str]:
+def preview(model: str, loader: Loader, *, trust_remote_code: bool) -> tuple[nn.Module, str]:
     """Build the model of a folder or of the hub.
 
     Args:
         model (str): A folder, or the id of a model on the hub. If its weights
             are not here, only its ``config.json`` is fetched.
+        loader (Loader): The package that builds the model.
         trust_remote_code (bool): Whether a ``model_file`` may be run.
 
     Returns:
@@ -32,7 +33,7 @@ def preview(model: str, *, trust_remote_code: bool) -> tuple[nn.Module, str]:
         ValueError: If mlx-lm cannot build a model from it.
     """
     folder, has_weights = _locate(model)
-    source = Source(folder, Loader(), trust_remote_code)
+    source = Source(folder, loader, trust_remote_code)
     if has_weights:
         built, _ = source.load()
         return built, ""

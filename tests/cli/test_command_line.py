@@ -282,10 +282,12 @@ OF_BOTH = [
         (
             ["--help"],
             [
-                "usage: mlx_modswap [-h] COMMAND",
+                "usage: mlx_modswap {tree,convert} ...",
                 "Draw a language model, or quantize it by rules into a folder that mlx-lm loads.",
                 "tree draw the model that mlx_lm.load would build",
                 "convert quantize a model by rules into a new folder",
+                "mlx_modswap tree my_model '**.self_attn.{q,v}_proj'",
+                "mlx_modswap convert my_model my_model_4bit '**.embed_tokens=8' '**=4'",
             ],
         ),
         (

@@ -70,7 +70,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "a file": (
         lambda folder: (shutil.rmtree(folder), folder.write_text("")),
-        "NotADirectoryError: 'math' is a file; give the folder that it is in",
+        "NotADirectoryError: 'math' is a file, not a folder",
     ),
     "no config": (
         lambda folder: (folder / "adapter_config.json").unlink(),

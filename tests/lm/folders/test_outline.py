@@ -12,7 +12,7 @@ from mlx_modswap.lm._folders.compare import Outline, Spec, difference
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
 
-CURE = "or pass the config entry that sets"
+ADVICE = "or pass the config entry that sets"
 
 
 def outlined(
@@ -125,7 +125,7 @@ def test_arrays_that_a_run_set_are_not_compared():
 
 def test_what_to_do_about_other_attributes():
     assert difference(outlined(a={"x": "1"}), outlined(a={"x": "2"})) == (
-        f"{attribute('x', '1', '2')}: set it in the model, {CURE} it with config={{...}}"
+        f"{attribute('x', '1', '2')}: set it in the model, {ADVICE} it: config={{...}}"
     )
 
 
