@@ -35,7 +35,7 @@ Rules = _Mapping[Pattern | tuple[Pattern, ...], Factory | None]
 _CORRECTED_FACTORY = "lambda path, layer: {}(layer)"
 
 
-def read_rules(
+def rules_and_factories(
     model: nn.Module, pattern: Any, factory: Any
 ) -> tuple[list[Rule], list[Factory | None]]:
     """Return the rules and their factories; patterns that are not in a mapping are one rule."""

@@ -14,7 +14,7 @@ from .._patterns.parse import Parsed
 from .._select.arguments import Patterns, Where, check_model, parse_argument
 from .._select.select import choose
 from .checks import check_cycles, check_left_alone, check_names, check_nesting, check_unmoved
-from .factories import Factory, Rules, call_factories, read_rules
+from .factories import Factory, Rules, call_factories, rules_and_factories
 from .ties import call_once, check_units, units_of
 
 
@@ -53,7 +53,7 @@ def make_plan(
     wrappers, which leave every path valid, but not with one call of ``update_modules``.
     """
     check_model(model)
-    rules, factories = read_rules(model, pattern, factory)
+    rules, factories = rules_and_factories(model, pattern, factory)
     excludes = parse_argument(model, "exclude", exclude)
     places, deciding, left_alone = choose(model, rules, where, excludes, strict)
     # `containers` keeps all of them alive to the end: a factory may delete parts of the model,
