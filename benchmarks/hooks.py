@@ -1,10 +1,13 @@
-"""The cost of hooks and wrappers: for each call, and to enter and leave a block."""
+"""The cost of hooks: for each call, and to enter and leave a block.
+
+python -m benchmarks --only hooks              # against code by hand
+python -m benchmarks.hooks --against CHECKOUT  # against another build
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
-from contextvars import ContextVar
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from statistics import median
 from typing import Any
@@ -13,14 +16,30 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
-from mlx_modswap import Wrapper, capture, observe, patch, replace_layers, swapped
+import mlx_modswap
+from mlx_modswap import Wrapper
 
-from .models import Llama, LoRALinear
+from .models import Llama
 from .tables import Row, ms, verdict
-from .turns import ratio, take_turns, timed
+from .timing import Build, alternate, compare_builds, ratio, timed, versus
 
-Call = Callable[[mx.array], object]
-NUMBER = 500  # calls in a loop: few enough that a busy machine does not interrupt most loops
+CALLS = 500  # in a loop
+BLOCKS = 30
+X = mx.zeros((1, 1, 8))
+
+
+def see(path: str, output: mx.array, *args: Any) -> mx.array:
+    """A hook for `observe`, and a change for `patch`, that does nothing."""
+    return output
+
+
+def opened(
+    name: str, model: nn.Module, pattern: str, build: Build = mlx_modswap, **options: Any
+) -> AbstractContextManager[Any]:
+    """The block of a function of the library."""
+    hooks = [] if name == "capture" else [see]
+    return getattr(build, name)(model, pattern, *hooks, **options)
+
 
 # ---------------------------------------------------------------- a call
 
@@ -38,67 +57,42 @@ class Net(nn.Module):
         self.layer: Any = Layer()
 
 
-def see(path: str, output: mx.array, *args: Any) -> mx.array:
-    """A hook for `observe`, and a change for `patch`, that does nothing."""
-    return output
+BY_HAND: dict[str, Callable[[Any], Callable[[mx.array], object]]] = {
+    "observe": lambda layer: lambda x: see("layer", layer(x), x),
+    "capture": lambda layer: layer,
+    "patch": lambda layer: lambda x: see("layer", layer(x)),
+}
+MOST = {"observe": 1.2, "capture": 1.1, "patch": 0.8}  # microseconds
+
+
+def calls(layer: Callable[[mx.array], object]) -> float:
+    """The seconds for one call."""
+    return timed(lambda: layer(X), CALLS)
+
+
+def call(name: str) -> list[Row]:
+    net = Net()
+    with opened(name, net, "layer"):
+        without = "without" if name == "capture" else "of the layer and the function"
+        what = f"a call inside `{name}` / {without}"
+        return [_overhead(what, net.layer, BY_HAND[name](Layer()), MOST[name])]
 
 
 def wrapper_call() -> list[Row]:
     return [_overhead("a call through a `Wrapper` / without", Wrapper(Layer()), Layer(), 0.5)]
 
 
-def captured_call() -> list[Row]:
-    net = Net()
-    with capture(net, "layer"):
-        return [_overhead("a call inside `capture` / without", net.layer, Layer(), 2)]
-
-
-def observed_call() -> list[Row]:
-    layer = Layer()
-
-    def by_hand(x: mx.array) -> None:
-        see("layer", layer(x), x)
-
-    net = Net()
-    with observe(net, "layer", see):
-        what = "a call inside `observe` / of the layer and the function"
-        return [_overhead(what, net.layer, by_hand, 1.5)]
-
-
-def patched_call() -> list[Row]:
-    layer = Layer()
-
-    def by_hand(x: mx.array) -> None:
-        see("layer", layer(x))
-
-    net = Net()
-    with patch(net, "layer", see):
-        what = "a call inside `patch` / of the layer and the function"
-        return [_overhead(what, net.layer, by_hand, None)]
-
-
-def _overhead(what: str, layer: Call, bare: Call, most: float | None) -> Row:
+def _overhead(what: str, layer: Any, bare: Any, most: float) -> Row:
     """By how many microseconds a call of ``layer`` takes longer than one of ``bare``."""
-    x = mx.zeros((1,))
-
-    def loop(call: Call) -> float:
-        def repeat() -> None:
-            for _ in range(NUMBER):
-                call(x)
-
-        return timed(repeat) / NUMBER
-
-    runs = {"bare": partial(loop, bare), "layer": partial(loop, layer)}
-    taken = take_turns(runs, seconds=3)
+    taken = alternate({"bare": partial(calls, bare), "layer": partial(calls, layer)}, seconds=3)
     more = median(b - a for a, b in zip(taken["bare"], taken["layer"])) * 1e6
-    row = {
+    return {
         "what": what,
         "ratio": f"**{ratio(taken['layer'], taken['bare']):.2f}**",
         "time": f"{more:+.2f} us",
+        "goal": f"{most} us at most",
+        "verdict": verdict(more <= most),
     }
-    if most is not None:
-        row |= {"goal": f"{most} us at most", "verdict": verdict(more <= most)}
-    return row
 
 
 # ---------------------------------------------------------------- a block
@@ -111,112 +105,107 @@ class Caller(nn.Module):
         super().__init__()
         self.layer = layer
 
-    def __call__(self, x: mx.array) -> mx.array:
-        return see("layer", self.layer(x))
+    def __call__(self, *args: Any) -> mx.array:
+        return see("layer", self.layer(*args))
 
 
-BLOCKS: dict[str, Callable[[nn.Module, str], AbstractContextManager[Any]]] = {
-    "observe": lambda model, pattern: observe(model, pattern, see, where=nn.Linear),
-    "capture": lambda model, pattern: capture(model, pattern, where=nn.Linear),
-    "patch": lambda model, pattern: patch(model, pattern, see, where=nn.Linear),
-}
-LAYERS = {"**": 225, "lm_head": 1}  # pattern -> how many layers of a llama it matches
+LAYERS = {"**": 225, "lm_head": 1}  # pattern -> how many linear layers of the llama it matches
+
+
+def around(name: str, pattern: str, model: Llama, build: Build) -> None:
+    """Enter and leave a block around linear layers, with one call of one layer inside."""
+    with opened(name, model, pattern, build, where=nn.Linear):
+        model.lm_head(X)
+
+
+def around_by_hand(pattern: str, model: Llama) -> None:
+    named: Any = model.named_modules()
+    old = [(k, m) for k, m in named if isinstance(m, nn.Linear) and pattern in ("**", k)]
+    model.update_modules(tree_unflatten([(k, Caller(m)) for k, m in old]))
+    model.lm_head(X)
+    model.update_modules(tree_unflatten(old))
+
+
+def sweep(model: Llama, build: Build) -> None:
+    """Patch one transformer block after the other, and call it."""
+    for index in range(BLOCKS):
+        with opened("patch", model, f"model.layers[{index}]", build):
+            model.model.layers[index](X)
+
+
+def sweep_by_hand(model: Llama) -> None:
+    for index in range(BLOCKS):
+        path = f"model.layers.{index}"
+        old = [(k, m) for k, m in model.named_modules() if k == path]
+        model.update_modules(tree_unflatten([(k, Caller(m)) for k, m in old]))
+        model.model.layers[index](X)
+        model.update_modules(tree_unflatten(old))
 
 
 def block(name: str, pattern: str) -> list[Row]:
-    """Time a block with one call of one layer inside."""
-    model, x = Llama(), mx.zeros((1, 8))
+    model = Llama()
+    ours = partial(around, name, pattern, model, mlx_modswap)
+    what = f"enter and leave `{name}`, `{pattern}`, a llama of 453 modules"
+    least = 3 if pattern == "**" else 4
+    return [_by_hand(what, LAYERS[pattern], ours, partial(around_by_hand, pattern, model), least)]
 
-    def ours() -> None:
-        with BLOCKS[name](model, pattern):
-            model.lm_head(x)
 
-    def by_hand() -> None:
-        named: Any = model.named_modules()
-        olds = [(path, layer) for path, layer in named if _is_chosen(pattern, path, layer)]
-        model.update_modules(tree_unflatten([(path, Caller(layer)) for path, layer in olds]))
-        model.lm_head(x)
-        model.update_modules(tree_unflatten(olds))
-
-    taken = take_turns({"ours": lambda: timed(ours), "by hand": lambda: timed(by_hand)})
+def sweep_of_patches() -> list[Row]:
+    model = Llama(BLOCKS)
+    what = f"a sweep of `patch` over {BLOCKS} transformer blocks, each called once"
     return [
-        {
-            "what": f"enter and leave `{name}`, `{pattern}`, a llama of 453 modules",
-            "layers": str(LAYERS[pattern]),
-            "by hand / ours": f"**{ratio(taken['by hand'], taken['ours']):.2f}**",
-            "ours, ms": ms(median(taken["ours"])),
-            "by hand, ms": ms(median(taken["by hand"])),
-        }
+        _by_hand(what, BLOCKS, partial(sweep, model, mlx_modswap), partial(sweep_by_hand, model), 4)
     ]
 
 
-def _is_chosen(pattern: str, path: str, layer: Any) -> bool:
-    return isinstance(layer, nn.Linear) and pattern in ("**", path)
+def _by_hand(
+    what: str, layers: int, ours: Callable[[], None], by_hand: Callable[[], None], least: float
+) -> Row:
+    taken = alternate({"ours": lambda: timed(ours), "by hand": lambda: timed(by_hand)})
+    much = ratio(taken["by hand"], taken["ours"])
+    return {
+        "what": what,
+        "layers": str(layers),
+        "by hand / ours": f"**{much:.2f}**",
+        "ours, ms": ms(median(taken["ours"])),
+        "by hand, ms": ms(median(taken["by hand"])),
+        "goal": f"{least:g} x",
+        "verdict": verdict(much >= least),
+    }
 
 
-# ---------------------------------------------------------------- adapters by request
-
-CURRENT: ContextVar[str | None] = ContextVar("CURRENT", default=None)
-ADAPTED = "**.{q,v}_proj"
-
-
-class Switch(Wrapper):
-    """Calls the adapter that the current context names, or the layer if it names none."""
-
-    def __init__(self, layer: nn.Module, adapters: Mapping[str | None, nn.Module]):
-        super().__init__(layer)
-        self._adapters = adapters
-
-    def __call__(self, x: mx.array) -> mx.array:
-        layer: Any = self._adapters.get(CURRENT.get(), self.__wrapped__)
-        return layer(x)
-
-
-def switched_call() -> list[Row]:
-    switch = Switch(Layer(), {"math": Layer()})
-    return [_overhead("a call through a switch of adapters / without", switch, Layer(), None)]
+def against(new: Build, old: Build, folder: str) -> Iterator[Row]:
+    """Compare two builds."""
+    model = Llama()
+    for name in BY_HAND:
+        for pattern, layers in LAYERS.items():
+            runs = (partial(around, name, pattern, model, build) for build in (new, old))
+            what = f"enter and leave `{name}`, {layers} of 453 modules"
+            yield versus(what, *(partial(timed, run) for run in runs))
+    model = Llama(BLOCKS)
+    runs = (partial(sweep, model, build) for build in (new, old))
+    yield versus(f"a sweep of `patch` over {BLOCKS} blocks", *(partial(timed, run) for run in runs))
+    for name in BY_HAND:
+        with ExitStack() as blocks:
+            nets = {build: Net() for build in (new, old)}
+            for build, net in nets.items():
+                blocks.enter_context(opened(name, net, "layer", build))
+            runs = (partial(calls, net.layer) for net in nets.values())
+            yield versus(f"a call inside `{name}`", *runs, 1e6, "us")
 
 
-def switch() -> list[Row]:
-    """Choose an adapter for a request: set a variable, or swap the layers."""
-    model, other = Llama(), Llama()
-    ready = {path: LoRALinear(layer) for path, layer in _linear(model).items()}
-    found = replace_layers(
-        other, ADAPTED, lambda path, layer: Switch(layer, {"math": LoRALinear(layer)})
-    )
-
-    def by_variable() -> None:
-        for _ in range(NUMBER):
-            token = CURRENT.set("math")
-            CURRENT.reset(token)
-
-    def by_swap() -> None:
-        with swapped(model, ADAPTED, lambda path, layer: ready[path]):
-            pass
-
-    runs = {"variable": lambda: timed(by_variable) / NUMBER, "swap": lambda: timed(by_swap)}
-    taken = take_turns(runs)
-    return [
-        {
-            "what": "choose an adapter for a request: `swapped` / a switch and a `ContextVar`",
-            "layers": str(len(found)),
-            "ratio": f"**{ratio(taken['swap'], taken['variable']):,.0f}**",
-            "switch, us": f"{median(taken['variable']) * 1e6:.2f}",
-            "swapped, us": f"{median(taken['swap']) * 1e6:.0f}",
-        }
-    ]
-
-
-def _linear(model: nn.Module) -> dict[str, Any]:
-    named: Any = model.named_modules()
-    return {path: layer for path, layer in named if isinstance(layer, nn.Linear)}
-
-
-CALL_CASES = {
-    name: ("hooks", name)
-    for name in ("wrapper_call", "captured_call", "observed_call", "patched_call", "switched_call")
+TABLES = {
+    "Hooks, a call": {
+        "a call, wrapper": ("wrapper_call",),
+        **{f"a call, {name}": ("call", name) for name in BY_HAND},
+    },
+    "Hooks, a block": {
+        **{
+            f"{name}, {pattern}": ("block", name, pattern) for name in BY_HAND for pattern in LAYERS
+        },
+        "sweep": ("sweep_of_patches",),
+    },
 }
-BLOCK_CASES = {
-    f"{name}, {pattern}": ("hooks", "block", name, pattern) for name in BLOCKS for pattern in LAYERS
-}
-SWITCH_CASES = {"switch": ("hooks", "switch")}
+
+if __name__ == "__main__":
+    compare_builds("hooks", against)
