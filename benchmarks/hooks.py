@@ -1,47 +1,25 @@
 """The cost of hooks: for each call, and to enter and leave a block.
 
 python -m benchmarks --only hooks              # against code by hand
-python -m benchmarks.hooks --against CHECKOUT  # against another build
+python -m benchmarks.hooks --against CHECKOUT  # against the library of another checkout
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from statistics import median
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
-import mlx_modswap
-from mlx_modswap import Wrapper
+from .models import Parts, llama
+from .timing import Build, Case, compare_builds, timed
 
-from .models import Llama
-from .tables import Row, ms, verdict
-from .timing import Build, alternate, compare_builds, ratio, timed, versus
-
-CALLS = 500  # in a loop
+X = mx.zeros((1, 8))
 BLOCKS = 30
-X = mx.zeros((1, 1, 8))
-
-
-def see(path: str, output: mx.array, *args: Any) -> mx.array:
-    """A hook for `observe`, and a change for `patch`, that does nothing."""
-    return output
-
-
-def opened(
-    name: str, model: nn.Module, pattern: str, build: Build = mlx_modswap, **options: Any
-) -> AbstractContextManager[Any]:
-    """The block of a function of the library."""
-    hooks = [] if name == "capture" else [see]
-    return getattr(build, name)(model, pattern, *hooks, **options)
-
-
-# ---------------------------------------------------------------- a call
 
 
 class Layer(nn.Module):
@@ -51,48 +29,50 @@ class Layer(nn.Module):
         return x
 
 
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.layer: Any = Layer()
+LAYER = Layer()
 
 
-BY_HAND: dict[str, Callable[[Any], Callable[[mx.array], object]]] = {
-    "observe": lambda layer: lambda x: see("layer", layer(x), x),
-    "capture": lambda layer: layer,
-    "patch": lambda layer: lambda x: see("layer", layer(x)),
+def see(path: str, output: mx.array, *args: Any) -> mx.array:
+    """A hook for `observe`, and a change for `patch`, that does nothing."""
+    return output
+
+
+def block(
+    build: Build, name: str, model: nn.Module, pattern: str, **options: Any
+) -> AbstractContextManager[Any]:
+    return getattr(build, name)(model, pattern, *[see] * (name != "capture"), **options)
+
+
+# ---------------------------------------------------------------- a call
+
+# What a call does without the library, and how many seconds longer one with the library may take.
+CALLS: dict[str, tuple[Callable[[mx.array], object], float]] = {
+    "observe": (lambda x: see("layer", LAYER(x), x), 1.2e-6),
+    "capture": (LAYER, 1.1e-6),
+    "patch": (lambda x: see("layer", LAYER(x)), 0.8e-6),
+    "Wrapper": (LAYER, 0.5e-6),
 }
-MOST = {"observe": 1.2, "capture": 1.1, "patch": 0.8}  # microseconds
 
 
-def calls(layer: Callable[[mx.array], object]) -> float:
-    """The seconds for one call."""
-    return timed(lambda: layer(X), CALLS)
+def overhead(name: str) -> Case:
+    """By how much a call takes longer than one of the layer, and of the function if there is one.
+
+    The loops are short, since other processes interrupt long ones.
+    """
+    bare, most = CALLS[name]
+
+    def ours(build: Build) -> float:
+        if name == "Wrapper":
+            return loop(build.Wrapper(Layer())) - loop(bare)
+        model: Any = Parts(layer=Layer())
+        with block(build, name, model, "layer"):
+            return loop(model.layer) - loop(bare)
+
+    return Case(ours, goals={"ours": most})
 
 
-def call(name: str) -> list[Row]:
-    net = Net()
-    with opened(name, net, "layer"):
-        without = "without" if name == "capture" else "of the layer and the function"
-        what = f"a call inside `{name}` / {without}"
-        return [_overhead(what, net.layer, BY_HAND[name](Layer()), MOST[name])]
-
-
-def wrapper_call() -> list[Row]:
-    return [_overhead("a call through a `Wrapper` / without", Wrapper(Layer()), Layer(), 0.5)]
-
-
-def _overhead(what: str, layer: Any, bare: Any, most: float) -> Row:
-    """By how many microseconds a call of ``layer`` takes longer than one of ``bare``."""
-    taken = alternate({"bare": partial(calls, bare), "layer": partial(calls, layer)}, seconds=3)
-    more = median(b - a for a, b in zip(taken["bare"], taken["layer"])) * 1e6
-    return {
-        "what": what,
-        "ratio": f"**{ratio(taken['layer'], taken['bare']):.2f}**",
-        "time": f"{more:+.2f} us",
-        "goal": f"{most} us at most",
-        "verdict": verdict(more <= most),
-    }
+def loop(layer: Callable[[mx.array], object]) -> float:
+    return timed(lambda: layer(X), 500)
 
 
 # ---------------------------------------------------------------- a block
@@ -105,107 +85,69 @@ class Caller(nn.Module):
         super().__init__()
         self.layer = layer
 
-    def __call__(self, *args: Any) -> mx.array:
-        return see("layer", self.layer(*args))
+    def __call__(self, x: mx.array) -> mx.array:
+        return see("layer", self.layer(x))
 
 
-LAYERS = {"**": 225, "lm_head": 1}  # pattern -> how many linear layers of the llama it matches
-
-
-def around(name: str, pattern: str, model: Llama, build: Build) -> None:
-    """Enter and leave a block around linear layers, with one call of one layer inside."""
-    with opened(name, model, pattern, build, where=nn.Linear):
-        model.lm_head(X)
-
-
-def around_by_hand(pattern: str, model: Llama) -> None:
-    named: Any = model.named_modules()
-    old = [(k, m) for k, m in named if isinstance(m, nn.Linear) and pattern in ("**", k)]
+@contextmanager
+def by_hand(model: Any, pattern: str, cls: type) -> Iterator[None]:
+    named = model.named_modules()
+    old = [(k, m) for k, m in named if isinstance(m, cls) and pattern in ("**", k)]
     model.update_modules(tree_unflatten([(k, Caller(m)) for k, m in old]))
-    model.lm_head(X)
+    yield
     model.update_modules(tree_unflatten(old))
 
 
-def sweep(model: Llama, build: Build) -> None:
-    """Patch one transformer block after the other, and call it."""
-    for index in range(BLOCKS):
-        with opened("patch", model, f"model.layers[{index}]", build):
-            model.model.layers[index](X)
+def linear_layers(name: str, pattern: str, least: float) -> Case:
+    """Enter and leave a block around linear layers of a llama, with one call inside."""
+    model: Any = llama()
+
+    def ours(build: Build) -> None:
+        with block(build, name, model, pattern, where=nn.Linear):
+            model.lm_head(X)
+
+    def hand() -> None:
+        with by_hand(model, pattern, nn.Linear):
+            model.lm_head(X)
+
+    return against(ours, hand, least)
 
 
-def sweep_by_hand(model: Llama) -> None:
-    for index in range(BLOCKS):
-        path = f"model.layers.{index}"
-        old = [(k, m) for k, m in model.named_modules() if k == path]
-        model.update_modules(tree_unflatten([(k, Caller(m)) for k, m in old]))
-        model.model.layers[index](X)
-        model.update_modules(tree_unflatten(old))
+def sweep(least: float) -> Case:
+    """Patch one transformer block after another, and call it."""
+    model: Any = llama(BLOCKS)
+
+    def ours(build: Build) -> None:
+        for index in range(BLOCKS):
+            with block(build, "patch", model, f"model.layers[{index}]"):
+                model.model.layers[index](X)
+
+    def hand() -> None:
+        for index in range(BLOCKS):
+            with by_hand(model, f"model.layers.{index}", nn.Module):
+                model.model.layers[index](X)
+
+    return against(ours, hand, least)
 
 
-def block(name: str, pattern: str) -> list[Row]:
-    model = Llama()
-    ours = partial(around, name, pattern, model, mlx_modswap)
-    what = f"enter and leave `{name}`, `{pattern}`, a llama of 453 modules"
-    least = 3 if pattern == "**" else 4
-    return [_by_hand(what, LAYERS[pattern], ours, partial(around_by_hand, pattern, model), least)]
+def against(ours: Callable[[Build], None], hand: Callable[[], None], least: float) -> Case:
+    name = "by hand / ours"
+    others = {name: lambda: timed(hand)}
+    return Case(lambda build: timed(lambda: ours(build)), others, {name: least})
 
 
-def sweep_of_patches() -> list[Row]:
-    model = Llama(BLOCKS)
-    what = f"a sweep of `patch` over {BLOCKS} transformer blocks, each called once"
-    return [
-        _by_hand(what, BLOCKS, partial(sweep, model, mlx_modswap), partial(sweep_by_hand, model), 4)
-    ]
-
-
-def _by_hand(
-    what: str, layers: int, ours: Callable[[], None], by_hand: Callable[[], None], least: float
-) -> Row:
-    taken = alternate({"ours": lambda: timed(ours), "by hand": lambda: timed(by_hand)})
-    much = ratio(taken["by hand"], taken["ours"])
-    return {
-        "what": what,
-        "layers": str(layers),
-        "by hand / ours": f"**{much:.2f}**",
-        "ours, ms": ms(median(taken["ours"])),
-        "by hand, ms": ms(median(taken["by hand"])),
-        "goal": f"{least:g} x",
-        "verdict": verdict(much >= least),
-    }
-
-
-def against(new: Build, old: Build, folder: str) -> Iterator[Row]:
-    """Compare two builds."""
-    model = Llama()
-    for name in BY_HAND:
-        for pattern, layers in LAYERS.items():
-            runs = (partial(around, name, pattern, model, build) for build in (new, old))
-            what = f"enter and leave `{name}`, {layers} of 453 modules"
-            yield versus(what, *(partial(timed, run) for run in runs))
-    model = Llama(BLOCKS)
-    runs = (partial(sweep, model, build) for build in (new, old))
-    yield versus(f"a sweep of `patch` over {BLOCKS} blocks", *(partial(timed, run) for run in runs))
-    for name in BY_HAND:
-        with ExitStack() as blocks:
-            nets = {build: Net() for build in (new, old)}
-            for build, net in nets.items():
-                blocks.enter_context(opened(name, net, "layer", build))
-            runs = (partial(calls, net.layer) for net in nets.values())
-            yield versus(f"a call inside `{name}`", *runs, 1e6, "us")
-
-
+PATTERNS = {"**": (225, 3), "lm_head": (1, 4)}  # pattern -> how many linear layers, goal
 TABLES = {
-    "Hooks, a call": {
-        "a call, wrapper": ("wrapper_call",),
-        **{f"a call, {name}": ("call", name) for name in BY_HAND},
-    },
+    "Hooks, a call": {f"a call, `{name}`": partial(overhead, name) for name in CALLS},
     "Hooks, a block": {
         **{
-            f"{name}, {pattern}": ("block", name, pattern) for name in BY_HAND for pattern in LAYERS
+            f"`{name}`, {number} of 453 modules": partial(linear_layers, name, pattern, least)
+            for name in ("observe", "capture", "patch")
+            for pattern, (number, least) in PATTERNS.items()
         },
-        "sweep": ("sweep_of_patches",),
+        f"`patch`, one after another of {BLOCKS} transformer blocks": partial(sweep, 4),
     },
 }
 
 if __name__ == "__main__":
-    compare_builds("hooks", against)
+    compare_builds("hooks", TABLES)
