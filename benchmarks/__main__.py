@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--only", choices=MODULES, action="append", help="run this module only")
     parser.add_argument("words", nargs="*", help="run the cases whose names contain one of these")
     options = parser.parse_args()
-    print(versions("mlx-lm"))
+    print(versions())
     count = 0
     for module in options.only or MODULES:
         for table, cases in MODULES[module].items():

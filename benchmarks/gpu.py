@@ -11,8 +11,6 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten
-from mlx_lm.models import llama
-from mlx_lm.tuner.lora import LoRALinear
 
 from mlx_modswap import partial_modules, replace_layers, select
 
@@ -25,6 +23,8 @@ ADAPTED = "model.layers.*.self_attn.{q,v}_proj"
 
 def lora(blocks: int, width: int, hidden: int, heads: int, words: int) -> list[Row]:
     """Attach adapters, train a step, detach them: the median of seven rounds."""
+    from mlx_lm.models import llama
+
     config = llama_config(blocks, width, hidden, heads, words)
     model: Any = llama.Model(llama.ModelArgs.from_dict(config))
     model.set_dtype(mx.bfloat16)
@@ -51,6 +51,8 @@ def lora(blocks: int, width: int, hidden: int, heads: int, words: int) -> list[R
 
 def _round(model: Any, tokens: mx.array) -> tuple[float, float, float, float]:
     """The seconds to attach, in the factory alone, for a training step, and to detach."""
+    from mlx_lm.tuner.lora import LoRALinear
+
     making: list[float] = []
 
     def factory(path: str, layer: Any) -> nn.Module:
