@@ -171,10 +171,10 @@ def train(
         step = mx.compile(step, inputs=state, outputs=state)
     per_pass = len(sequences) // batch
     for number in (bar := tqdm(range(steps), "training", disable=None, leave=False)):
-        if number % per_pass == 0:
-            order = mx.random.permutation(len(sequences))
         at = number % per_pass * batch
-        loss = step(sequences[order[at : at + batch]])
+        if at == 0:
+            sequences = mx.random.permutation(sequences)
+        loss = step(sequences[at : at + batch])
         mx.eval(loss, state)
         bar.set_postfix(KL=f"{float(loss):.4f}")
 
