@@ -14,7 +14,6 @@ import pytest
 
 pytest.importorskip("mlx_lm", reason="mlx-lm is not installed")
 
-import mlx_lm
 from mlx.utils import tree_flatten
 from mlx_lm import utils
 from mlx_lm.models import llama
@@ -71,7 +70,7 @@ def arrays_of(model: nn.Module) -> dict[str, mx.array]:
 
 def test_every_way_makes_a_folder_of_the_same_size_and_is_judged(folder, capsys):
     peers.main(["--model", str(folder), "--bits", "4", *SMALL.split()])
-    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[6:]]
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[7:]]
     assert [way for way, *_ in rows] == list(peers.WAYS)
     figures = {way: [float(cell) for cell in cells] for way, *cells in rows}
     size = figures["uniform"][0]
@@ -89,13 +88,19 @@ def test_a_way_that_fails_leaves_the_rows_of_the_others(folder, capsys):
     assert done.startswith("| uniform | 0.0 | 0.")
 
 
-def test_the_parts_of_the_help_are_disjoint(folder):
-    _, tokenizer, *_ = mlx_lm.load(str(folder))
-    parts = peers.python_help(tokenizer, 60_000, 960, 32)
-    rows = [tuple(row) for part in parts for row in part.tolist()]
-    assert len(rows) == len(set(rows))
-    assert [part.shape[1] for part in parts] == [32, 32, 32]
-    assert parts.judged.size == 960
+class Positions:
+    """A tokenizer whose tokens are the positions of the characters of a text."""
+
+    def encode(self, text: str, verbose: bool) -> list[int]:
+        return list(range(len(text)))
+
+
+def test_the_parts_of_the_help_are_disjoint_and_what_is_judged_comes_last():
+    parts = peers.python_help(Positions(), 10_000, 9_600, 32)
+    positions = [position for part in parts for position in part.flatten().tolist()]
+    assert len(positions) == len(set(positions))
+    assert [part.shape for part in parts] == [(273, 32), (39, 32), (300, 32)]
+    assert parts.judged.min() > max(parts.train.max(), parts.held_out.max())
 
 
 # ---------------------------------------------------------------- distill_quantized.py
