@@ -237,14 +237,13 @@ class Bench:
         count = self.args.steps * self.args.batch
         if sequences is self.original.help.train:
             count = self.args.passes * len(sequences)
-        text: list[list[int]] = shuffled(sequences, count).tolist()
-        held_out: list[list[int]] = self.original.help.held_out.tolist()
+        held_out = self.original.help.held_out
         dwq_quantize(
             model,
             lambda batch, *_, **__: self.original.model(batch),
             optim.Adam(rate, bias_correction=True),
-            [(sequence, 0) for sequence in text],
-            [(sequence, 0) for sequence in held_out],
+            [(one.tolist(), 0) for one in shuffled(sequences, count)],
+            [(one.tolist(), 0) for one in held_out],
             batch_size=min(4, len(held_out)),
             max_seq_length=self.args.length,
             seed=0,

@@ -133,6 +133,7 @@ def distill(
 ) -> None:
     """Train the quantized layers of ``student`` that a pattern matches, in place."""
     originals = dict(teacher.named_modules())
+    trained: dict[str, Any] = {}
 
     def rounded(path: str, layer: Any) -> nn.Module:
         kind = RoundedEmbedding if isinstance(layer, nn.QuantizedEmbedding) else RoundedLinear
@@ -141,10 +142,12 @@ def distill(
     student.freeze()
     with swapped(student, pattern, rounded, where=is_affine):  # an interrupted run changes nothing
         train(teacher, student, sequences, steps, batch, learning_rate)
-        trained = select(student, "**", where=Rounded)
-    replace_layers(
-        student, tuple(trained), lambda path, layer: trained[path].quantized(layer), where=is_affine
-    )
+        trained |= select(student, "**", where=Rounded)
+
+    def quantized(path: str, layer: Any) -> nn.Module:
+        return trained[path].quantized(layer) if path in trained else layer
+
+    replace_layers(student, "**", quantized, where=is_affine)
     mx.eval(student.parameters())
 
 
@@ -171,10 +174,10 @@ def train(
         step = mx.compile(step, inputs=state, outputs=state)
     per_pass = len(sequences) // batch
     for number in (bar := tqdm(range(steps), "training", disable=None, leave=False)):
-        if number % per_pass == 0:
-            order = mx.random.permutation(len(sequences))
         at = number % per_pass * batch
-        loss = step(sequences[order[at : at + batch]])
+        if at == 0:
+            sequences = mx.random.permutation(sequences)
+        loss = step(sequences[at : at + batch])
         mx.eval(loss, state)
         bar.set_postfix(KL=f"{float(loss):.4f}")
 
