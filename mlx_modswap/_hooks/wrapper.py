@@ -148,7 +148,10 @@ class Wrapper(nn.Module, metaclass=_Sealing):
         return self.__wrapped__ if key == WRAPPED else self.__wrapped__[key]
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        self.__wrapped__[key] = value
+        if key == WRAPPED:  # `mx.grad` of MLX 0.30.0 writes back what it found in the raw dict
+            dict.__setitem__(self, key, value)
+        else:
+            self.__wrapped__[key] = value
 
     def __delitem__(self, key: Any) -> None:
         del self.__wrapped__[key]

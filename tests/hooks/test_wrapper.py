@@ -238,15 +238,17 @@ def test_training_is_that_of_the_model_without_wrappers(factory, pattern, compil
         assert all(mx.array_equal(a, b) for (_, a), (_, b) in zip(found, expected))
 
 
-def test_what_the_raw_dict_holds_can_be_read_by_its_key():
+def test_what_the_raw_dict_holds_can_be_read_and_written_back_by_its_key():
     """As ``mx.grad`` and ``mx.compile`` do with what they find in it."""
-    layer = nn.Linear(2, 2)
+    layer, other = nn.Linear(2, 2), nn.ReLU()
     wrapper = Wrapper(layer)
     ((key, value),) = dict.items(wrapper)
 
     assert value is layer
     assert key in wrapper
     assert wrapper[key] is layer
+    wrapper[key] = other
+    assert wrapper.__wrapped__ is wrapper[key] is other
 
 
 def test_a_wrapper_may_be_the_argument_of_a_function_of_which_mlx_takes_the_gradient():
