@@ -46,7 +46,7 @@ def python_help(tokenizer: Any, train: int, judged: int, length: int) -> Help:
 
 
 def docstrings(tokenizer: Any, tokens: int, length: int) -> mx.array:
-    """Read docstrings of Python's library, in random order, without lines that its help has."""
+    """Read docstrings of Python's library, without files that have a line of the help."""
     known = {line.strip() for topic in topics.values() for line in topic.splitlines()}
     ids: list[int] = []
     for text in all_docstrings():
@@ -58,6 +58,7 @@ def docstrings(tokenizer: Any, tokens: int, length: int) -> mx.array:
 
 
 def all_docstrings() -> Iterator[str]:
+    """Yield the docstrings of each file, in random order."""
     files = sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py"))
     random.Random(0).shuffle(files)
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
@@ -73,4 +74,5 @@ def all_docstrings() -> Iterator[str]:
 
 
 def cut(ids: list[int], length: int) -> mx.array:
-    return mx.array(ids[: len(ids) // length * length]).reshape(-1, length)
+    count = len(ids) // length
+    return mx.array(ids[: count * length], dtype=mx.int32).reshape(count, length)

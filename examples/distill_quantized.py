@@ -106,7 +106,7 @@ def write(model: Any, text: mx.array, count: int, at_once: int = 512) -> mx.arra
     """Let a model continue random places of a text, in its own words: sequences x length."""
     starts = text[:, : text.shape[1] // START * START].reshape(-1, START)
     starts = starts[mx.random.randint(0, len(starts), (count,))]
-    written: list[mx.array] = []
+    written = [text[:0]]
     for at in tqdm(range(0, count, at_once), "writing", disable=None, leave=False):
         tokens = [starts[at : at + at_once]]
         cache = make_prompt_cache(model)
