@@ -16,7 +16,8 @@ from tqdm import tqdm
 
 from ..._show.report import Replacement
 from .._loaders import loader_named
-from .._quantize import Rules, quantize
+from .._quantize import quantize
+from .._rules import Rules
 from .._source import Config, Folder, Source, locate, one_line, text_config
 from .compare import outline
 from .save import check, finish
@@ -148,7 +149,7 @@ def plan(
     wanted = _parsed(dtype)
     loader = loader_named("mlx-lm")
     origin = Source(locate(source, loader.download), loader, trust_remote_code)
-    model, config = origin.load()
+    model, config, _ = origin.load()
     _cast(model, config, wanted)
     originals = _parameters(model)
     report = quantize(model, rules, group_size=group_size, mode=mode, strict=strict)
