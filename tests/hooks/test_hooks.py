@@ -12,8 +12,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
-from models import modified
 from oracle import Snapshot
+from refusals import modified
 from running import IDS, Model
 
 from mlx_modswap import (

@@ -14,8 +14,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 from interrupting import interrupt_at
-from models import modified
 from oracle import Snapshot
+from refusals import modified
 
 from mlx_modswap import (
     SelectionError,
