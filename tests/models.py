@@ -117,6 +117,9 @@ class Holder(nn.Module):
         if inner is not None:
             self.inner = inner
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.inner(*args, **kwargs)
+
 
 def fresh(path: str, module: nn.Module) -> nn.Module:
     return Holder()
