@@ -23,16 +23,26 @@ def build(**entries: Any) -> Any:
 # ---------------------------------------------------------------- all that a module can hold
 
 
+class SelfAttention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q_proj, self.v_proj = nn.Linear(4, 4), nn.Linear(4, 4)
+
+
 class Block(nn.Module):
     def __init__(self):
         super().__init__()
-        self.attn: nn.Module = nn.Linear(4, 4)
+        self.self_attn = SelfAttention()
         self.norm = nn.LayerNorm(4)
+        self.mlp: nn.Module = nn.Linear(4, 4)
         self.acts = [nn.ReLU(), None, nn.gelu]
 
 
 class Model(nn.Module):
-    """Blocks in a list, layers in a dict, an array, and in the blocks what is not a module."""
+    """Blocks in a list, layers in a dict, an array, and in the blocks what is not a module.
+
+    The factories below swap its layers; running.py has a model that can be called.
+    """
 
     def __init__(self, blocks: int = 3):
         super().__init__()
@@ -40,6 +50,18 @@ class Model(nn.Module):
         self.layers: list[Any] = [Block() for _ in range(blocks)]
         self.heads = {"b": nn.Linear(4, 2), "a": nn.Linear(4, 2), "10": nn.Linear(4, 2)}
         self.scale = mx.ones(1)
+
+
+def transformer(blocks: int = 4, **more: nn.Module) -> Any:
+    """A model of an embedding, blocks and a head, after other parts."""
+    layers = [Block() for _ in range(blocks)]
+    return build(**more, embed=nn.Embedding(8, 4), layers=layers, head=nn.Linear(4, 4))
+
+
+def multimodal() -> Any:
+    """A vision tower, and a text part of three blocks and a head."""
+    tower = build(layers=[Block(), Block()], proj=nn.Linear(4, 4))
+    return transformer(3, vision_tower=tower)
 
 
 # ---------------------------------------------------------------- a language model
@@ -95,6 +117,9 @@ class Holder(nn.Module):
         if inner is not None:
             self.inner = inner
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.inner(*args, **kwargs)
+
 
 def fresh(path: str, module: nn.Module) -> nn.Module:
     return Holder()
@@ -126,9 +151,3 @@ class Recorder:
     @property
     def paths(self) -> list[str]:
         return [path for path, _ in self.calls]
-
-
-def modified(path: str) -> str:
-    """The message of a block that ends after its place at ``path`` was modified by hand."""
-    left = "was modified inside the block and left as it is now; everything else was put back"
-    return f"{path!r} {left}"

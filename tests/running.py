@@ -18,7 +18,7 @@ class Attention(nn.Module):
         self.scale = 2.0
 
     def __call__(self, x: mx.array, mask: Any = None, *, cache: Any = None) -> mx.array:
-        return self.scale * self.q_proj(x) @ self.v_proj.weight  # v_proj is used by its weights
+        return self.q_proj(x) @ self.v_proj.weight  # v_proj is used by its weights
 
 
 class Block(nn.Module):
@@ -28,7 +28,7 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
 
     def __call__(self, x: mx.array) -> mx.array:
-        return x + self.mlp(self.attn(x, None, cache=[x]))
+        return x + self.attn.scale * self.mlp(self.attn(x, None, cache=[x]))
 
 
 class Model(nn.Module):
@@ -46,3 +46,7 @@ class Model(nn.Module):
         for layer in self.layers:
             x = layer(x)
         return self.head.as_linear(x)
+
+
+def nothing(path: str, output: Any, *args: Any, **kwargs: Any) -> None:
+    """A hook that does nothing."""

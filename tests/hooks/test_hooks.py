@@ -12,9 +12,9 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
-from models import modified
 from oracle import Snapshot
-from running import IDS, Model
+from refusals import modified
+from running import IDS, Model, nothing
 
 from mlx_modswap import (
     NoMatchError,
@@ -27,22 +27,7 @@ from mlx_modswap import (
 )
 
 
-@pytest.fixture
-def model() -> Iterator[Model]:
-    """A model that has to be the identical one after the test."""
-    mx.random.seed(0)
-    model = Model()
-    mx.eval(model)
-    before = Snapshot(model)
-    yield model
-    assert before.differences() == []
-
-
-def nothing(path: str, output: Any, *args: Any, **kwargs: Any) -> None:
-    pass
-
-
-def same(path: str, output: Any) -> Any:
+def unchanged(path: str, output: Any) -> Any:
     return output
 
 
@@ -50,7 +35,7 @@ Use = Callable[..., AbstractContextManager[Any]]
 USES: dict[str, Use] = {
     "observe": lambda model, pattern, **options: observe(model, pattern, nothing, **options),
     "capture": capture,
-    "patch": lambda model, pattern, **options: patch(model, pattern, same, **options),
+    "patch": lambda model, pattern, **options: patch(model, pattern, unchanged, **options),
 }
 each_use = pytest.mark.parametrize("use", USES.values(), ids=USES)
 

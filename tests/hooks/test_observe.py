@@ -2,35 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
-from oracle import Snapshot
-from running import IDS, Model
+from running import IDS, Model, nothing
 
 from mlx_modswap import (
     observe,
     patch,
 )
-
-
-@pytest.fixture
-def model() -> Iterator[Model]:
-    """A model that has to be the identical one after the test."""
-    mx.random.seed(0)
-    model = Model()
-    mx.eval(model)
-    before = Snapshot(model)
-    yield model
-    assert before.differences() == []
-
-
-def nothing(path: str, output: Any, *args: Any, **kwargs: Any) -> None:
-    pass
-
 
 # What observe sees
 
