@@ -11,7 +11,7 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from mlx_lm.tuner.dora import DoRAEmbedding, DoRALinear
 from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
 
-from ..._hooks.hooks import Hooked
+from ..._hooks.hooks import unhooked
 
 METHODS = {"lora": "LoRA", "dora": "DoRA"}  # the names in a config, and in a message
 A_RANK = 1  # the axis of the rank in `lora_a`, for every kind of layer
@@ -67,9 +67,7 @@ class Adapter(NamedTuple):
 
 def class_of(module: Any) -> type:
     """Return the class of a module or, inside a block such as ``capture``, of the hooked module."""
-    while issubclass(type(module), Hooked):
-        module = module.__wrapped__
-    return type(module)
+    return type(unhooked(module))
 
 
 def kind_of(module: nn.Module) -> Kind | None:
