@@ -10,6 +10,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
+import zoo
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from mlx_lm.tuner.dora import DoRAEmbedding, DoRALinear
 from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
@@ -32,6 +33,11 @@ def adapted(layer: Any, method: str = "lora", **options: Any) -> Any:
     if method == "dora":
         adapter.m = adapter.m * mx.random.uniform(0.9, 1.1, adapter.m.shape)
     return adapter
+
+
+def frozen(name: str, **config: Any) -> Any:
+    """A model of the zoo that is frozen, as a model should be before it gets adapters."""
+    return zoo.build(name, **config).freeze()
 
 
 def adaptable(layer: Any, method: str = "lora") -> bool:

@@ -341,6 +341,13 @@ class Hooked(Wrapper):
         return self.__wrapped__.__reduce_ex__(protocol)
 
 
+def unhooked(module: Any) -> Any:
+    """Return a module without the hooks of the blocks that are open."""
+    while issubclass(type(module), Hooked):
+        module = module.__wrapped__
+    return module
+
+
 @contextmanager
 def _hooking(
     model: nn.Module,

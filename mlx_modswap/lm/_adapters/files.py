@@ -18,6 +18,13 @@ WEIGHTS = "adapters.safetensors"
 PEFT_WEIGHTS = "adapter_model.safetensors"
 ORIGINALS = "mlx_modswap"  # the config's key for the true rank and scale of each adapter
 
+# What to do with an adapter of PEFT that mlx-lm cannot represent.
+MERGE = (
+    "merge the adapter with PEFT (merge_and_unload), after untying the head if it is tied to the "
+    "embedding, and convert the merged model; if its config has rope_parameters, check that mlx-lm "
+    "reads them"
+)
+
 
 def read_adapter_config(file: Path) -> dict[str, Any]:
     """Read a config, which must be a JSON object."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -11,7 +11,8 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from mlx_lm.tuner.dora import DoRAEmbedding, DoRALinear
 from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
 
-from ..._hooks.hooks import Hooked
+from ..._hooks.hooks import unhooked
+from ..._words import class_names
 
 METHODS = {"lora": "LoRA", "dora": "DoRA"}  # the names in a config, and in a message
 A_RANK = 1  # the axis of the rank in `lora_a`, for every kind of layer
@@ -56,6 +57,7 @@ class Adapter(NamedTuple):
         rank (int): The length of the axis that ``lora_a`` and ``lora_b`` share.
         scale (float): What the product of the two is multiplied by.
         dropout (float): The probability that an input is set to zero in training.
+        fits (tuple[Fit, ...]): What the folder says about the layer.
     """
 
     arrays: dict[str, mx.array]
@@ -63,13 +65,24 @@ class Adapter(NamedTuple):
     rank: int
     scale: float
     dropout: float
+    fits: tuple[Fit, ...] = ()
+
+
+# Called with the path, the layer and the adapter. Returns the adapter for this layer, or raises a
+# ValueError if it is not the layer that the adapter was trained on.
+Fit = Callable[[str, Any, Adapter], Adapter]
 
 
 def class_of(module: Any) -> type:
     """Return the class of a module or, inside a block such as ``capture``, of the hooked module."""
-    while issubclass(type(module), Hooked):
-        module = module.__wrapped__
-    return type(module)
+    return type(unhooked(module))
+
+
+def name_of(module: Any) -> str:
+    """Return the name of a module's class, in full if mlx-lm has another class of that name."""
+    cls = class_of(module)
+    known = [known for kind in KINDS for known in (kind.adapter, *kind.layers)]
+    return class_names([cls, *known])[cls]
 
 
 def kind_of(module: nn.Module) -> Kind | None:
@@ -104,40 +117,12 @@ def mismatch(layer: Any, arrays: Mapping[str, mx.array], method: str, rank: int)
     """Write which of the arrays has the wrong shape for a layer; ``""`` if none has."""
     for name, shape in shapes(layer, method, rank).items():
         if arrays[name].shape != shape:
-            cls = layer.__class__.__name__
-            return f"{name} has the shape {arrays[name].shape}, and the {cls} needs {shape}"
+            return (
+                f"{name} has the shape {arrays[name].shape}, and the {name_of(layer)} needs {shape}"
+            )
     return ""
 
 
 def b_rank(lora_b: mx.array) -> int:
     """Return the axis of the rank in ``lora_b``: the last for experts, whose arrays have three."""
     return 2 if lora_b.ndim == 3 else 0
-
-
-def attach(path: str, layer: nn.Module, adapter: Adapter, file: str) -> nn.Module:
-    """Put an adapter around a layer, and return the adapter.
-
-    Raises:
-        ValueError: If the layer is of the wrong class or size. The message names ``file``.
-    """
-    name = layer.__class__.__name__
-    inner = kind_of(layer)
-    if inner is not None:
-        raise ValueError(
-            f"{path!r} already has an adapter, a {name}; to replace it, take it off first "
-            f"(layer.{inner.holds}), and to add this one to it, use '{path}.{inner.holds}'"
-        )
-    kind = kind_for(layer, adapter.method)
-    if kind is None:
-        raise ValueError(
-            f"{file} has a {METHODS[adapter.method]} adapter for {path!r}, "
-            f"and mlx-lm has no such adapter for {name}"
-        )
-    if wrong := mismatch(layer, adapter.arrays, adapter.method, adapter.rank):
-        raise ValueError(f"{file} does not fit {path!r}: {wrong}")
-    new = kind.adapter.from_base(
-        layer, r=adapter.rank, dropout=adapter.dropout, scale=adapter.scale
-    )
-    for key, array in adapter.arrays.items():
-        new[key] = array
-    return new

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from functools import partial
@@ -14,6 +15,7 @@ import mlx.nn as nn
 from ..._swap.factories import Factory
 from .._loaders import Loader
 from .._source import locate
+from .attach import attach
 from .files import (
     CONFIG,
     ORIGINALS,
@@ -27,7 +29,7 @@ from .files import (
     read_object,
     read_rank,
 )
-from .kinds import A_RANK, METHODS, Adapter, attach, b_rank
+from .kinds import A_RANK, METHODS, Adapter, Fit, b_rank
 from .peft import read_peft
 from .uniform import restore
 
@@ -45,12 +47,18 @@ def adapter_rules(folder: str | Path) -> dict[Any, Factory]:
 
     The folder may contain
 
-    * LoRA or DoRA of mlx-lm. If :func:`save_adapters` wrote the folder, each adapter
-      gets the rank and the scale with which it was saved;
+    * LoRA or DoRA of mlx-lm, or of mlx-vlm in the same format. If :func:`save_adapters`
+      wrote the folder, each adapter gets the rank and the scale with which it was saved;
     * LoRA of PEFT, of linear layers, with ``rank_pattern``, ``alpha_pattern`` and
-      ``use_rslora``. The paths are those of the model in transformers. If mlx-lm has
-      other paths, change the keys:
-      ``{f"language_model.{path}": rule for path, rule in rules.items()}``.
+      ``use_rslora``; of a tied embedding, with ``ensure_weight_tying``; and of the
+      experts of a mixture, whether these are modules or, as in transformers 5,
+      ``target_parameters``.
+
+    The paths of PEFT are those of the model in transformers, but experts are called
+    ``switch_mlp``, as in most models of mlx-lm: ``mlp.experts.3.down_proj`` and
+    ``mlp.experts.down_proj`` are ``mlp.switch_mlp.down_proj``. If mlx-lm has other
+    paths, change the keys:
+    ``{f"language_model.{path}": rule for path, rule in rules.items()}``.
 
     The layers that get an adapter may be quantized. Their frozen state does not
     change, and the adapters are trainable: to continue a training, call
@@ -64,17 +72,20 @@ def adapter_rules(folder: str | Path) -> dict[Any, Factory]:
 
     Returns:
         dict[str, Callable]: A factory for each path. The factories hold the arrays,
-        which are read once, and can be used any number of times. A path with ``*``,
-        ``?``, brackets or braces is given as a compiled regular expression.
+        which are read once, and can be used any number of times and in any thread. A
+        path with ``*``, ``?``, brackets or braces is given as a compiled regular
+        expression.
 
     Raises:
         FileNotFoundError: If there is no such folder, or one of its files is missing.
         ValueError: If a file is damaged, if the files do not fit each other, or if
             the folder contains something that is not an adapter in MLX: a full
             fine-tune, ``modules_to_save``, biases, or a variant of LoRA such as
-            PEFT's DoRA. So is PEFT's adapter of an embedding: it changes only the
-            inputs, but mlx-lm's would also change the outputs of a tied head.
-            The factories raise a ``ValueError`` if an array does not fit the layer.
+            PEFT's DoRA. PEFT's adapters of embeddings without ``ensure_weight_tying``
+            are refused as well: they change only the inputs, but mlx-lm's would also
+            change the outputs of a tied head. The factories raise a ``ValueError`` if
+            an array does not fit the layer, or if the folder says that the layer had
+            another weight (PEFT) or was quantized in another way (mlx-vlm).
 
     Example:
         >>> import tempfile
@@ -82,6 +93,7 @@ def adapter_rules(folder: str | Path) -> dict[Any, Factory]:
         >>> from mlx_lm.tuner.lora import LoRALinear
         >>> from mlx_modswap import lm, replace_layers, swapped
         >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+        >>> model = model.freeze()
         >>> lora = {
         ...     "layers[0]": lambda path, layer: LoRALinear.from_base(layer, r=4, scale=10.0),
         ...     "layers[2]": lambda path, layer: LoRALinear.from_base(layer, r=8, scale=20.0),
@@ -96,7 +108,7 @@ def adapter_rules(folder: str | Path) -> dict[Any, Factory]:
         layers.2 (64, 8) 20.0
     """
     download = partial(Loader().download, files=[CONFIG, WEIGHTS, PEFT_WEIGHTS])
-    where = locate(folder, download, "an adapter")
+    where = locate(os.path.expanduser(folder), download, "an adapter")
     config = read_adapter_config(where / CONFIG)
     if "peft_type" in config:
         file, adapters = where / PEFT_WEIGHTS, read_peft(where, config)
@@ -108,6 +120,7 @@ def adapter_rules(folder: str | Path) -> dict[Any, Factory]:
         adapters = restore(
             adapters, config[ORIGINALS], f"{ORIGINALS!r} in {quoted(where / CONFIG)}"
         )
+    mx.eval([adapter.arrays for adapter in adapters.values()])  # only this thread can
     return {_literal(path): _factory(adapter, quoted(file)) for path, adapter in adapters.items()}
 
 
@@ -126,6 +139,11 @@ def _literal(path: str) -> Any:
 def _read_mlx_lm(folder: Path, config: Mapping[str, Any]) -> dict[str, Adapter]:
     """Read the adapters, by path, of a folder that mlx-lm or :func:`save_adapters` wrote."""
     what = f"in {quoted(folder / CONFIG)}"
+    if "lora_parameters" not in config and "alpha" in config:
+        raise ValueError(
+            f"{quoted(folder)} is an adapter of an older mlx-vlm, with arrays 'A' and 'B' for each "
+            "layer; mlx_vlm.load(..., adapter_path=...) loads it"
+        )
     method = config.get("fine_tune_type", "lora")
     if method == "full":
         raise ValueError(
@@ -138,6 +156,7 @@ def _read_mlx_lm(folder: Path, config: Mapping[str, Any]) -> dict[str, Adapter]:
     rank = read_rank(parameters.get("rank"), f"'rank' {what}")
     scale = read_number(parameters.get("scale"), f"'scale' {what}")
     dropout = read_dropout(parameters.get("dropout", 0.0), f"'dropout' {what}")
+    quantized = read_object(config.get("base_quantization", {}), f"'base_quantization' {what}")
     by_path: dict[str, dict[str, mx.array]] = {}
     for name, array in read_arrays(folder / WEIGHTS).items():
         found = _NAME.fullmatch(name)
@@ -147,7 +166,31 @@ def _read_mlx_lm(folder: Path, config: Mapping[str, Any]) -> dict[str, Adapter]:
                 "(lora_a, lora_b or m)"
             )
         by_path.setdefault(found[1], {})[found[2]] = array
-    return {path: Adapter(arrays, method, rank, scale, dropout) for path, arrays in by_path.items()}
+    adapters = {
+        path: Adapter(arrays, method, rank, scale, dropout) for path, arrays in by_path.items()
+    }
+    for path in adapters.keys() & quantized.keys():
+        fit = _check_quantization(quantized[path], what)
+        adapters[path] = adapters[path]._replace(fits=(fit,))
+    return adapters
+
+
+def _check_quantization(expected: Any, what: str) -> Fit:
+    """Return a function that compares how a layer is quantized with how it was in training."""
+
+    def fit(path: str, layer: Any, adapter: Adapter) -> Adapter:
+        names = ("bits", "group_size", "mode")
+        found = {name: getattr(layer, name) for name in names} if "scales" in layer else None
+        if found != expected:
+            raise ValueError(
+                f"{path!r} was quantized with {expected} when the adapter was trained "
+                f"('base_quantization' {what}), and in this model it is "
+                f"{f'quantized with {found}' if found else 'not quantized'}; use the model that "
+                "the adapter was trained on, or remove the entry to put the adapter there anyway"
+            )
+        return adapter
+
+    return fit
 
 
 def _check_complete(path: str, adapter: Adapter, file: Path) -> None:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 import os
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from numbers import Real
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -21,18 +20,23 @@ from ..._select.arguments import check_model
 from ..._select.select import select
 from ..._words import described, listed
 from .files import CONFIG, ORIGINALS, PEFT_WEIGHTS, WEIGHTS, quoted
-from .kinds import A_RANK, METHODS, Adapter, class_of, kind_for, kind_of, mismatch, shapes
+from .frozen import check_frozen
+from .keys import find_keys
+from .kinds import A_RANK, METHODS, Adapter, kind_for, kind_of, mismatch, name_of, shapes
 from .uniform import unify
 
 
-def save_adapters(model: nn.Module, folder: str | Path) -> None:
+def save_adapters(
+    model: nn.Module, folder: str | Path, *, trained: Literal["error", "drop"] = "error"
+) -> None:
     """Write the adapters of a model to a folder for mlx-lm and :func:`adapter_rules`.
 
     ``mlx_lm.load(..., adapter_path=folder)``, ``mlx_lm.generate``, ``mlx_lm.server``
     and ``mlx_lm.fuse`` read the folder. The adapters are of mlx-lm's classes
     (``LoRALinear``, ``LoRASwitchLinear``, ``LoRAEmbedding``, ``DoRALinear``,
-    ``DoRAEmbedding``), at any paths and with any ranks and scales. Only the adapters
-    are written, and no other parameters that were trained.
+    ``DoRAEmbedding``), at any paths and with any ranks and scales. The folder holds
+    only the adapters. So it is an error if anything else in the model is trainable,
+    and may have been trained: call ``model.freeze()`` before the adapters are put in.
 
     mlx-lm reads one rank and one scale for all adapters. So lower ranks are padded
     with zeros, and other scales are folded into ``lora_b``, which changes the outputs
@@ -52,12 +56,16 @@ def save_adapters(model: nn.Module, folder: str | Path) -> None:
         model (mlx.nn.Module): A model with adapters. It is not changed.
         folder (str or Path): The folder to write ``adapters.safetensors`` and
             ``adapter_config.json`` to.
+        trained (str): What to do with trainable arrays outside the adapters:
+            ``"error"``, or ``"drop"`` to leave them out. Default: ``"error"``.
 
     Raises:
-        ValueError: If the model has no adapters; if mlx-lm cannot read its adapters,
-            because they are of another class, one is inside another, some are LoRA
-            and some DoRA, or their dropouts differ; or if the folder contains an
-            adapter of PEFT. Then nothing is written.
+        ValueError: If the model has no adapters; if it has other trainable arrays; if
+            mlx-lm cannot read its adapters, because they are of another class, one is
+            inside another, some are LoRA and some DoRA, or their dropouts differ; or
+            if the folder contains an adapter of PEFT. Then nothing is written.
+        RuntimeError: If the arrays of an adapter cannot be computed, for example since
+            they belong to another thread. Then nothing is written.
 
     Example:
         >>> import os, tempfile
@@ -77,6 +85,8 @@ def save_adapters(model: nn.Module, folder: str | Path) -> None:
         ['adapter_config.json', 'adapters.safetensors']
     """
     check_model(model)
+    if trained not in ("error", "drop"):
+        raise ValueError(f"trained must be 'error' or 'drop', not {trained!r}")
     modules = select(model, "**", where=_has_lora, strict=False)
     if not modules:
         raise ValueError(
@@ -86,7 +96,10 @@ def save_adapters(model: nn.Module, folder: str | Path) -> None:
     adapters = {path: _read(path, module) for path, module in modules.items()}
     _check_same(adapters, "method", "remove the adapters of one kind, or fuse them")
     _check_same(adapters, "dropout", "give them one: layer.dropout = mlx.nn.Dropout(p)")
-    keys, num_layers = _keys(model, modules)
+    keys, num_layers = find_keys(model, modules)
+    if trained == "error":
+        check_frozen(model, modules)
+    _evaluate(adapters)
     uniform, originals = unify(adapters)
     first = next(iter(uniform.values()))
     config = {
@@ -105,7 +118,7 @@ def save_adapters(model: nn.Module, folder: str | Path) -> None:
         for path, adapter in uniform.items()
         for name, array in adapter.arrays.items()
     }
-    with _replaced(Path(folder)) as stage:
+    with _replaced(Path(folder).expanduser()) as stage:
         mx.save_safetensors(str(stage / WEIGHTS), arrays)
         save_config(config, stage / CONFIG)
 
@@ -119,7 +132,13 @@ def _has_lora(path: str, module: nn.Module) -> bool:
 
 def _read(path: str, module: Any) -> Adapter:
     """Read an adapter from its module, and check that mlx-lm would build the same."""
-    name, kind = class_of(module).__name__, kind_of(module)
+    name, kind = name_of(module), kind_of(module)
+    if isinstance(module["lora_a"], list):
+        raise ValueError(
+            f"{path!r} is a {name}, which mlx-lm builds but does not read: its arrays are lists, "
+            "and mlx-lm refuses their names (lora_a.0, lora_a.1, ...); fuse it (layer.fuse()) and "
+            "save the model with lm.save, or leave this layer without an adapter"
+        )
     if kind is None:
         raise ValueError(
             f"{path!r} is a {name}, which mlx-lm does not build; use the classes of "
@@ -133,7 +152,7 @@ def _read(path: str, module: Any) -> Adapter:
         )
     if kind_for(layer, kind.method) is not kind:
         raise ValueError(
-            f"{path!r} is a {name} around a {layer.__class__.__name__}, which mlx-lm does not build"
+            f"{path!r} is a {name} around a {name_of(layer)}, which mlx-lm does not build"
         )
     rank = module.lora_a.shape[A_RANK]
     arrays = {key: module[key] for key in shapes(layer, kind.method, rank)}
@@ -149,6 +168,19 @@ def _read(path: str, module: Any) -> Adapter:
     return Adapter(arrays, kind.method, rank, float(module.scale), dropout)
 
 
+def _evaluate(adapters: Mapping[str, Adapter]) -> None:
+    """Compute all arrays, which only the thread that made them can."""
+    try:
+        mx.eval([adapter.arrays for adapter in adapters.values()])
+    except RuntimeError as error:
+        if "in current thread" in str(error):
+            raise RuntimeError(
+                "another thread made the arrays of the adapters and has not computed them; call "
+                "mx.eval(model.parameters()) there, or save the adapters there"
+            ) from error
+        raise
+
+
 def _check_same(adapters: Mapping[str, Adapter], field: str, advice: str) -> None:
     """Check that a field is the same for all adapters, since mlx-lm reads only one value."""
     groups: dict[Any, list[str]] = {}
@@ -161,38 +193,6 @@ def _check_same(adapters: Mapping[str, Adapter], field: str, advice: str) -> Non
             for places in [map(repr, folded(paths, numbers_are_indices=True))]
         )
         raise ValueError(f"mlx-lm reads one {field} for all adapters, not {found}; {advice}")
-
-
-# ---------------------------------------------------------------- where mlx-lm will put them
-
-
-def _keys(model: nn.Module, modules: Mapping[str, nn.Module]) -> tuple[list[str], int]:
-    """Return the ``keys`` and ``num_layers`` with which mlx-lm finds the places of the adapters.
-
-    mlx-lm adapts the modules whose path is one of the keys: first the path from each of
-    the last ``num_layers`` blocks, and then the path from the model. Keys relative to a
-    block are preferred, since other programs can read them too; whole paths can name any
-    places. The search of mlx-lm is repeated here: either it finds exactly these places,
-    or it is an error.
-    """
-    layers = getattr(model, "layers", None)
-    layers = layers if isinstance(layers, (list, tuple)) else ()
-    blocks = [dict(block.named_modules()) for block in layers]
-    wanted = Counter(map(id, modules.values()))
-    has_some = [not wanted.keys().isdisjoint(map(id, names.values())) for names in blocks]
-    last = blocks[has_some.index(True) :] if any(has_some) else []
-    relative = {key for names in last for key, module in names.items() if id(module) in wanted}
-    found = Counter(id(names[key]) for names in last for key in relative if key in names)
-    are_distinct = len(set(map(id, layers))) == len(layers)  # mlx-lm adapts each block in turn
-    if are_distinct and found == wanted and relative.isdisjoint(dict(model.named_modules())):
-        return sorted(relative), len(last)
-    for path in modules:
-        if any(path in names for names in blocks):
-            raise ValueError(
-                f"mlx-lm would also find {path!r} inside a block, and would put adapters there as "
-                "well"
-            )
-    return list(modules), len(blocks)
 
 
 # ---------------------------------------------------------------- the files

@@ -7,13 +7,13 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
-import zoo
 from adapting import (
     EMBEDDING,
     adapted,
     adapters_in,
     arrays_of,
     config_of,
+    frozen,
     identical,
     identical_adapters,
     lora,
@@ -33,14 +33,14 @@ def quantized(model: nn.Module, bits: int) -> nn.Module:
         return hasattr(layer, "to_quantized") and layer["weight"].shape[-1] % 32 == 0
 
     nn.quantize(model, group_size=32, bits=bits, class_predicate=fits)
-    return model
+    return model.freeze()
 
 
 # ---------------------------------------------------------------- what is written
 
 
 def test_places_in_the_last_blocks_are_written_as_mlx_lm_writes_them(tmp_path):
-    model = zoo.build("llama")
+    model = frozen("llama")
     replace_layers(model, "model.layers[2:].self_attn.{q,v}_proj", lora(4, scale=20.0))
     lm.save_adapters(model, tmp_path)
 
@@ -67,7 +67,7 @@ def test_places_in_the_last_blocks_are_written_as_mlx_lm_writes_them(tmp_path):
 
 
 def test_other_places_are_written_as_whole_paths(tmp_path):
-    model = zoo.build("llama")
+    model = frozen("llama")
     rules = {"model.layers[1].self_attn.q_proj": lora(2, 5.0), "model.embed_tokens": lora(8, 20.0)}
     replace_layers(model, rules)
     lm.save_adapters(model, tmp_path)
@@ -109,7 +109,7 @@ def test_other_places_are_written_as_whole_paths(tmp_path):
 def test_keys_are_relative_to_a_block_where_they_can_say_the_same(
     pattern, keys, num_layers, tmp_path
 ):
-    model = zoo.build("llama", tie_word_embeddings=False)
+    model = frozen("llama", tie_word_embeddings=False)
     news = replace_layers(model, pattern, lora(4))
     lm.save_adapters(model, tmp_path)
 
@@ -119,10 +119,10 @@ def test_keys_are_relative_to_a_block_where_they_can_say_the_same(
 
 
 def test_in_blocks_of_several_kinds_the_keys_are_relative_to_those_that_have_them(tmp_path):
-    model = zoo.build("jamba")  # some blocks have attention, others have mamba
+    model = frozen("jamba")  # some blocks have attention, others have mamba
     news = replace_layers(model, "model.layers.*.self_attn.q_proj", lora(4))
     lm.save_adapters(model, tmp_path)
-    fresh = load_adapters(zoo.build("jamba"), str(tmp_path))
+    fresh = load_adapters(frozen("jamba"), str(tmp_path))
 
     assert 0 < len(news) < len(model.layers)
     assert config_of(tmp_path)["lora_parameters"]["keys"] == ["self_attn.q_proj"]
@@ -149,7 +149,7 @@ class Nested(nn.Module):
     ],
 )
 def test_a_model_without_blocks_is_saved_for_adapter_rules(model, keys, tmp_path):
-    adapted_model, fresh = model(), model()
+    adapted_model, fresh = model().freeze(), model()
     ours = replace_layers(adapted_model, "**", lora(2), where=nn.Linear)
     lm.save_adapters(adapted_model, tmp_path)
     theirs = replace_layers(fresh, lm.adapter_rules(tmp_path))
@@ -183,7 +183,7 @@ class Recurrent(nn.Module):
 
 @pytest.mark.parametrize("model", [Headed, Recurrent, lambda: nn.Sequential(nn.Linear(8, 8))])
 def test_keys_are_whole_paths_where_mlx_lm_would_take_relative_ones_amiss(model, tmp_path):
-    adapted_model, fresh = model(), model()
+    adapted_model, fresh = model().freeze(), model()
     news = replace_layers(adapted_model, "layers.**", lora(2), where=nn.Linear)
     lm.save_adapters(adapted_model, tmp_path)
     load_adapters(fresh, str(tmp_path))
@@ -202,6 +202,7 @@ class Parts(nn.Module):
 
 def test_a_path_with_characters_of_patterns_is_a_rule_for_this_path_alone(tmp_path):
     model, fresh = Parts(), Parts()
+    model.freeze()
     names = ["a*", "a?", "[0]", "{q,k}"]
     for name in names:
         model.parts[name] = adapted(model.parts[name], r=2)
@@ -235,7 +236,7 @@ CASES = {  # the architecture, the bits of its layers, the method, and the rank 
 def case(request, tmp_path) -> tuple[Any, Any, Any]:
     """A model with adapters, the same without, and the folder to which they were saved."""
     name, bits, method, rules = CASES[request.param]
-    model, fresh = zoo.build(name), zoo.build(name)
+    model, fresh = frozen(name), frozen(name)
     if bits:
         quantized(model, bits)
         quantized(fresh, bits)
@@ -290,7 +291,7 @@ def test_inside_swapped_the_adapters_are_there_for_the_length_of_the_block(case)
 
 
 def test_adapters_of_mlx_lm_lora_are_read(tmp_path):
-    model = zoo.build("llama").freeze()
+    model = frozen("llama").freeze()
     options = {"rank": 4, "scale": 20.0, "dropout": 0.0}
     linear_to_lora_layers(model, 2, options)
     for adapter in adapters_in(model).values():
@@ -305,7 +306,7 @@ def test_adapters_of_mlx_lm_lora_are_read(tmp_path):
         '{"fine_tune_type": "lora", "num_layers": 2, "lora_parameters": '
         '{"rank": 4, "scale": 20.0, "dropout": 0.0}, "iters": 100, "model": "llama"}'
     )
-    news = replace_layers(zoo.build("llama"), lm.adapter_rules(tmp_path))
+    news = replace_layers(frozen("llama"), lm.adapter_rules(tmp_path))
 
     assert set(news) == set(adapters_in(model))
     assert all(identical_adapters(news[path], one) for path, one in adapters_in(model).items())
@@ -323,7 +324,7 @@ def test_what_was_saved_is_saved_again_with_the_same_files(case, tmp_path):
 
 
 def test_an_adapter_that_a_hook_wraps_is_saved(tmp_path):
-    model = zoo.build("llama")
+    model = frozen("llama")
     replace_layers(model, Q, lora(4))
     lm.save_adapters(model, tmp_path / "plain")
     with capture(model, Q):
@@ -337,10 +338,10 @@ def test_an_adapter_that_a_hook_wraps_is_saved(tmp_path):
 
 
 def test_padding_stays_zero_in_training(tmp_path):
-    model = zoo.build("llama")
+    model = frozen("llama")
     replace_layers(model, {"**.q_proj": lora(2, 3.0), "**.v_proj": lora(8, 7.0)})
     lm.save_adapters(model, tmp_path)
-    fresh = load_adapters(zoo.build("llama").freeze(), str(tmp_path))
+    fresh = load_adapters(frozen("llama").freeze(), str(tmp_path))
     tokens = mx.array([[1, 2, 3, 4]])
     gradients = nn.value_and_grad(fresh, lambda model: model(tokens).square().mean())(fresh)[1]
 
@@ -352,7 +353,7 @@ def test_padding_stays_zero_in_training(tmp_path):
 
 
 def test_an_embedding_that_is_also_the_head_is_adapted_in_both_uses(tmp_path):
-    model, fresh = zoo.build("gemma2"), zoo.build("gemma2")  # the head is embed_tokens.as_linear
+    model, fresh = frozen("gemma2"), frozen("gemma2")  # the head is embed_tokens.as_linear
     for one in (model, fresh):
         quantized(one, 8)
     (path,) = replace_layers(model, "**.embed_tokens", lora(3), where=EMBEDDING)
@@ -365,12 +366,12 @@ def test_an_embedding_that_is_also_the_head_is_adapted_in_both_uses(tmp_path):
 
 
 def test_dora_goes_around_layers_of_six_bits_where_mlx_lm_has_the_wrong_width(tmp_path):
-    model = zoo.build("llama")
+    model = frozen("llama")
     replace_layers(model, Q, lambda path, layer: adapted(layer, "dora", r=4))
     lm.save_adapters(model, tmp_path)
-    fresh = quantized(zoo.build("llama"), 6)
+    fresh = quantized(frozen("llama"), 6)
     with pytest.raises(ValueError, match="adapter shape"):
-        load_adapters(quantized(zoo.build("llama"), 6), str(tmp_path))
+        load_adapters(quantized(frozen("llama"), 6), str(tmp_path))
     replace_layers(fresh, lm.adapter_rules(tmp_path))
 
     assert fresh(mx.array([[1, 2, 3]])).shape == (1, 3, 96)

@@ -12,8 +12,7 @@ from typing import Any
 import hub
 import mlx.core as mx
 import pytest
-import zoo
-from adapting import arrays_of, config_of, contents, is_expected, lora, message
+from adapting import arrays_of, config_of, contents, frozen, is_expected, lora, message
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -27,7 +26,7 @@ Q1, Q3 = (f"model.layers.{n}.self_attn.q_proj" for n in (1, 3))
 @pytest.fixture
 def saved(tmp_path) -> Path:
     """A folder with two adapters of ranks 2 and 4."""
-    model = zoo.build("llama")
+    model = frozen("llama")
     replace_layers(model, {Q1: lora(2, 3.0), Q3: lora(4, 5.0)})
     lm.save_adapters(model, tmp_path / "math")
     return tmp_path / "math"
@@ -283,12 +282,12 @@ def damages(draw: st.DrawFn) -> tuple[str, Callable[[bytes], bytes]]:
 
 @given(st.lists(damages(), min_size=1, max_size=3))
 def test_a_damaged_folder_is_refused_in_words_or_read_as_it_is(tmp_path_factory, some):
-    model, folder = zoo.build("llama"), tmp_path_factory.mktemp("math")
+    model, folder = frozen("llama"), tmp_path_factory.mktemp("math")
     replace_layers(model, {Q1: lora(2, 3.0), Q3: lora(4, 5.0)})
     lm.save_adapters(model, folder)
     for name, damage in some:
         (folder / name).write_bytes(damage((folder / name).read_bytes()))
-    fresh = zoo.build("llama")
+    fresh = frozen("llama")
     before = contents(fresh)
     with suppress(ValueError, NoMatchError), swapped(fresh, lm.adapter_rules(folder)) as news:
         assert news

@@ -9,8 +9,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
-import zoo
-from adapting import adapted, contents, is_expected, lora, message
+from adapting import adapted, contents, frozen, is_expected, lora, message
 from mlx_lm.tuner.lora import LoRALinear
 
 from mlx_modswap import Wrapper, capture, lm, replace_layers
@@ -23,14 +22,14 @@ Q1, Q3 = (f"model.layers.{n}.self_attn.q_proj" for n in (1, 3))
 @pytest.fixture
 def saved(tmp_path) -> Path:
     """A folder with two adapters of ranks 2 and 4."""
-    model = zoo.build("llama")
+    model = frozen("llama")
     replace_layers(model, {Q1: lora(2, 3.0), Q3: lora(4, 5.0)})
     lm.save_adapters(model, tmp_path / "math")
     return tmp_path / "math"
 
 
 def llama(**config: Any) -> nn.Module:
-    return zoo.build("llama", **config)
+    return frozen("llama", **config)
 
 
 def with_adapters() -> nn.Module:
@@ -272,16 +271,17 @@ def test_a_wrapper_around_an_adapter_is_named_inside_a_block_with_hooks_too(tmp_
 
 
 def test_the_fused_layers_of_afm7_whose_adapters_nothing_reads_are_refused(tmp_path):
-    model = zoo.build("afm7")
+    model = frozen("afm7")
     path = "model.layers.0.self_attn.qkv_proj"
     replace_layers(model, path, lambda path, layer: layer.to_lora(r=4))
     assert message(lambda: lm.save_adapters(model, tmp_path), tmp_path) == (
-        f"ValueError: '{path}' is a FusedLoRALinear, which mlx-lm does not build; use the classes "
-        "of mlx_lm.tuner.lora and mlx_lm.tuner.dora"
+        f"ValueError: '{path}' is a FusedLoRALinear, which mlx-lm builds but does not read: its "
+        "arrays are lists, and mlx-lm refuses their names (lora_a.0, lora_a.1, ...); fuse it "
+        "(layer.fuse()) and save the model with lm.save, or leave this layer without an adapter"
     )
 
-    fresh = zoo.build("afm7")
-    replace_layers(model, path, lambda path, layer: adapted(nn.Linear(64, 128), r=4))
+    fresh = frozen("afm7")
+    replace_layers(model, path, lambda path, layer: adapted(nn.Linear(64, 128).freeze(), r=4))
     lm.save_adapters(model, tmp_path)
     assert message(lambda: replace_layers(fresh, lm.adapter_rules(tmp_path)), tmp_path) == (
         f"ValueError: 'math/adapters.safetensors' has a LoRA adapter for '{path}', and mlx-lm "

@@ -24,6 +24,8 @@ def seed():
 def through_a_folder(adapters: list[Any], folder: Any) -> list[Any]:
     """What adapters around plain layers become when they are saved and read."""
     model = nn.Sequential(*adapters)
+    for adapter in adapters:
+        adapter.linear.freeze()
     lm.save_adapters(model, folder)
     plain = nn.Sequential(*(adapter.linear for adapter in adapters))
     replace_layers(plain, lm.adapter_rules(folder))

@@ -13,8 +13,7 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
-import zoo
-from adapting import adapters_in, arrays_of, config_of, identical, lora
+from adapting import adapters_in, arrays_of, config_of, frozen, identical, lora
 from mlx_lm.tuner.utils import load_adapters
 
 from mlx_modswap import lm, replace_layers
@@ -26,7 +25,7 @@ FILES = ["adapter_config.json", "adapters.safetensors"]
 
 
 def llama_with(rank: int) -> nn.Module:
-    model = zoo.build("llama")
+    model = frozen("llama")
     replace_layers(model, Q, lora(rank))
     return model
 
@@ -69,7 +68,7 @@ def test_missing_folders_are_made(tmp_path):
 
 
 def test_an_adapter_without_a_type_is_lora_and_without_a_dropout_has_none(tmp_path):
-    model, fresh = llama_with(2), zoo.build("llama")
+    model, fresh = llama_with(2), frozen("llama")
     lm.save_adapters(model, tmp_path)
     config = config_of(tmp_path)
     del config["fine_tune_type"], config["lora_parameters"]["dropout"]
@@ -81,7 +80,7 @@ def test_an_adapter_without_a_type_is_lora_and_without_a_dropout_has_none(tmp_pa
 
 
 def test_adapters_are_saved_and_read_if_all_of_their_scales_are_zero(tmp_path):
-    model, fresh = zoo.build("llama"), zoo.build("llama")
+    model, fresh = frozen("llama"), frozen("llama")
     replace_layers(model, Q, lora(2, 0.0))
     lm.save_adapters(model, tmp_path)
     news = replace_layers(fresh, lm.adapter_rules(tmp_path))
@@ -102,7 +101,7 @@ def test_the_files_of_an_existing_folder_are_replaced_and_its_other_files_stay(t
     lm.save_adapters(llama_with(8), tmp_path)
 
     assert set(files(tmp_path)) == {*FILES, "README.md", "0000100_adapters.safetensors"}
-    model = load_adapters(zoo.build("llama"), str(tmp_path))
+    model = load_adapters(frozen("llama"), str(tmp_path))
     assert {adapter.lora_a.shape for adapter in adapters_in(model).values()} == {(64, 8)}
 
 
@@ -123,7 +122,7 @@ def test_adapters_that_mlx_lm_has_not_read_yet_are_saved_to_their_own_file(tmp_p
     lm.save_adapters(llama_with(4), tmp_path)
     before = arrays_of(tmp_path)
     mx.eval(before)
-    model = load_adapters(zoo.build("llama"), str(tmp_path))  # reads the header of the file
+    model = load_adapters(frozen("llama"), str(tmp_path))  # reads the header of the file
     lm.save_adapters(model, tmp_path)
     after = arrays_of(tmp_path)
 
@@ -140,7 +139,7 @@ def test_rules_do_not_change_with_the_file_that_they_were_read_from(tmp_path):
     rules = lm.adapter_rules(tmp_path)
     for name in FILES:
         (tmp_path / name).write_bytes(b"something else")
-    news: Any = replace_layers(zoo.build("llama"), rules)
+    news: Any = replace_layers(frozen("llama"), rules)
 
     for path, adapter in adapters_in(model).items():
         assert identical(news[path].lora_b, adapter.lora_b)

@@ -35,6 +35,7 @@ def adapter_folder(model_folder, tmp_path_factory) -> Path:
     """Adapters of two ranks and three scales, at places that no keys of a block can name."""
     folder = tmp_path_factory.mktemp("adapters")
     model, _ = load(model_folder)
+    model.freeze()
     mx.random.seed(1)
     rules = {
         "model.layers[0].self_attn.{q,v}_proj": lora(8, 30.0),
