@@ -229,7 +229,7 @@ def _convert(given: argparse.Namespace) -> str:
         planned = plan(given.model, rules, **settings)
         return f"{planned.report}\n{_size(given, planned.model)}; nothing was written"
     report = convert(given.model, given.folder, rules, max_shard_mb=given.max_shard_mb, **settings)
-    model, _ = Source(given.folder, Loader(), given.trust_remote_code).load()
+    model = Source(given.folder, Loader(), given.trust_remote_code).load().model
     return f"{report}\n{_size(given, model)}"
 
 

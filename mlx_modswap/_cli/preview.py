@@ -35,8 +35,7 @@ def preview(model: str, loader: Loader, *, trust_remote_code: bool) -> tuple[nn.
     folder, has_weights = _locate(model)
     source = Source(folder, loader, trust_remote_code)
     if has_weights:
-        built, _ = source.load()
-        return built, ""
+        return source.load().model, ""
     return _built(source), FROM_CONFIG
 
 

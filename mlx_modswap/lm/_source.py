@@ -11,7 +11,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm import utils
 
-from ._loaders import Config, Loader
+from .._words import listed
+from ._loaders import Config, Loaded, Loader
+from ._shards import INDEX, missing_shards, weight_files
 
 Folder = str | Path
 
@@ -25,15 +27,17 @@ class Source(NamedTuple):
         folder (Path): The folder.
         loader (Loader): The package that loads it.
         trust_remote_code (bool): Whether the code of a ``model_file`` may run.
+        changes (dict): Entries of the config that take the place of those in the folder.
     """
 
     folder: Path
     loader: Loader
     trust_remote_code: bool
+    changes: Config = {}  # noqa: RUF012  # never changed
 
     def config(self) -> Config:
-        """Return the config of the folder, as mlx-lm reads it."""
-        return read_config(self.folder)
+        """Return the config of the folder, as mlx-lm reads it, with the changes."""
+        return {**read_config(self.folder), **self.changes}
 
     def check_trust(self, config: Config) -> None:
         """Raise a ``ValueError`` if a config names code that was not allowed to run."""
@@ -43,7 +47,7 @@ class Source(NamedTuple):
                 "model; pass trust_remote_code=True (--trust-remote-code) if you trust it"
             )
 
-    def load(self, *, strict: bool = True) -> tuple[nn.Module, Config]:
+    def load(self, *, strict: bool = True) -> Loaded:
         """Return the model and its config; only the headers of the weights are read.
 
         Raises:
@@ -57,9 +61,19 @@ class Source(NamedTuple):
             )
         except Exception as error:  # code of the loader and of the model may raise anything
             _check_weights(self.folder)
+            self._check_shards()
             raise ValueError(
                 f"{self.loader.name} cannot load {str(self.folder)!r}: {one_line(error)}"
             ) from error
+
+    def _check_shards(self) -> None:
+        """Raise a ``ValueError`` if a file that the index of the weights names is missing."""
+        if missing := missing_shards(self.folder):
+            are = "are" if len(missing) > 1 else "is"
+            raise ValueError(
+                f"{self.loader.name} cannot load {str(self.folder)!r}: {listed(missing, 4)} "
+                f"{are} missing, which {INDEX} names"
+            ) from None
 
     def build(self) -> nn.Module:
         """Return the model that is built from the config alone.
@@ -133,7 +147,7 @@ def text_config(config: Config) -> Config:
 
 
 def _check_weights(folder: Path) -> None:
-    for file in sorted(folder.glob("model*.safetensors")):
+    for file in weight_files(folder):
         try:
             mx.load(str(file))
         except Exception as error:

@@ -148,7 +148,7 @@ def plan(
     wanted = _parsed(dtype)
     loader = loader_named("mlx-lm")
     origin = Source(locate(source, loader.download), loader, trust_remote_code)
-    model, config = origin.load()
+    model, config, _ = origin.load()
     _cast(model, config, wanted)
     originals = _parameters(model)
     report = quantize(model, rules, group_size=group_size, mode=mode, strict=strict)

@@ -20,6 +20,7 @@ from .._loaders import loader_of
 from .._quantize import quantization_config, quantized
 from .._source import Config, Folder, Source, locate
 from .compare import Outline, difference, other_layers, outline
+from .values import other_values
 from .write import (
     change_generation,
     check_free,
@@ -122,7 +123,7 @@ def check(
         ValueError: If mlx-lm cannot load it, or builds something else.
     """
     try:
-        built, _ = staged.load()
+        loaded = staged.load()
     except ValueError as error:
         # If the weights do not fit because mlx-lm builds other layers, the message is about these,
         # and mlx-lm's list of the weights that do not fit is left out.
@@ -130,13 +131,14 @@ def check(
         message = differs or str(error).replace(str(staged.folder), str(target))
         cause = None if differs else error
         raise ValueError(f"{str(target)!r} was not written: {message}") from cause
-    if differs := difference(outline(built), expected, original):
+    differs = difference(outline(loaded.model), expected, original)
+    if differs := differs or other_values(staged.folder, loaded):
         raise ValueError(f"{str(target)!r} was not written: {differs}")
 
 
 def _other_layers(staged: Source, expected: Outline) -> str:
     try:
-        built, _ = staged.load(strict=False)
+        built = staged.load(strict=False).model
     except ValueError:
         return ""
     return other_layers(outline(built), expected)
@@ -145,10 +147,10 @@ def _other_layers(staged: Source, expected: Outline) -> str:
 def _original(origin: Source) -> Outline | None:
     """Return what mlx-lm builds from the source; ``None`` if it cannot, say without weights."""
     try:
-        model, _ = origin.load(strict=False)
+        built = origin.load(strict=False).model
     except ValueError:
         return None
-    return outline(model)
+    return outline(built)
 
 
 def _checked(config: Mapping[str, Any] | None) -> dict[str, Any]:
