@@ -17,6 +17,7 @@ from .._select.select import select
 from .._show.report import Replacement
 from .._swap.replace import replace_layers
 from .._words import described
+from ._loaders import loader_of
 
 Settings = dict[str, Any]  # keywords of `to_quantized`
 Value = int | Mapping[str, Any] | None
@@ -206,7 +207,7 @@ def _factory(
     model: nn.Module, rules: Rules, pattern: Any, settings: Settings
 ) -> Callable[[str, Any], nn.Module]:
     if pattern == _CATCH_ALL:
-        return _as_mlx_lm_does(getattr(model, "quant_predicate", None), settings)
+        return _catch_all(model, pattern, settings)
 
     def by_rule(path: str, layer: Any) -> nn.Module:
         if _width(layer) % settings["group_size"]:
@@ -216,14 +217,20 @@ def _factory(
     return by_rule
 
 
-def _as_mlx_lm_does(
-    predicate: Callable[[str, Any], bool | Settings] | None, settings: Settings
+def _catch_all(
+    model: nn.Module, pattern: Any, settings: Settings
 ) -> Callable[[str, Any], nn.Module]:
+    loader = loader_of(model)
+    predicate = loader.predicate(model, settings)
+    # A rule that matches only what the conversion skips asks for just that.
+    matched = select(model, pattern, where=quantizable, strict=False)
+    may_skip = not all(map(loader.skips, matched))
+
     def catch_all(path: str, layer: Any) -> nn.Module:
         is_leaf = not tree_flatten(layer.children())  # `nn.quantize` skips other modules
-        if not is_leaf or _width(layer) % settings["group_size"]:
+        if not is_leaf or (may_skip and loader.skips(path)):
             return layer
-        answer = predicate(path, layer) if predicate is not None else True
+        answer = predicate(path, layer)
         if not answer:
             return layer
         return _to_quantized(path, layer, answer if isinstance(answer, Mapping) else settings)

@@ -23,8 +23,8 @@ from .._adapters.kinds import KINDS
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), mx.Dtype, Enum)
 # Entries of the config, or of its text_config, that some models keep. They are skipped: the layers
-# show what they say.
-_ABOUT_LAYERS = frozenset({"quantization", "quantization_config"})
+# show what they say. So is the folder, which mlx-vlm also keeps.
+_ABOUT_LAYERS = frozenset({"quantization", "quantization_config", "model_path"})
 
 Classes = tuple[type, ...]  # of a module and of the layers under it, if it is a Wrapper
 
@@ -136,28 +136,31 @@ def _in_words(value: Any) -> str:
 # ---------------------------------------------------------------- differences
 
 
-def difference(built: Outline, model: Outline, original: Outline | None = None) -> str:
-    """Say how a model differs from what mlx-lm builds, and what to do about it.
+def difference(
+    built: Outline, model: Outline, original: Outline | None = None, by: str = "mlx-lm"
+) -> str:
+    """Say how a model differs from what its loader builds, and what to do about it.
 
     Args:
-        built (Outline): What mlx-lm builds.
+        built (Outline): What the loader builds.
         model (Outline): The model.
-        original (Outline, optional): What mlx-lm would build with the config that the model
+        original (Outline, optional): What the loader would build with the config that the model
             was loaded with, if some of its entries may have changed.
+        by (str): The name of the loader.
 
     Returns:
         str: The differences in words, or ``""``.
     """
     return (
-        other_layers(built, model)
-        or _other_attributes(built, model, original)
-        or _other_arrays(built.arrays, model.arrays)
-        or _other_constants(built, model)
+        other_layers(built, model, by)
+        or _other_attributes(built, model, original, by)
+        or _other_arrays(built.arrays, model.arrays, by)
+        or _other_constants(built, model, by)
     )
 
 
-def other_layers(built: Outline, model: Outline) -> str:
-    """Say where mlx-lm would build modules of other classes than a model has; ``""`` if nowhere."""
+def other_layers(built: Outline, model: Outline, by: str = "mlx-lm") -> str:
+    """Say where a loader would build modules of other classes than a model has."""
     differing: dict[tuple[Classes, Classes], list[str]] = {}
     seen: set[str] = set()
     for path in dict.fromkeys([*model.classes, *built.classes]):
@@ -171,12 +174,12 @@ def other_layers(built: Outline, model: Outline) -> str:
         return ""
     named = [(_names(*classes), paths) for classes, paths in differing.items()]
     texts = [
-        f"mlx-lm would build {one} at {listed(_at(paths), 4)}, but the model has {other}"
+        f"{by} would build {one} at {listed(_at(paths), 4)}, but the model has {other}"
         for (one, other), paths in named
     ]
     if all(() in classes for classes in differing):
         advice = "pass the changed config entries: config={...}"
-        if "args.text_config" in model.attributes[""]:
+        if any(name.endswith(".text_config") for name in model.attributes.get("", ())):
             advice += "; if they are in its 'text_config', pass the complete 'text_config'"
     else:
         advice = "fuse or unwrap it, or pass a model_file"
@@ -227,7 +230,7 @@ def _nested(classes: Classes) -> str:
     return "(".join(cls.__name__ for cls in classes) + ")" * (len(classes) - 1)
 
 
-def _other_attributes(built: Outline, model: Outline, original: Outline | None) -> str:
+def _other_attributes(built: Outline, model: Outline, original: Outline | None, by: str) -> str:
     differing: dict[tuple[str, str, str], list[str]] = {}
     old = _old_attributes(model, original) if original else set[tuple[str, str, str]]()
     old_arguments = _old_arguments(model, original) if original else set[tuple[str, str]]()
@@ -236,7 +239,7 @@ def _other_attributes(built: Outline, model: Outline, original: Outline | None) 
         if (path, name, other) not in old and (name, other) not in old_arguments:
             differing.setdefault((name, *_shortened(one, other)), []).append(path)
     texts = [
-        f"mlx-lm would set {name} of {listed(_at(paths), 4)} to {one}, but the model has {other}"
+        f"{by} would set {name} of {listed(_at(paths), 4)} to {one}, but the model has {other}"
         for (name, one, other), paths in differing.items()
     ]
     advice = "set it in the model, or pass the config entry that sets it: config={...}"
@@ -309,21 +312,21 @@ def _shortened(one: str, other: str, most: int = 60) -> tuple[str, str]:
     return f"...{one[start : start + most]}...", f"...{other[start : start + most]}..."
 
 
-def _other_arrays(built: dict[str, Spec], model: dict[str, Spec]) -> str:
+def _other_arrays(built: dict[str, Spec], model: dict[str, Spec], by: str) -> str:
     differing: dict[tuple[Spec | None, Spec | None], list[str]] = {}
     for name in dict.fromkeys([*model, *built]):
         one, other = built.get(name), model.get(name)
         if one != other:
             differing.setdefault((one, other), []).append(name)
     texts = [
-        f"mlx-lm would build {one or 'nothing'} at {listed(_at(names), 4)}, but the model has "
+        f"{by} would build {one or 'nothing'} at {listed(_at(names), 4)}, but the model has "
         f"{other or 'nothing'}"
         for (one, other), names in differing.items()
     ]
     return listed(texts, 4, ", and ")
 
 
-def _other_constants(built: Outline, model: Outline) -> str:
+def _other_constants(built: Outline, model: Outline, by: str) -> str:
     differing: dict[str, list[str]] = {}
     for (path, name), other in model.constants.items():
         one = built.constants.get((path, name))
@@ -331,7 +334,7 @@ def _other_constants(built: Outline, model: Outline) -> str:
         if one is not None and not (one.shape == other.shape and _is_close(one, other)):
             differing.setdefault(name, []).append(path)
     texts = [
-        f"mlx-lm would give {name} of {listed(_at(paths), 4)} other values than the model has"
+        f"{by} would give {name} of {listed(_at(paths), 4)} other values than the model has"
         for name, paths in differing.items()
     ]
     advice = "set them in the model, or pass the config entry that sets them: config={...}"

@@ -131,8 +131,9 @@ def check(
         message = differs or str(error).replace(str(staged.folder), str(target))
         cause = None if differs else error
         raise ValueError(f"{str(target)!r} was not written: {message}") from cause
-    differs = difference(outline(loaded.model), expected, original)
-    if differs := differs or other_values(staged.folder, loaded):
+    by = staged.loader.name
+    differs = difference(outline(loaded.model), expected, original, by)
+    if differs := differs or other_values(staged.folder, loaded, by):
         raise ValueError(f"{str(target)!r} was not written: {differs}")
 
 
@@ -141,7 +142,7 @@ def _other_layers(staged: Source, expected: Outline) -> str:
         built = staged.load(strict=False).model
     except ValueError:
         return ""
-    return other_layers(outline(built), expected)
+    return other_layers(outline(built), expected, staged.loader.name)
 
 
 def _original(origin: Source) -> Outline | None:
