@@ -1,12 +1,24 @@
-"""Quantize a model from one folder to another: ``lm.convert`` against ``mlx_lm.convert``."""
+"""Quantize a model from one folder to another: ``lm.convert`` against ``mlx_lm.convert``.
+
+python -m benchmarks --only conversion           # SmolLM2, and llamas with random weights
+python -m benchmarks.conversion 8                # a llama of 8 billion: writes 16 GB, then 4.5 GB
+python -m benchmarks.conversion 8 --folder DIR   # where the disk has room
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
+import resource
 import sys
+from collections import defaultdict
+from collections.abc import Iterator
 from contextlib import redirect_stdout
+from functools import partial
+from hashlib import blake2b
 from importlib import import_module
 from pathlib import Path
+from shutil import rmtree
 from statistics import median
 from tempfile import TemporaryDirectory
 from time import perf_counter
@@ -14,132 +26,106 @@ from typing import Any
 
 import mlx.core as mx
 
-from .alone import alone
-from .tables import Row, mb, verdict
-from .turns import ratio
+from .tables import Row, markdown, mb, verdict, versions
+from .timing import alone, ratio
 
-SHARD = 100  # MB
-WORDS = 32_000
-# The shapes of TinyLlama, which has 22 blocks.
-SHAPE = {
-    "model_type": "llama",
-    "hidden_size": 2048,
-    "intermediate_size": 5632,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 4,
-    "rms_norm_eps": 1e-5,
-    "vocab_size": WORDS,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-}
-LEAST = {3: 2.0, 22: 5.0}  # blocks -> the least ratio of the peaks, mlx-lm / ours
-
-# The result of `convert`: the peak in bytes, and the seconds.
-Found = tuple[int, float]
+WAYS = ("ours", "mlx-lm")
+# width, hidden width, heads of keys and values, words
+TINY_LLAMA = (2048, 5632, 4, 32_000)
+LLAMA_3_8B = (4096, 14_336, 8, 128_256)
 
 
-def random_weights(blocks: int, rounds: int) -> list[Row]:
-    """Convert a llama with random weights."""
-    with TemporaryDirectory() as folder:
-        source = Path(folder, "source")
-        size, largest = alone("conversion", "make", str(source), blocks)
-        what = f"llama, {blocks} blocks"
-        return [_compare(what, source, size, largest, rounds, LEAST.get(blocks))]
-
-
-def smollm2(rounds: int) -> list[Row]:
-    """Convert SmolLM2, which examples/smollm2.py makes."""
-    with TemporaryDirectory() as folder:
-        source = Path(folder, "source")
-        size, largest = alone("conversion", "make_smollm2", str(source))
-        return [_compare("SmolLM2-135M", source, size, largest, rounds, None)]
-
-
-def _compare(
-    what: str, source: Path, size: int, largest: int, rounds: int, least: float | None
-) -> Row:
-    """Convert in both ways, alternately, each time in a new process."""
-    ways = ["ours", "mlx_lm"]
-    found: dict[str, list[Found]] = {way: [] for way in ways}
-    targets = {way: source.parent / way for way in ways}
-    for _ in range(rounds):
-        for way in ways:
-            _remove(targets[way])
-            found[way].append(alone("conversion", "convert", way, str(source), str(targets[way])))
-        ways.reverse()  # the other way goes first in the next round
-    count = alone("conversion", "count_equal", *map(str, targets.values()))
-    peaks = {way: max(peak for peak, _ in found[way]) for way in ways}
-    most = SHARD * 10**6 + 1.5 * largest
-    better = peaks["mlx_lm"] / peaks["ours"]
-    times = {way: [seconds for _, seconds in found[way]] for way in ways}
-    slower = ratio(times["ours"], times["mlx_lm"])
-    goal = f"{mb(most)}, {f'{least:g} x, ' if least else ''}1.1 x the time"
-    met = peaks["ours"] <= most and better >= (least or 0) and slower <= 1.1
-    seconds = [f"{median(times[way]):.1f}" for way in ("ours", "mlx_lm")]
+def llama_config(blocks: int, width: int, hidden: int, heads: int, words: int) -> dict[str, Any]:
     return {
-        "model": what,
-        "weights": mb(size),
-        "largest module": mb(largest),
-        "peak, ours": mb(peaks["ours"]),
-        "peak, mlx-lm": mb(peaks["mlx_lm"]),
-        "mlx-lm / ours": f"**{better:.1f}**",
-        "time, ours / mlx-lm": f"**{slower:.2f}**",
-        "seconds": " / ".join(seconds),
-        "equal arrays": f"{count:,} of {count:,}",
-        "goal": goal,
-        "verdict": verdict(met),
+        "model_type": "llama",
+        "num_hidden_layers": blocks,
+        "hidden_size": width,
+        "intermediate_size": hidden,
+        "num_attention_heads": 32,
+        "num_key_value_heads": heads,
+        "vocab_size": words,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
     }
 
 
-def _remove(folder: Path) -> None:
-    if folder.exists():
-        for file in folder.iterdir():
-            file.unlink()
-        folder.rmdir()
+def compare(make: str, *arguments: Any, rounds: int = 3, root: str | None = None) -> list[Row]:
+    """Convert a model in both ways, alternately, each time in a new process."""
+    with TemporaryDirectory(dir=root) as folder:
+        what, size, largest = alone("conversion", make, f"{folder}/source", *arguments)
+        found: dict[str, dict[str, list[float]]] = {way: defaultdict(list) for way in WAYS}
+        arrays: dict[str, Any] = {}
+        for index in range(rounds):
+            for way in WAYS[:: (-1) ** index]:  # the other way goes first in the next round
+                target = f"{folder}/converted"
+                for name, figure in alone("conversion", "convert", way, folder, target).items():
+                    found[way][name].append(figure)
+                if way not in arrays:
+                    arrays[way] = alone("conversion", "digests", target)
+                rmtree(target)  # the disk may not have room for both
+    assert arrays["ours"] == arrays["mlx-lm"], "the arrays differ"
+    ours, theirs = found["ours"], found["mlx-lm"]
+    peak, most = max(ours["peak"]), 1.35 * largest + 100e6
+    slower = ratio(ours["seconds"], theirs["seconds"])
+
+    def both(name: str) -> str:
+        return " / ".join(mb(max(found[way][name])) for way in WAYS)
+
+    return [
+        {
+            "model": what,
+            "weights": mb(size),
+            "largest array": mb(largest),
+            "peak, ours / mlx-lm": both("peak"),
+            "mlx-lm / ours": f"**{max(theirs['peak']) / peak:.1f}**",
+            "resident, ours / mlx-lm": both("resident"),
+            "time, ours / mlx-lm": f"**{slower:.2f}**",
+            "seconds": " / ".join(f"{median(found[way]['seconds']):.1f}" for way in WAYS),
+            "written": both("written"),
+            "equal arrays": f"{len(arrays['ours']):,} of {len(arrays['mlx-lm']):,}",
+            "goal": f"{mb(most)}, 0.9 x the time",
+            "verdict": verdict(peak <= most and slower <= 0.9),
+        }
+    ]
 
 
 # ---------------------------------------------------------------- called in a new process
 
 
-def make(folder: str, blocks: int) -> tuple[int, int]:
-    """Write a llama with random weights. Return their bytes, and those of the largest layer."""
+def make_random(source: str, billions: float) -> tuple[str, int, int]:
+    """Write a llama with random weights, of which at most a shard is in memory."""
     from mlx_lm import utils
     from mlx_lm.models import llama
-
-    config = {**SHAPE, "num_hidden_layers": blocks}
-    mx.random.seed(0)
-    model = llama.Model(llama.ModelArgs.from_dict(config))
-    model.set_dtype(mx.bfloat16)
-    utils.save_model(folder, model, donate_model=True)
-    Path(folder, "config.json").write_text(json.dumps(config))
-    _write_tokenizer(Path(folder))
-    return _sizes(folder)
-
-
-def make_smollm2(folder: str) -> tuple[int, int]:
-    sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-    example: Any = import_module("smollm2")
-    example.make(folder)
-    return _sizes(folder)
-
-
-def _sizes(folder: str) -> tuple[int, int]:
-    """The bytes of all weights, and of the largest one, which is the only one in its layer."""
-    sizes = [array.nbytes for array in _load(folder).values()]
-    return sum(sizes), max(sizes)
-
-
-def _write_tokenizer(folder: Path) -> None:
-    """Write a tokenizer with one word, because `mlx_lm.convert` loads and saves a tokenizer."""
     from tokenizers import Tokenizer, models
 
-    Tokenizer(models.WordLevel({"a": 0}, unk_token="a")).save(str(folder / "tokenizer.json"))
+    shape = LLAMA_3_8B if billions > 4 else TINY_LLAMA
+    width, hidden, heads, words = shape
+    block = 2 * width**2 * (1 + heads / 32) + 3 * width * hidden
+    blocks = round((1e9 * billions - 2 * words * width) / block)
+    config = llama_config(max(blocks, 1), *shape)
+    mx.random.seed(0)
+    model = llama.Model(llama.ModelArgs.from_dict(config))  # its arrays are lazy
+    model.set_dtype(mx.bfloat16)
+    utils.save_model(source, model, donate_model=True)
+    Path(source, "config.json").write_text(json.dumps(config))
+    # `mlx_lm.convert` loads and saves a tokenizer, so this one has one word.
+    Tokenizer(models.WordLevel({"a": 0}, unk_token="a")).save(f"{source}/tokenizer.json")
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "a"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    Path(source, "tokenizer_config.json").write_text(json.dumps(settings))
+    size, largest = sizes(source)
+    return f"llama, {size / 2e9:.2f} billion parameters", size, largest
 
 
-def convert(way: str, source: str, target: str) -> Found:
-    """Quantize all layers to 4 bits with `lm.convert` or `mlx_lm.convert`."""
+def make_smollm2(source: str) -> tuple[str, int, int]:
+    sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+    example: Any = import_module("smollm2")
+    example.make(source)
+    return "SmolLM2-135M", *sizes(source)
+
+
+def convert(way: str, folder: str, target: str) -> dict[str, float]:
+    """Quantize all layers to 4 bits. On an NVIDIA GPU, the resident set lacks the arrays."""
     from mlx_modswap import lm
 
     # `mlx_lm.convert` is the function or the module, depending on what was imported before.
@@ -147,34 +133,54 @@ def convert(way: str, source: str, target: str) -> Found:
     mx.reset_peak_memory()
     start = perf_counter()
     if way == "ours":
-        lm.convert(source, target, {"**": 4}, max_shard_mb=SHARD)
+        lm.convert(f"{folder}/source", target, {"**": 4})
     else:
         with redirect_stdout(sys.stderr):  # stdout holds the result of this process
-            theirs(source, target, quantize=True, q_bits=4)
+            theirs(f"{folder}/source", target, quantize=True, q_bits=4)
     mx.synchronize()
-    return mx.get_peak_memory(), perf_counter() - start
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {
+        "seconds": perf_counter() - start,
+        "peak": mx.get_peak_memory(),
+        "resident": resident if sys.platform == "darwin" else 1024 * resident,
+        "written": sum(file.stat().st_size for file in Path(target).glob("*.safetensors")),
+    }
 
 
-def count_equal(ours: str, theirs: str) -> int:
-    """Check that all arrays are equal, and return how many there are."""
-    a, b = _load(ours), _load(theirs)
-    assert a.keys() == b.keys(), "the names differ"
-    for name in list(a):
-        x, y = a.pop(name), b.pop(name)
-        assert x.dtype == y.dtype, f"{name} has another dtype"
-        assert mx.array_equal(x, y), f"{name} differs"
-    return len(_load(ours))
+def digests(folder: str) -> dict[str, tuple[str, list[int], str]]:
+    """The dtype, the shape and a hash of the values of each array."""
+    return {
+        name: (str(array.dtype), array.shape, blake2b(memoryview(array.view(mx.uint8))).hexdigest())
+        for name, array in arrays(folder)
+    }
 
 
-def _load(folder: str) -> dict[str, mx.array]:
-    files = sorted(Path(folder).glob("*.safetensors"))
-    loaded: list[Any] = [mx.load(str(file)) for file in files]
-    return {name: array for arrays in loaded for name, array in arrays.items()}
+def sizes(folder: str) -> tuple[int, int]:
+    """The bytes of all arrays, and of the largest one."""
+    found = [array.nbytes for _, array in arrays(folder)]
+    return sum(found), max(found)
 
 
-CASES = {
-    "conversion, SmolLM2": ("conversion", "smollm2", 3),
-    "conversion, 0.26 billion": ("conversion", "random_weights", 3, 3),
-    "conversion, 0.53 billion": ("conversion", "random_weights", 9, 3),
-    "conversion, 1.1 billion": ("conversion", "random_weights", 22, 3),
+def arrays(folder: str) -> Iterator[tuple[str, Any]]:
+    for file in sorted(Path(folder).glob("*.safetensors")):
+        loaded: Any = mx.load(str(file))
+        while loaded:  # an array that was read is not kept
+            yield loaded.popitem()
+
+
+TABLES = {
+    "Conversion": {
+        "SmolLM2": partial(compare, "make_smollm2"),
+        **{f"{size} billion": partial(compare, "make_random", size) for size in (0.26, 1.1)},
+    }
 }
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.conversion")
+    parser.add_argument("billions", nargs="?", type=float, default=0.2, help="default: 0.2")
+    parser.add_argument("--rounds", type=int, default=2, help="of both ways (default: 2)")
+    parser.add_argument("--folder", help="where to write (default: the folder for temporary files)")
+    options = parser.parse_args()
+    made = "make_random", options.billions
+    rows = compare(*made, rounds=options.rounds, root=options.folder)
+    print(f"{versions('mlx-lm')}\n\n{markdown(rows)}")

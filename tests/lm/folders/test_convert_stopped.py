@@ -218,7 +218,8 @@ def without_config(source: Path) -> None:
         (
             without_weights,
             ValueError,
-            "mlx-lm cannot load '{source}': No safetensors found in {source}",
+            "mlx-lm cannot load '{source}': model.safetensors is missing, which "
+            "model.safetensors.index.json names",
         ),
         (
             with_code,
