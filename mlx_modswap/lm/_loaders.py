@@ -40,6 +40,7 @@ class Loader:
     """mlx-lm."""
 
     name = "mlx-lm"
+    inner_files = ("additional_chat_templates/*.jinja",)  # which transformers writes and reads
 
     def download(self, source: str, files: Any = utils.DEFAULT_ALLOW_PATTERNS) -> Path:
         """Return the folder of a model on the hub, which is downloaded if it is not here yet."""
@@ -154,6 +155,7 @@ class VisionLoader(Loader):
     """mlx-vlm, for vision-language models."""
 
     name = "mlx-vlm"
+    inner_files = (*Loader.inner_files, "*/*.json")  # such as encoder_config/config.json
 
     def __init__(self) -> None:
         try:
@@ -172,6 +174,7 @@ class VisionLoader(Loader):
     def load(
         self, folder: Path, config: Config, *, strict: bool, trust_remote_code: bool
     ) -> Loaded:
+        # `load_model` runs a `model_file` without asking, so its caller has asked already.
         read: Arrays = {}
 
         def keep(file: str) -> Arrays:
@@ -195,7 +198,7 @@ class VisionLoader(Loader):
         return _with(self._utils.load_model, names)(folder, lazy=True)
 
     def arguments(self, folder: Path, config: Config) -> Any:
-        raise NotImplementedError
+        return self.build(folder, config, trust_remote_code=False).config
 
     def keeps_vision(self, model: nn.Module) -> bool:
         return True

@@ -124,8 +124,10 @@ def _in_words(value: Any) -> str:
         return str(Spec(value.dtype, value.shape))
     # A module is a mapping too, but what it holds is described at its own path.
     if isinstance(value, Mapping) and not isinstance(value, nn.Module):
-        kept = {key: one for key, one in value.items() if key not in _ABOUT_LAYERS}
-        return "{" + ", ".join(f"{key!r}: {_in_words(one)}" for key, one in kept.items()) + "}"
+        left_out = {*_ABOUT_LAYERS, "vision_config"}  # mlx-lm does not write it
+        # A config is sorted when it is written.
+        kept = {repr(key): _in_words(one) for key, one in value.items() if key not in left_out}
+        return "{" + ", ".join(f"{key}: {one}" for key, one in sorted(kept.items())) + "}"
     if isinstance(value, (list, tuple)):
         return f"({', '.join(map(_in_words, value))})"
     if isinstance(value, (type, FunctionType, BuiltinFunctionType, MethodType)):
@@ -172,6 +174,8 @@ def other_layers(built: Outline, model: Outline, by: str = "mlx-lm") -> str:
             differing.setdefault((one, other), []).append(path)
     if not differing:
         return ""
+    if whole := _is_part(built, model):
+        return f"{whole} of what {by} would build: save the whole model"
     named = [(_names(*classes), paths) for classes, paths in differing.items()]
     texts = [
         f"{by} would build {one} at {listed(_at(paths), 4)}, but the model has {other}"
@@ -181,11 +185,20 @@ def other_layers(built: Outline, model: Outline, by: str = "mlx-lm") -> str:
         advice = "pass the changed config entries: config={...}"
         if any(name.endswith(".text_config") for name in model.attributes.get("", ())):
             advice += "; if they are in its 'text_config', pass the complete 'text_config'"
+        if all(one == () for one, _ in differing):
+            advice += "; if calling the model has added them, load it anew and save it uncalled"
     else:
         advice = "fuse or unwrap it, or pass a model_file"
         if any((kind.adapter,) in classes for kind in KINDS for classes in differing):
             advice += "; lm.save_adapters writes the adapters alone"
     return f"{listed(texts, 4, ', and ')}: {advice}"
+
+
+def _is_part(built: Outline, model: Outline) -> str:
+    """Say which part of a built model a model is; ``""`` if it is not a part of it."""
+    classes = model.classes[""]
+    paths = [path for path, others in built.classes.items() if path and others == classes]
+    return f"the model is only the {_name(classes)} at {paths[0]!r}" if paths else ""
 
 
 def _above(path: str) -> Iterator[str]:

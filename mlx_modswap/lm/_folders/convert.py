@@ -109,7 +109,9 @@ def convert(
     expected = outline(model)
     arrays = _parameters(model)
     nbytes = sum(array.nbytes for array in arrays.values())
-    with staged(target, nbytes + copied_nbytes(origin.folder)) as staging:
+    with staged(
+        target, nbytes + copied_nbytes(origin.folder, origin.loader.inner_files)
+    ) as staging:
         finish(staging, origin, config, model)
         shards = list(_shards(arrays, max_shard_mb * 10**6))
         summary = {"total_size": nbytes, "total_parameters": utils.get_total_parameters(model)}

@@ -51,7 +51,7 @@ def other_values(folder: Path, loaded: Loaded, by: str) -> str:
     packed = [path for path in places if any(_is_inside(name, path) for name in changed)]
     if packed:
         paths = listed(folded(packed, numbers_are_indices=True), 4)
-        message += f"; leave {paths} unquantized with None (keep)"
+        message += f"; other settings for {paths}, or None (keep), may avoid that"
     return message
 
 
