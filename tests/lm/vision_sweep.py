@@ -25,7 +25,12 @@ def is_quantizable(path: str, layer: Any) -> bool:
     return hasattr(layer, "to_quantized")
 
 
-def quantize_as_mlx_vlm(model: Any) -> dict[str, tuple[int, int]]:
+def layers_of(model: nn.Module) -> list[tuple[str, Any]]:
+    """Return the paths and layers that can be quantized."""
+    return list(select(model, "**", where=is_quantizable).items())
+
+
+def quantize_as_mlx_vlm(model: Any, group_size: int | None = None) -> dict[str, tuple[int, int]]:
     """Quantize a model as ``mlx_vlm.convert`` does; return the settings of its layers."""
     own = getattr(model, "quant_predicate", None)
 
@@ -35,7 +40,7 @@ def quantize_as_mlx_vlm(model: Any) -> dict[str, tuple[int, int]]:
         return own(path, layer) if own is not None else True
 
     with contextlib.redirect_stdout(io.StringIO()):
-        quant_utils.quantize_model(model, {}, None, 4, quant_predicate=predicate)
+        quant_utils.quantize_model(model, {}, group_size, 4, quant_predicate=predicate)
     return settings_of(model)
 
 
