@@ -12,7 +12,7 @@ import mlx.nn as nn
 
 from .._patterns.fold import as_text, fold, segments, selector_of
 from .._patterns.parse import Pattern
-from .._words import aligned, class_names, dtypes, number, size
+from .._words import aligned, class_names, dtypes, listed, number, size
 from .measure import Measure, measure, record, total
 
 _MOST_LINES = 100
@@ -46,6 +46,38 @@ class Change(NamedTuple):
     new_dtypes: frozenset[mx.Dtype]
 
 
+class Left(NamedTuple):
+    """What was left as it is, or did not come along, for one reason.
+
+    Attributes:
+        what (str): What it is: ``"layers"``, ``"arrays"`` or ``"files"``.
+        why (str): The reason.
+        count (int): How many there are.
+        nbytes (int): Their size in bytes.
+        pattern (tuple[Pattern, ...]): Their places, in patterns; those of layers are what
+            ``select`` takes.
+    """
+
+    what: str
+    why: str
+    count: int  # pyright: ignore[reportIncompatibleMethodOverride]  # hides `tuple.count`
+    nbytes: int
+    pattern: tuple[Pattern, ...]
+
+    def __str__(self) -> str:
+        """Write the line of the report."""
+        what = self.what if self.count > 1 else self.what.removesuffix("s")
+        places = listed(map(as_text, self.pattern), 4)
+        return f"left: {self.count} {what}, {size(self.nbytes)}: {self.why} ({places})"
+
+
+def left(what: str, why: str, sizes: Mapping[str, int]) -> Left:
+    """Describe what was left as it is, given the size in bytes of each, by its path."""
+    paths = [segments(path, numbers_are_indices=True) for path in sizes]
+    pattern = tuple(selector_of(product) for product, _ in fold(paths))
+    return Left(what, why, len(sizes), sum(sizes.values()), pattern)
+
+
 class _Line(NamedTuple):
     """A line before it is printed, with all measures of its old and new modules."""
 
@@ -55,6 +87,7 @@ class _Line(NamedTuple):
     places: int
     old: Measure
     new: Measure
+    note: str = ""
 
 
 class Replacement(Mapping[str, nn.Module]):
@@ -80,6 +113,12 @@ class Replacement(Mapping[str, nn.Module]):
     * ``old_params`` and ``new_params``: The number of parameters, before quantization.
     * ``old_nbytes`` and ``new_nbytes``: The size of the arrays in bytes.
     * ``old_dtypes`` and ``new_dtypes``: A ``frozenset`` of :class:`mlx.core.Dtype`.
+
+    Only :mod:`mlx_modswap.lm` fills two more attributes. ``left`` is what was *not* done:
+    a list with a named tuple for each reason, which are the last lines of the report. The
+    fields are ``what`` (``"layers"``, ``"arrays"`` or ``"files"``), ``why``, ``count``,
+    ``nbytes`` and ``pattern``, a tuple of patterns of these places. ``notes`` maps a path
+    to what its line says at the end: that the model's own ``quant_predicate`` decided.
 
     ``old_nbytes`` and ``new_nbytes`` of the replacement itself are the sums over all
     lines. A module in several places is counted only at the first of them. All figures
@@ -107,6 +146,8 @@ class Replacement(Mapping[str, nn.Module]):
         self._new_modules = new_modules
         self._old_modules = record(old_modules)
         self._rules = rules  # the number of the rule that decided each place
+        self.left: list[Left] = []
+        self.notes: dict[str, str] = {}  # what is to be said about single places
         self._numbers_are_indices = (
             numbers_are_indices  # whether every number in a path is an index of a list
         )
@@ -151,14 +192,16 @@ class Replacement(Mapping[str, nn.Module]):
         return f"<Replacement of {len(self)} modules>"
 
     def __str__(self) -> str:
-        return "\n".join(aligned(self._rows())) if self else "nothing changed"
+        lines = aligned(self._rows()) if self else ["nothing changed"]
+        return "\n".join([*lines, *map(str, self.left)])
 
     def _repr_html_(self) -> str:
+        left = "".join(f"<p>{escape(str(one))}</p>" for one in self.left)
         if not self:
-            return "<p>nothing changed</p>"
+            return f"<p>nothing changed</p>{left}"
         columns = [column for column in zip(*self._rows()) if any(column)]
         cells = ("".join(f"<td>{escape(cell)}</td>" for cell in row) for row in zip(*columns))
-        return f"<table>{''.join(f'<tr>{row}</tr>' for row in cells)}</table>"
+        return f"<table>{''.join(f'<tr>{row}</tr>' for row in cells)}</table>{left}"
 
     @cached_property
     def _lines(self) -> list[_Line]:
@@ -169,15 +212,16 @@ class Replacement(Mapping[str, nn.Module]):
         names = class_names(one.cls for one in (*old_modules, *new_modules))
         groups: dict[tuple[Any, ...], list[int]] = {}
         for at, (rule, old, new) in enumerate(zip(self._rules, old_modules, new_modules)):
-            key = rule, _name(old, names), _name(new, names), old.dtypes, new.dtypes
+            note = self.notes.get(self._paths[at], "")
+            key = rule, note, _name(old, names), _name(new, names), old.dtypes, new.dtypes
             groups.setdefault(key, []).append(at)
         lines: list[_Line] = []
-        for (_, old_name, new_name, *_), group in groups.items():
+        for (_, note, old_name, new_name, *_), group in groups.items():
             for product, positions in fold([paths[at] for at in group]):
                 places = [group[position] for position in positions]
                 old, new = (total(of[at] for at in places) for of in (old_modules, new_modules))
                 pattern = selector_of(product)
-                lines.append(_Line(pattern, old_name, new_name, len(places), old, new))
+                lines.append(_Line(pattern, old_name, new_name, len(places), old, new, note))
         return lines
 
     def _rows(self) -> list[list[str]]:
@@ -226,6 +270,7 @@ def _cells(line: _Line, tells_trainable: bool) -> list[str]:
         f"{_change(old.trainable, new.trainable, number)} trainable" if tells_trainable else "",
         _change(old.nbytes, new.nbytes, size) if old.nbytes or new.nbytes else "",
         _arrow(dtypes(old.dtypes), dtypes(new.dtypes)) if old.dtypes or new.dtypes else "",
+        line.note,
     ]
 
 

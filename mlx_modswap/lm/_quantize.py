@@ -5,25 +5,25 @@ from __future__ import annotations
 import inspect
 from collections import Counter
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
-import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from .._errors import NoMatchError
 from .._patterns.fold import folded
 from .._select.select import select
-from .._show.report import Replacement
+from .._show.measure import measure
+from .._show.report import Left, Replacement, left
+from .._swap.factories import Factory
 from .._swap.replace import replace_layers
-from .._words import described
+from .._words import listed
 from ._loaders import loader_of
+from ._rules import Rule, Rules, Settings, defaults, is_table, read_rules, rules_of_table
 
-Settings = dict[str, Any]  # keywords of `to_quantized`
-Value = int | Mapping[str, Any] | None
-Rules = Mapping[Any, Value]  # from a pattern or several; not typed, as keys are invariant
-
-_CATCH_ALL = "**"
+_PREDICATE = "the model's own quant_predicate"
+_NOTE = f"decided by {_PREDICATE}"
+_HOLDS_MODULES = "holds other modules"
 
 
 def quantize(
@@ -41,17 +41,21 @@ def quantize(
     ``to_quantized`` are considered; layers that are quantized already stay as they
     are. As in :func:`~mlx_modswap.replace_layers`, all of the layers change or none does.
 
-    The catch-all rule, whose key is exactly ``"**"``, does what ``mlx_lm.convert``
-    does: it skips layers whose width the group size does not divide, and follows
-    the model's own ``quant_predicate``. Any other rule ignores the predicate, and
-    raises an error if the group size does not divide a width.
+    A catch-all rule, each of whose patterns ends in the segment ``**``, does for its
+    layers what ``mlx_lm.convert`` does for all: it leaves alone layers whose width the
+    group size does not divide, and follows the model's own ``quant_predicate``. Any
+    other rule ignores the predicate, and raises an error if the group size does not
+    divide a width. The report marks layers that the predicate decided, and its last
+    lines name what a rule left alone (``left``).
 
     Args:
         model (mlx.nn.Module): The model to change in place.
         rules (Mapping): What to do with the layers that a pattern, or a tuple of
             patterns, matches: an ``int`` is the number of bits per weight, a
             mapping holds keywords of ``to_quantized`` (``bits``, ``group_size``,
-            ``mode``), and ``None`` leaves a layer alone, with everything inside it.
+            ``mode``), and ``None`` or ``False`` leaves a layer alone, with everything
+            inside it. The table of ``"quantization"`` in a config of mlx-lm is taken as
+            well; its global settings are for the layers that it does not name.
         group_size (int, optional): How many weights share a scale, unless a rule says
             otherwise. Default: ``None``, MLX's default for the mode, which is 64 for
             ``"affine"``.
@@ -82,26 +86,28 @@ def quantize(
         >>> model.layers[0].bits, model.layers[2].bits, model.layers[2].group_size
         (8, 4, 32)
     """
-    if not isinstance(rules, Mapping) or isinstance(rules, nn.Module):
-        raise TypeError(
-            "rules must map patterns to bits, to keywords of to_quantized or to None, "
-            f"not {described(rules)}"
-        )
-    factories = {
-        pattern: _factory(model, rules, pattern, _settings(pattern, value, group_size, mode))
-        if value is not None
-        else None
-        for pattern, value in rules.items()
-    }
-    try:
-        report = replace_layers(model, factories, where=quantizable, strict=strict)
-    except NoMatchError:
-        _refuse_quantized(model, rules)
-        raise
-    catch_all = rules.get(_CATCH_ALL)
-    if strict and not report and catch_all is not None:
-        settings = _settings(_CATCH_ALL, catch_all, group_size, mode)
-        raise NoMatchError(_nothing_fits(model, settings["group_size"]))
+    if is_table(rules):
+        rules = rules_of_table(rules, select(model, "**", where=_is_layer, strict=False))
+    wanted = read_rules(rules, group_size, mode)
+    decisions = _decisions(model, wanted, strict)
+    if strict:
+        _check_that_rules_quantize(decisions)
+    _check_widths(decisions)
+    choice = _chosen(model, decisions)
+    if strict and decisions and not choice.settings:
+        raise NoMatchError(_nothing_to_quantize(decisions, choice.left))
+
+    def as_chosen(path: str, layer: Any) -> nn.Module:
+        if path not in choice.settings:
+            return layer
+        by_model = path in choice.by_model
+        return _to_quantized(path, layer, choice.settings[path], by_model=by_model)
+
+    factories = {pattern: rule and as_chosen for pattern, rule in wanted.items()}
+    report = replace_layers(model, factories, where=quantizable, strict=False)
+    report.left += choice.left
+    marked = {id(report[path]) for path in choice.by_model}
+    report.notes.update((path, _NOTE) for path in report if id(report[path]) in marked)
     return report
 
 
@@ -165,80 +171,122 @@ def _settings_of(layer: Any) -> Settings:
     return settings
 
 
-# ---------------------------------------------------------------- rules to factories
+# ---------------------------------------------------------------- what happens to each layer
 
 
-def _settings(pattern: Any, value: Any, group_size: int | None, mode: str) -> Settings:
-    """Return the value of a rule as keywords of ``to_quantized``, including the defaults."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        value = {"bits": value}
-    if not isinstance(value, Mapping):
-        raise TypeError(
-            f"rule {_shown(pattern)} must be a number of bits, a mapping of keywords of "
-            f"to_quantized, or None, not {value!r}"
-        )
-    given = {key: one for key, one in value.items() if one is not None}
-    own_mode = given.get("mode", mode)
-    usual_group_size, usual_bits = _defaults(own_mode)
-    if group_size is not None and own_mode == mode:
-        usual_group_size = group_size
-    settings = {"group_size": usual_group_size, "bits": usual_bits, "mode": own_mode, **given}
-    for name in ("group_size", "bits"):
-        number = settings[name]
-        if not isinstance(number, int) or isinstance(number, bool) or number < 1:
-            raise TypeError(
-                f"{name} of rule {_shown(pattern)} must be an int of 1 or more, not {number!r}"
-            )
-    return settings
+class _Decision(NamedTuple):
+    """The rule that decides about a layer."""
+
+    path: str
+    layer: Any
+    rule: Rule
 
 
-def _defaults(mode: str) -> tuple[int, int]:
-    """Return MLX's default group size and bits for a mode, derived from the shapes it makes."""
+class _Choice(NamedTuple):
+    """What will be done.
+
+    Attributes:
+        settings (dict): The keywords of ``to_quantized`` for each layer, by path.
+        by_model (set): The paths whose settings are those of the model's own predicate.
+        left (list of Left): What catch-all rules leave alone, and what is quantized already.
+    """
+
+    settings: dict[str, Settings]
+    by_model: set[str]
+    left: list[Left]
+
+
+def _is_layer(path: str, layer: Any) -> bool:
+    """Return whether rules are about a layer: it can be quantized, or is quantized already."""
+    return quantizable(path, layer) or quantized(path, layer)
+
+
+def _decisions(
+    model: nn.Module, wanted: Mapping[Any, Rule | None], strict: bool
+) -> list[_Decision]:
+    """Return the rule that decides about each layer, except those that are to be left alone."""
+    decisions: list[_Decision] = []
+
+    def noting(rule: Rule) -> Factory:
+        def note(path: str, layer: nn.Module) -> nn.Module:
+            decisions.append(_Decision(path, layer, rule))
+            return layer
+
+        return note
+
+    # Rules that change nothing show which layers each of them decides.
+    factories = {pattern: rule and noting(rule) for pattern, rule in wanted.items()}
     try:
-        weight, scales, *_ = mx.quantize(mx.zeros((32, 512)), mode=mode)  # never computed
-    except (TypeError, ValueError):
-        raise ValueError(
-            f"mode must be 'affine', 'mxfp4', 'nvfp4' or 'mxfp8', not {mode!r}"
-        ) from None
-    return 512 // scales.shape[1], weight.shape[1] * 32 // 512
+        replace_layers(model, factories, where=_is_layer, strict=strict)
+    except NoMatchError as error:
+        raise NoMatchError(_without_where(str(error))) from None
+    return decisions
 
 
-def _factory(
-    model: nn.Module, rules: Rules, pattern: Any, settings: Settings
-) -> Callable[[str, Any], nn.Module]:
-    if pattern == _CATCH_ALL:
-        return _catch_all(model, pattern, settings)
+def _chosen(model: nn.Module, decisions: list[_Decision]) -> _Choice:
+    """Return the settings of each layer, and why others are left alone."""
+    choice = _Choice({}, set(), [])
+    reasons: dict[str, dict[str, Any]] = {}
+    for rule in _rules_in(decisions):
+        some = [one for one in decisions if one.rule is rule]
+        by_default = _by_default(model, rule)
+        for path, layer, _ in some:
+            if quantized(path, layer):
+                outcome = f"already quantized to {layer.bits} bits"
+            else:
+                outcome = by_default(path, layer) if rule.is_catch_all else rule.settings
+            if isinstance(outcome, str):
+                reasons.setdefault(outcome, {})[path] = layer
+                continue
+            choice.settings[path] = outcome
+            if outcome is not rule.settings:
+                choice.by_model.add(path)
+    reasons.pop(_HOLDS_MODULES, None)
+    choice.left.extend(_left(reason, layers) for reason, layers in reasons.items())
+    return choice
 
-    def by_rule(path: str, layer: Any) -> nn.Module:
-        if _width(layer) % settings["group_size"]:
-            raise ValueError(_mismatch(model, rules, pattern, settings["group_size"]))
-        return _to_quantized(path, layer, settings)
 
-    return by_rule
+def _by_default(model: nn.Module, rule: Rule) -> Callable[[str, Any], Settings | str]:
+    """Return a function that says what a catch-all rule does with a layer.
 
-
-def _catch_all(
-    model: nn.Module, pattern: Any, settings: Settings
-) -> Callable[[str, Any], nn.Module]:
+    It returns the keywords of ``to_quantized`` or, if the layer is left alone, the reason.
+    """
     loader = loader_of(model)
-    predicate = loader.predicate(model, settings)
-    # A rule that matches only what the conversion skips asks for just that.
-    matched = select(model, pattern, where=quantizable, strict=False)
-    may_skip = not all(map(loader.skips, matched))
+    predicate = loader.predicate(model, rule.settings)
+    group_size = rule.settings["group_size"]
+    matched = select(model, rule.pattern, where=_is_layer, strict=False)
+    names_skipped = all(map(loader.skips, matched))
 
-    def catch_all(path: str, layer: Any) -> nn.Module:
-        is_leaf = not tree_flatten(layer.children())  # `nn.quantize` skips other modules
-        if not is_leaf or (may_skip and loader.skips(path)):
-            return layer
-        answer = predicate(path, layer)
-        if not answer:
-            return layer
-        return _to_quantized(path, layer, answer if isinstance(answer, Mapping) else settings)
+    def by_default(path: str, layer: Any) -> Settings | str:
+        if tree_flatten(layer.children()):  # which `nn.quantize` leaves alone
+            return _HOLDS_MODULES
+        if loader.skips(path) and not names_skipped:
+            return f"{loader.name} does not quantize them"
+        if answer := predicate(path, layer):
+            return dict(answer) if isinstance(answer, Mapping) else rule.settings
+        if _width(layer) % group_size:
+            return f"groups of {group_size} do not divide {{widths}}"
+        return f"excluded by {_PREDICATE}"
 
-    return catch_all
+    return by_default
 
 
-def _to_quantized(path: str, layer: Any, settings: Mapping[str, Any]) -> nn.Module:
+def _left(reason: str, layers: Mapping[str, Any]) -> Left:
+    widths = sorted({_width(layer) for layer in layers.values()})
+    words = f"the width{'s' * (len(widths) > 1)} {', '.join(map(str, widths))}"
+    sizes = {
+        path: measured.nbytes for path, measured in zip(layers, measure(list(layers.values())))
+    }
+    return left("layers", reason.replace("{widths}", words), sizes)
+
+
+def _rules_in(decisions: list[_Decision]) -> list[Rule]:
+    return list({id(one.rule): one.rule for one in decisions}.values())
+
+
+def _to_quantized(
+    path: str, layer: Any, settings: Mapping[str, Any], *, by_model: bool
+) -> nn.Module:
     # Not every `to_quantized` knows `quantize_input`, so it is left out if it is off.
     keywords = {key: value for key, value in settings.items() if value or key != "quantize_input"}
     known = inspect.signature(layer.to_quantized).parameters
@@ -254,7 +302,15 @@ def _to_quantized(path: str, layer: Any, settings: Mapping[str, Any]) -> nn.Modu
         return layer.to_quantized(**keywords)
     except ValueError as error:
         message = ", ".join(f"{key}={value!r}" for key, value in keywords.items())
-        raise ValueError(f"{place} cannot be quantized with {message}: {error}") from error
+        message = f"{place} cannot be quantized with {message}: {error}"
+        if by_model:
+            mode = settings.get("mode", "affine")
+            groups = settings.get("group_size") or defaults(mode)[0]
+            message += (
+                f"; {_PREDICATE} asks for groups of {groups}, so name this layer in an earlier "
+                "rule, with settings that fit or with None (keep)"
+            )
+        raise ValueError(message) from error
 
 
 def _width(layer: Any) -> int:
@@ -265,25 +321,32 @@ def _width(layer: Any) -> int:
 # ---------------------------------------------------------------- messages
 
 
-def _shown(pattern: Any) -> str:
-    return repr(list(pattern)) if isinstance(pattern, tuple) else repr(pattern)
+def _check_that_rules_quantize(decisions: list[_Decision]) -> None:
+    """Raise an error for the first rule whose layers are all quantized already."""
+    for rule in _rules_in(decisions):
+        layers = [(one.path, one.layer) for one in decisions if one.rule is rule]
+        if not any(quantizable(*one) for one in layers):
+            raise NoMatchError(
+                f"{rule} has nothing to quantize: the layers that it matches ({len(layers)}) are "
+                "already quantized and are left unchanged; start from the original model"
+            )
 
 
-def _mismatch(model: nn.Module, rules: Rules, pattern: Any, group_size: int) -> str:
+def _check_widths(decisions: list[_Decision]) -> None:
+    """Raise an error if a rule that names layers has groups that do not divide their widths."""
+    for rule in _rules_in(decisions):
+        group_size = rule.settings["group_size"]
+        paths: dict[int, list[str]] = {}
+        for path, layer, its in decisions:
+            fits = quantized(path, layer) or _width(layer) % group_size == 0
+            if its is rule and not rule.is_catch_all and not fits:
+                paths.setdefault(_width(layer), []).append(path)
+        if paths:
+            raise ValueError(_mismatch(rule, paths))
+
+
+def _mismatch(rule: Rule, paths: dict[int, list[str]]) -> str:
     """Write that a group size does not divide some widths, and which sizes do."""
-    paths: dict[int, list[str]] = {}
-
-    def note(path: str, layer: Any) -> nn.Module:
-        if _width(layer) % group_size:
-            paths.setdefault(_width(layer), []).append(path)
-        return layer
-
-    # Rules that change nothing show which layers this rule decides, and not one before it.
-    noting = {
-        one: None if value is None else note if one == pattern else lambda path, layer: layer
-        for one, value in rules.items()
-    }
-    replace_layers(model, noting, where=quantizable, strict=False)
     places = [
         f"{', '.join(folded(some, numbers_are_indices=True))} ({width})"
         for width, some in paths.items()
@@ -296,35 +359,30 @@ def _mismatch(model: nn.Module, rules: Rules, pattern: Any, group_size: int) -> 
             "alone with None (keep)"
         )
     return (
-        f"rule {_shown(pattern)} asks for groups of {group_size}, which do not divide the width of "
-        f"{', '.join(places)}; {advice}"
+        f"{rule} asks for groups of {rule.settings['group_size']}, which do not divide the width "
+        f"of {', '.join(places)}; {advice}"
     )
 
 
-def _refuse_quantized(model: nn.Module, rules: Rules) -> None:
-    """Raise an error for the first rule that matches only layers that are quantized already."""
-    for pattern, value in rules.items():
-        if value is None or select(model, pattern, where=quantizable, strict=False):
-            continue
-        if stay := select(model, pattern, where=quantized, strict=False):
-            raise NoMatchError(
-                f"rule {_shown(pattern)} has nothing to quantize: the layers that it matches "
-                f"({len(stay)}) are already quantized and are left unchanged; start from the "
-                "original model"
-            ) from None
-
-
-def _nothing_fits(model: nn.Module, group_size: int) -> str:
-    layers = select(model, "**", where=quantizable)
-    widths = {_width(layer) for layer in layers.values()}
-    mismatches = ", ".join(str(width) for width in sorted(widths) if width % group_size)
-    reasons = (
-        [f"groups of {group_size} do not divide the widths {mismatches}"] if mismatches else []
-    )
-    if any(width % group_size == 0 for width in widths):
-        reasons.append("the model's own quant_predicate excludes the layers that fit")
+def _nothing_to_quantize(decisions: list[_Decision], left: list[Left]) -> str:
+    """Write why catch-all rules quantize nothing."""
+    rules = [str(rule) for rule in _rules_in(decisions)]
+    reasons = [f"{one.why} ({one.count} layer{'s' * (one.count > 1)})" for one in left]
     advice = "name the layers in a rule of their own, with a group_size that fits"
-    if stay := select(model, "**", where=quantized, strict=False):
-        reasons.append(f"{len(stay)} layers are already quantized and are left unchanged")
+    if any(quantized(one.path, one.layer) for one in decisions):
         advice = "start from the original model"
-    return f"rule '**' quantizes nothing: {', and '.join(reasons)}; {advice}"
+    return (
+        f"{listed(rules)} quantize{'s' * (len(rules) == 1)} nothing: {', '.join(reasons)}; {advice}"
+    )
+
+
+def _without_where(message: str) -> str:
+    """Write a message of the core without ``where``, which the user has not passed."""
+    name = f"where={_is_layer.__name__}"
+    for words, others in (
+        (f"{name} rejects", "there is no to_quantized in"),
+        (f"{name} already leaves alone", "there is no to_quantized in"),
+        (f" that {name} accepts", " that can be quantized"),
+    ):
+        message = message.replace(words, others)
+    return message

@@ -266,8 +266,8 @@ def told_by_first(model: nn.Module, rules: dict[str, Any]) -> dict[str, str]:
                 value: dict[str, Any] = {"bits": value} if isinstance(value, int) else value
                 mode = value.get("mode", "affine")
                 group_size = value.get("group_size", {"affine": 64, "mxfp8": 32}[mode])
-                if pattern != "**" or layer.weight.shape[-1] % group_size == 0:
-                    end = "" if pattern == "**" else "!"
+                if not pattern.endswith("**") or layer.weight.shape[-1] % group_size == 0:
+                    end = "" if pattern.endswith("**") else "!"
                     told[path] = f"{value.get('bits', 8)} {group_size} {mode}{end}"
                 break
     return told
@@ -307,11 +307,11 @@ def told_by_first(model: nn.Module, rules: dict[str, Any]) -> dict[str, str]:
             {
                 "**.down_proj": {"group_size": 32},
                 "model.layers[0]": None,
-                "**.layers.*.**": {"group_size": 128},
+                "**.layers.*.*.*_proj": {"group_size": 128},
             },
             {},
             ValueError,
-            "rule '**.layers.*.**' asks for groups of 128, which do not divide the width of "
+            "rule '**.layers.*.*.*_proj' asks for groups of 128, which do not divide the width of "
             "model.layers[1:4].self_attn.{q,k,v,o}_proj, model.layers[1:4].mlp.{gate,up}_proj "
             "(64); use a group_size (--q-group-size) of 64 or 32, or leave these layers alone "
             "with None (keep)",
@@ -403,8 +403,8 @@ def told_by_first(model: nn.Module, rules: dict[str, Any]) -> dict[str, str]:
             {"**": 4},
             {"group_size": 128},
             NoMatchError,
-            "rule '**' quantizes nothing: groups of 128 do not divide the widths 64, 96; name the "
-            "layers in a rule of their own, with a group_size that fits",
+            "rule '**' quantizes nothing: groups of 128 do not divide the widths 64, 96 (30 "
+            "layers); name the layers in a rule of their own, with a group_size that fits",
         ),
     ],
 )
@@ -443,12 +443,12 @@ def test_an_error_of_widths_names_the_group_sizes_that_fit(width, group_size, ad
     ("rules", "told"),
     [
         ({"**.v_proj": 8, "**.q_proj": 8}, "rule '**.q_proj' has nothing to quantize: "),
-        ({"**.{q,v}_proj": 8, "**.q_proj": 8}, "rule '**.q_proj' has nothing to quantize: "),
+        ({"**.{q,v}_proj": 8, "**.q_proj": 8}, "rule '**.q_proj' never applies: earlier rules "),
         (
             {"model.layers[0].self_attn.q_proj": None, "**.q_proj": 8},
             "rule '**.q_proj' has nothing to quantize: ",
         ),
-        ({"**.input_layernorm": 8}, "where=quantizable rejects all 4 modules that "),
+        ({"**.input_layernorm": 8}, "there is no to_quantized in all 4 modules that "),
     ],
 )
 def test_the_rule_that_matches_only_quantized_layers_is_named(llama, rules, told):
@@ -471,8 +471,8 @@ def test_an_error_for_a_model_that_is_quantized_already_asks_for_the_original(ll
         "already quantized and are left unchanged; start from the original model"
     )
     assert str(other.value) == (
-        "rule '**' quantizes nothing: groups of 64 do not divide the widths 96, and 26 layers are "
-        "already quantized and are left unchanged; start from the original model"
+        "rule '**' quantizes nothing: already quantized to 4 bits (26 layers), groups of 64 do "
+        "not divide the width 96 (4 layers); start from the original model"
     )
 
 
@@ -486,8 +486,8 @@ def test_an_error_says_that_the_model_itself_keeps_its_layers():
     with pytest.raises(NoMatchError) as caught:
         lm.quantize(Model(), {"**": 4})
     assert str(caught.value) == (
-        "rule '**' quantizes nothing: the model's own quant_predicate excludes the layers that "
-        "fit; name the layers in a rule of their own, with a group_size that fits"
+        "rule '**' quantizes nothing: excluded by the model's own quant_predicate (1 layer); name "
+        "the layers in a rule of their own, with a group_size that fits"
     )
 
 

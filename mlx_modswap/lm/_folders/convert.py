@@ -16,7 +16,8 @@ from tqdm import tqdm
 
 from ..._show.report import Replacement
 from .._loaders import loader_named
-from .._quantize import Rules, quantize
+from .._quantize import quantize
+from .._rules import Rules
 from .._source import Config, Folder, Source, locate, one_line, text_config
 from .compare import outline
 from .save import check, finish
