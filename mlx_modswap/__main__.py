@@ -38,6 +38,7 @@ _NO_REGEX = (
     "; but regular expressions work only in Python: write * for a name, ** for any path, [0:2] for "
     "a slice of a list, {a,b} for a choice"
 )
+_LOADERS = ("mlx-lm", "mlx-vlm")
 _DTYPES = ("float16", "bfloat16", "float32")  # as in mlx_lm.convert
 
 
@@ -188,6 +189,12 @@ def _parser(name: str, run: Any, summary: str) -> argparse.ArgumentParser:
     parser.set_defaults(run=run)
     parser.add_argument("model", metavar="MODEL", help="a folder, or the id of a model on the hub")
     parser.add_argument(
+        "--loader",
+        choices=_LOADERS,
+        default="mlx-lm",
+        help="the package that loads the model; mlx-vlm keeps vision; default: %(default)s",
+    )
+    parser.add_argument(
         "--trust-remote-code",
         action="store_true",
         help="run the Python file that a model may come with",
@@ -201,7 +208,7 @@ def _parser(name: str, run: Any, summary: str) -> argparse.ArgumentParser:
 def _tree(given: argparse.Namespace) -> str:
     from .lm._loaders import loader_named  # first: it says what to install if mlx-lm is missing
 
-    loader = loader_named("mlx-lm")
+    loader = loader_named(given.loader)
     from ._cli.preview import preview
 
     model, note = preview(given.model, loader, trust_remote_code=given.trust_remote_code)
@@ -214,7 +221,7 @@ def _convert(given: argparse.Namespace) -> str:
     rules = read_rules(given.rules, given.files)
     from .lm._folders.convert import convert, plan
     from .lm._folders.write import check_free
-    from .lm._loaders import Loader
+    from .lm._loaders import loader_named
     from .lm._source import Source
 
     settings = {
@@ -222,6 +229,7 @@ def _convert(given: argparse.Namespace) -> str:
         "mode": given.q_mode,
         "dtype": given.dtype,
         "strict": True,
+        "loader": given.loader,
         "trust_remote_code": given.trust_remote_code,
     }
     if given.dry_run:
@@ -229,7 +237,8 @@ def _convert(given: argparse.Namespace) -> str:
         planned = plan(given.model, rules, **settings)
         return f"{planned.report}\n{_size(given, planned.model)}; nothing was written"
     report = convert(given.model, given.folder, rules, max_shard_mb=given.max_shard_mb, **settings)
-    model = Source(given.folder, Loader(), given.trust_remote_code).load().model
+    source = Source(given.folder, loader_named(given.loader), given.trust_remote_code)
+    model = source.load().model
     return f"{report}\n{_size(given, model)}"
 
 

@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from pathlib import Path
+from types import FunctionType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -39,6 +40,7 @@ class Loader:
     """mlx-lm."""
 
     name = "mlx-lm"
+    inner_files = ("additional_chat_templates/*.jinja",)  # which transformers writes and reads
 
     def download(self, source: str, files: Any = utils.DEFAULT_ALLOW_PATTERNS) -> Path:
         """Return the folder of a model on the hub, which is downloaded if it is not here yet."""
@@ -85,9 +87,15 @@ class Loader:
         """Return whether a model needs the ``vision_config`` of its config."""
         return "vision_tower" in getattr(model, "model", {})  # the expression is mlx-lm's
 
-    def predicate(self, model: nn.Module, settings: Mapping[str, Any]) -> Predicate | None:
-        """Return what its own conversion asks about each layer whose width fits."""
-        return getattr(model, "quant_predicate", None)
+    def predicate(self, model: nn.Module, settings: Mapping[str, Any]) -> Predicate:
+        """Return what its own conversion asks about each layer that can be quantized."""
+        own = getattr(model, "quant_predicate", None) or (lambda path, layer: True)
+        group_size = settings["group_size"]
+
+        def predicate(path: str, layer: Any) -> Any:
+            return layer.weight.shape[-1] % group_size == 0 and own(path, layer)
+
+        return predicate
 
     def skips(self, path: str) -> bool:
         """Return whether its own conversion skips a layer because of its path."""
@@ -143,13 +151,112 @@ def _classes(folder: Path, config: Config) -> tuple[Any, Any]:
     return code.Model, code.ModelArgs
 
 
+class VisionLoader(Loader):
+    """mlx-vlm, for vision-language models."""
+
+    name = "mlx-vlm"
+    inner_files = (*Loader.inner_files, "*/*.json")  # such as encoder_config/config.json
+
+    def __init__(self) -> None:
+        try:
+            self._utils: Any = importlib.import_module("mlx_vlm.utils")
+            self._quantization: Any = importlib.import_module("mlx_vlm.quant_utils")
+        except ImportError as error:
+            raise ImportError(
+                "vision-language models need mlx-vlm 0.7.10 or newer: "
+                f"pip install 'mlx-modswap[vlm]' ({error})",
+                name=error.name,
+            ) from error
+
+    def download(self, source: str, files: Any = None) -> Path:
+        return Path(self._utils.get_model_path(source, allow_patterns=files))
+
+    def load(
+        self, folder: Path, config: Config, *, strict: bool, trust_remote_code: bool
+    ) -> Loaded:
+        # `load_model` runs a `model_file` without asking, so its caller has asked already.
+        read: Arrays = {}
+
+        def keep(file: str) -> Arrays:
+            arrays = self._utils._load_safetensors(file)
+            read.update(arrays)
+            return arrays
+
+        names = {"load_config": self._reads(folder, config), "_load_safetensors": keep}
+        load_model = _with(self._utils.load_model, names)
+        return Loaded(load_model(folder, lazy=True, strict=strict), config, read)
+
+    def build(self, folder: Path, config: Config, *, trust_remote_code: bool) -> nn.Module:
+        # The model is complete before mlx-vlm changes and loads the weights, of which it has none.
+        names = {
+            "load_config": self._reads(folder, config),
+            "glob": SimpleNamespace(glob=lambda pattern: [pattern]),
+            "_load_safetensors": lambda file: {},
+            "sanitize_weights": lambda model, weights, config=None: weights,
+            "load_model_weights": lambda model, *others, **keywords: model,
+        }
+        return _with(self._utils.load_model, names)(folder, lazy=True)
+
+    def arguments(self, folder: Path, config: Config) -> Any:
+        return self.build(folder, config, trust_remote_code=False).config
+
+    def keeps_vision(self, model: nn.Module) -> bool:
+        return True
+
+    def predicate(self, model: nn.Module, settings: Mapping[str, Any]) -> Predicate:
+        # `quantize_model` calls `nn.quantize` with its predicate.
+        asked: list[Predicate] = []
+        names = {
+            "nn": SimpleNamespace(
+                quantize=lambda *others, class_predicate, **keywords: asked.append(class_predicate)
+            ),
+            "compute_bits_per_weight": lambda model: 0.0,
+            "print": lambda *texts: None,
+        }
+        quantize_model = _with(self._quantization.quantize_model, names)
+        quantize_model(model, {}, settings["group_size"], settings["bits"], settings["mode"])
+        return asked[0]
+
+    def skips(self, path: str) -> bool:
+        return self._utils.skip_multimodal_module(path)
+
+    def _reads(self, folder: Path, config: Config) -> Callable[..., Config]:
+        """Return mlx-vlm's ``load_config``, but with the entries that differ from the folder's."""
+        old = utils.load_config(folder)
+        changes = {key: one for key, one in config.items() if key not in old or old[key] != one}
+
+        def load_config(folder: Path, **keywords: Any) -> Config:
+            return {**self._utils.load_config(folder, **keywords), **deepcopy(changes)}
+
+        return load_config
+
+
+def _with(function: Any, names: Mapping[str, Any]) -> Any:
+    """Return a function with the same code, which finds other objects under some global names."""
+    own = FunctionType(
+        function.__code__,
+        {**function.__globals__, **names},
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    own.__kwdefaults__ = function.__kwdefaults__
+    return own
+
+
 def loader_of(model: nn.Module) -> Loader:
     """Return the package that a model is from, which the classes of its MRO tell."""
-    return Loader()
+    packages = {cls.__module__.partition(".")[0] for cls in type(model).__mro__}
+    return VisionLoader() if "mlx_vlm" in packages else Loader()
 
 
 def loader_named(name: str) -> Loader:
     """Return a package by its name."""
-    if name != Loader.name:
-        raise ValueError(f"loader must be {Loader.name!r}, not {name!r}")
-    return Loader()
+    for loader in LOADERS:
+        if loader.name == name:
+            return loader()
+    known = " or ".join(repr(loader.name) for loader in LOADERS)
+    raise ValueError(f"loader must be {known}, not {name!r}")
+
+
+LOADERS = (Loader, VisionLoader)

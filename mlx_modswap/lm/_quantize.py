@@ -229,7 +229,7 @@ def _chosen(model: nn.Module, decisions: list[_Decision]) -> _Choice:
     reasons: dict[str, dict[str, Any]] = {}
     for rule in _rules_in(decisions):
         some = [one for one in decisions if one.rule is rule]
-        by_default = _by_default(model, rule, [one.path for one in some])
+        by_default = _by_default(model, rule)
         for path, layer, _ in some:
             if quantized(path, layer):
                 outcome = f"already quantized to {layer.bits} bits"
@@ -246,9 +246,7 @@ def _chosen(model: nn.Module, decisions: list[_Decision]) -> _Choice:
     return choice
 
 
-def _by_default(
-    model: nn.Module, rule: Rule, paths: list[str]
-) -> Callable[[str, Any], Settings | str]:
+def _by_default(model: nn.Module, rule: Rule) -> Callable[[str, Any], Settings | str]:
     """Return a function that says what a catch-all rule does with a layer.
 
     It returns the keywords of ``to_quantized`` or, if the layer is left alone, the reason.
@@ -256,19 +254,19 @@ def _by_default(
     loader = loader_of(model)
     predicate = loader.predicate(model, rule.settings)
     group_size = rule.settings["group_size"]
-    names_skipped = all(map(loader.skips, paths))
+    matched = select(model, rule.pattern, where=_is_layer, strict=False)
+    names_skipped = all(map(loader.skips, matched))
 
     def by_default(path: str, layer: Any) -> Settings | str:
         if tree_flatten(layer.children()):  # which `nn.quantize` leaves alone
             return _HOLDS_MODULES
-        if _width(layer) % group_size:
-            return f"groups of {group_size} do not divide {{widths}}"
         if loader.skips(path) and not names_skipped:
             return f"{loader.name} does not quantize them"
-        answer = True if predicate is None else predicate(path, layer)
-        if not answer:
-            return f"excluded by {_PREDICATE}"
-        return dict(answer) if isinstance(answer, Mapping) else rule.settings
+        if answer := predicate(path, layer):
+            return dict(answer) if isinstance(answer, Mapping) else rule.settings
+        if _width(layer) % group_size:
+            return f"groups of {group_size} do not divide {{widths}}"
+        return f"excluded by {_PREDICATE}"
 
     return by_default
 

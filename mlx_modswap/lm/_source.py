@@ -62,8 +62,12 @@ class Source(NamedTuple):
         except Exception as error:  # code of the loader and of the model may raise anything
             _check_weights(self.folder)
             self._check_shards()
+            message = one_line(error)
+            if self.loader.name == Loader.name and "vision_config" in config:
+                message = message.removesuffix(".")
+                message += "; loader='mlx-vlm' (--loader mlx-vlm) loads vision-language models"
             raise ValueError(
-                f"{self.loader.name} cannot load {str(self.folder)!r}: {one_line(error)}"
+                f"{self.loader.name} cannot load {str(self.folder)!r}: {message}"
             ) from error
 
     def _check_shards(self) -> None:

@@ -23,8 +23,8 @@ from .._adapters.kinds import KINDS
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), mx.Dtype, Enum)
 # Entries of the config, or of its text_config, that some models keep. They are skipped: the layers
-# show what they say.
-_ABOUT_LAYERS = frozenset({"quantization", "quantization_config"})
+# show what they say. So is the folder, which mlx-vlm also keeps.
+_ABOUT_LAYERS = frozenset({"quantization", "quantization_config", "model_path"})
 
 Classes = tuple[type, ...]  # of a module and of the layers under it, if it is a Wrapper
 
@@ -124,8 +124,10 @@ def _in_words(value: Any) -> str:
         return str(Spec(value.dtype, value.shape))
     # A module is a mapping too, but what it holds is described at its own path.
     if isinstance(value, Mapping) and not isinstance(value, nn.Module):
-        kept = {key: one for key, one in value.items() if key not in _ABOUT_LAYERS}
-        return "{" + ", ".join(f"{key!r}: {_in_words(one)}" for key, one in kept.items()) + "}"
+        left_out = {*_ABOUT_LAYERS, "vision_config"}  # mlx-lm does not write it
+        # A config is sorted when it is written.
+        kept = {repr(key): _in_words(one) for key, one in value.items() if key not in left_out}
+        return "{" + ", ".join(f"{key}: {one}" for key, one in sorted(kept.items())) + "}"
     if isinstance(value, (list, tuple)):
         return f"({', '.join(map(_in_words, value))})"
     if isinstance(value, (type, FunctionType, BuiltinFunctionType, MethodType)):
@@ -136,28 +138,31 @@ def _in_words(value: Any) -> str:
 # ---------------------------------------------------------------- differences
 
 
-def difference(built: Outline, model: Outline, original: Outline | None = None) -> str:
-    """Say how a model differs from what mlx-lm builds, and what to do about it.
+def difference(
+    built: Outline, model: Outline, original: Outline | None = None, by: str = "mlx-lm"
+) -> str:
+    """Say how a model differs from what its loader builds, and what to do about it.
 
     Args:
-        built (Outline): What mlx-lm builds.
+        built (Outline): What the loader builds.
         model (Outline): The model.
-        original (Outline, optional): What mlx-lm would build with the config that the model
+        original (Outline, optional): What the loader would build with the config that the model
             was loaded with, if some of its entries may have changed.
+        by (str): The name of the loader.
 
     Returns:
         str: The differences in words, or ``""``.
     """
     return (
-        other_layers(built, model)
-        or _other_attributes(built, model, original)
-        or _other_arrays(built.arrays, model.arrays)
-        or _other_constants(built, model)
+        other_layers(built, model, by)
+        or _other_attributes(built, model, original, by)
+        or _other_arrays(built.arrays, model.arrays, by)
+        or _other_constants(built, model, by)
     )
 
 
-def other_layers(built: Outline, model: Outline) -> str:
-    """Say where mlx-lm would build modules of other classes than a model has; ``""`` if nowhere."""
+def other_layers(built: Outline, model: Outline, by: str = "mlx-lm") -> str:
+    """Say where a loader would build modules of other classes than a model has."""
     differing: dict[tuple[Classes, Classes], list[str]] = {}
     seen: set[str] = set()
     for path in dict.fromkeys([*model.classes, *built.classes]):
@@ -169,20 +174,31 @@ def other_layers(built: Outline, model: Outline) -> str:
             differing.setdefault((one, other), []).append(path)
     if not differing:
         return ""
+    if whole := _is_part(built, model):
+        return f"{whole} of what {by} would build: save the whole model"
     named = [(_names(*classes), paths) for classes, paths in differing.items()]
     texts = [
-        f"mlx-lm would build {one} at {listed(_at(paths), 4)}, but the model has {other}"
+        f"{by} would build {one} at {listed(_at(paths), 4)}, but the model has {other}"
         for (one, other), paths in named
     ]
     if all(() in classes for classes in differing):
         advice = "pass the changed config entries: config={...}"
-        if "args.text_config" in model.attributes[""]:
+        if any(name.endswith(".text_config") for name in model.attributes.get("", ())):
             advice += "; if they are in its 'text_config', pass the complete 'text_config'"
+        if all(one == () for one, _ in differing):
+            advice += "; if calling the model has added them, load it anew and save it uncalled"
     else:
         advice = "fuse or unwrap it, or pass a model_file"
         if any((kind.adapter,) in classes for kind in KINDS for classes in differing):
             advice += "; lm.save_adapters writes the adapters alone"
     return f"{listed(texts, 4, ', and ')}: {advice}"
+
+
+def _is_part(built: Outline, model: Outline) -> str:
+    """Say which part of a built model a model is; ``""`` if it is not a part of it."""
+    classes = model.classes[""]
+    paths = [path for path, others in built.classes.items() if path and others == classes]
+    return f"the model is only the {_name(classes)} at {paths[0]!r}" if paths else ""
 
 
 def _above(path: str) -> Iterator[str]:
@@ -227,7 +243,7 @@ def _nested(classes: Classes) -> str:
     return "(".join(cls.__name__ for cls in classes) + ")" * (len(classes) - 1)
 
 
-def _other_attributes(built: Outline, model: Outline, original: Outline | None) -> str:
+def _other_attributes(built: Outline, model: Outline, original: Outline | None, by: str) -> str:
     differing: dict[tuple[str, str, str], list[str]] = {}
     old = _old_attributes(model, original) if original else set[tuple[str, str, str]]()
     old_arguments = _old_arguments(model, original) if original else set[tuple[str, str]]()
@@ -236,7 +252,7 @@ def _other_attributes(built: Outline, model: Outline, original: Outline | None) 
         if (path, name, other) not in old and (name, other) not in old_arguments:
             differing.setdefault((name, *_shortened(one, other)), []).append(path)
     texts = [
-        f"mlx-lm would set {name} of {listed(_at(paths), 4)} to {one}, but the model has {other}"
+        f"{by} would set {name} of {listed(_at(paths), 4)} to {one}, but the model has {other}"
         for (name, one, other), paths in differing.items()
     ]
     advice = "set it in the model, or pass the config entry that sets it: config={...}"
@@ -309,21 +325,21 @@ def _shortened(one: str, other: str, most: int = 60) -> tuple[str, str]:
     return f"...{one[start : start + most]}...", f"...{other[start : start + most]}..."
 
 
-def _other_arrays(built: dict[str, Spec], model: dict[str, Spec]) -> str:
+def _other_arrays(built: dict[str, Spec], model: dict[str, Spec], by: str) -> str:
     differing: dict[tuple[Spec | None, Spec | None], list[str]] = {}
     for name in dict.fromkeys([*model, *built]):
         one, other = built.get(name), model.get(name)
         if one != other:
             differing.setdefault((one, other), []).append(name)
     texts = [
-        f"mlx-lm would build {one or 'nothing'} at {listed(_at(names), 4)}, but the model has "
+        f"{by} would build {one or 'nothing'} at {listed(_at(names), 4)}, but the model has "
         f"{other or 'nothing'}"
         for (one, other), names in differing.items()
     ]
     return listed(texts, 4, ", and ")
 
 
-def _other_constants(built: Outline, model: Outline) -> str:
+def _other_constants(built: Outline, model: Outline, by: str) -> str:
     differing: dict[str, list[str]] = {}
     for (path, name), other in model.constants.items():
         one = built.constants.get((path, name))
@@ -331,7 +347,7 @@ def _other_constants(built: Outline, model: Outline) -> str:
         if one is not None and not (one.shape == other.shape and _is_close(one, other)):
             differing.setdefault(name, []).append(path)
     texts = [
-        f"mlx-lm would give {name} of {listed(_at(paths), 4)} other values than the model has"
+        f"{by} would give {name} of {listed(_at(paths), 4)} other values than the model has"
         for name, paths in differing.items()
     ]
     advice = "set them in the model, or pass the config entry that sets them: config={...}"

@@ -36,6 +36,7 @@ def convert(
     dtype: str | mx.Dtype | None = None,
     strict: bool = True,
     max_shard_mb: float = 1000,
+    loader: str = "mlx-lm",
     trust_remote_code: bool = False,
 ) -> Replacement:
     """Quantize a model by rules, from folder to folder, even if it is larger than memory.
@@ -65,6 +66,8 @@ def convert(
         strict (bool): See :func:`quantize`. Default: ``True``.
         max_shard_mb (float): The largest size of a weights file, in megabytes (10**6
             bytes). A larger array gets a file of its own. Default: ``1000``.
+        loader (str): The package that loads both folders: ``"mlx-lm"``, or ``"mlx-vlm"``
+            for a vision-language model with its vision part. Default: ``"mlx-lm"``.
         trust_remote_code (bool): Whether to run the ``model_file`` that the config
             names. Default: ``False``.
 
@@ -101,12 +104,15 @@ def convert(
         mode=mode,
         dtype=dtype,
         strict=strict,
+        loader=loader,
         trust_remote_code=trust_remote_code,
     )
     expected = outline(model)
     arrays = _parameters(model)
     nbytes = sum(array.nbytes for array in arrays.values())
-    with staged(target, nbytes + copied_nbytes(origin.folder)) as staging:
+    with staged(
+        target, nbytes + copied_nbytes(origin.folder, origin.loader.inner_files)
+    ) as staging:
         finish(staging, origin, config, model)
         shards = list(_shards(arrays, max_shard_mb * 10**6))
         summary = {"total_size": nbytes, "total_parameters": utils.get_total_parameters(model)}
@@ -144,11 +150,12 @@ def plan(
     dtype: str | mx.Dtype | None,
     strict: bool,
     trust_remote_code: bool,
+    loader: str = "mlx-lm",
 ) -> Conversion:
     """Load and quantize a model lazily, with the arguments of ``convert``; return the plan."""
     wanted = _parsed(dtype)
-    loader = loader_named("mlx-lm")
-    origin = Source(locate(source, loader.download), loader, trust_remote_code)
+    reader = loader_named(loader)
+    origin = Source(locate(source, reader.download), reader, trust_remote_code)
     model, config, _ = origin.load()
     _cast(model, config, wanted)
     originals = _parameters(model)

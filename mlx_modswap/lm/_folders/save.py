@@ -94,7 +94,9 @@ def save(
     original = _original(origin) if changes else None
     arrays: Any = tree_flatten(model.parameters())
     nbytes = sum(array.nbytes for _, array in arrays)
-    with staged(target, nbytes + copied_nbytes(origin.folder)) as staging:
+    with staged(
+        target, nbytes + copied_nbytes(origin.folder, origin.loader.inner_files)
+    ) as staging:
         with writing("the weights"):
             utils.save_model(staging, model)
         finish(staging, origin, new_config, model)
@@ -106,7 +108,7 @@ def save(
 
 def finish(staging: Path, origin: Source, config: Config, model: nn.Module) -> None:
     """Write everything in a folder except the weights."""
-    copy_files(origin.folder, staging)
+    copy_files(origin.folder, staging, origin.loader.inner_files)
     keep_vision_config = origin.loader.keeps_vision(model)
     write_config(_with_quantization(config, model), staging, keep_vision_config=keep_vision_config)
 
@@ -131,8 +133,9 @@ def check(
         message = differs or str(error).replace(str(staged.folder), str(target))
         cause = None if differs else error
         raise ValueError(f"{str(target)!r} was not written: {message}") from cause
-    differs = difference(outline(loaded.model), expected, original)
-    if differs := differs or other_values(staged.folder, loaded):
+    by = staged.loader.name
+    differs = difference(outline(loaded.model), expected, original, by)
+    if differs := differs or other_values(staged.folder, loaded, by):
         raise ValueError(f"{str(target)!r} was not written: {differs}")
 
 
@@ -141,7 +144,7 @@ def _other_layers(staged: Source, expected: Outline) -> str:
         built = staged.load(strict=False).model
     except ValueError:
         return ""
-    return other_layers(outline(built), expected)
+    return other_layers(outline(built), expected, staged.loader.name)
 
 
 def _original(origin: Source) -> Outline | None:

@@ -25,7 +25,7 @@ _CLOSE_FLOAT32 = (2.0**-17, 0.0)
 _PART = 2**18  # elements that are compared at a time, which takes a few times their memory
 
 
-def other_values(folder: Path, loaded: Loaded) -> str:
+def other_values(folder: Path, loaded: Loaded, by: str) -> str:
     """Say which arrays get other values when they are loaded from a folder; ``""`` if none.
 
     Only arrays that are not taken from the files as they are need to be compared. Each is
@@ -34,6 +34,7 @@ def other_values(folder: Path, loaded: Loaded) -> str:
     Args:
         folder (pathlib.Path): A folder, whose files have the names and shapes of the model.
         loaded (Loaded): The model that its loader makes of it.
+        by (str): The name of the loader.
     """
     names = origins(loaded).computed
     places = select(loaded.model, "**", where=quantized, strict=False)
@@ -44,13 +45,13 @@ def other_values(folder: Path, loaded: Loaded) -> str:
     if not changed:
         return ""
     message = (
-        f"mlx-lm would compute {listed(folded(changed, numbers_are_indices=True), 4)} anew "
+        f"{by} would compute {listed(folded(changed, numbers_are_indices=True), 4)} anew "
         "each time it loads the folder, and get other values than the model has"
     )
     packed = [path for path in places if any(_is_inside(name, path) for name in changed)]
     if packed:
         paths = listed(folded(packed, numbers_are_indices=True), 4)
-        message += f"; leave {paths} unquantized with None (keep)"
+        message += f"; other settings for {paths}, or None (keep), may avoid that"
     return message
 
 

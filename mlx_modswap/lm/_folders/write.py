@@ -6,7 +6,7 @@ import json
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,7 +21,6 @@ _WEIGHTS = {
     *(".npy", ".npz", ".onnx", ".onnx_data", ".ot", ".part", ".pkl", ".tflite"),
 }
 _DESCRIPTIONS = {"config.json", "hf_quant_config.json"}
-_CHAT_TEMPLATES = "additional_chat_templates"  # a folder that transformers writes and reads
 
 
 @contextmanager
@@ -85,27 +84,34 @@ def writing(what: str) -> Iterator[None]:
         raise OSError(f"{what} could not be written: {one_line(error)}") from error
 
 
-def copy_files(source: Path, folder: Path) -> None:
-    """Copy the tokenizer and the other files of a source, except those of its weights."""
-    for file in _files_to_copy(source):
+def copy_files(source: Path, folder: Path, inner: Iterable[str]) -> None:
+    """Copy the tokenizer and the other files of a source, except those of its weights.
+
+    Args:
+        source (pathlib.Path): The folder to copy from.
+        folder (pathlib.Path): The folder to copy to.
+        inner (Iterable of str): Which files of the folders inside are copied, as for ``glob``.
+    """
+    for file in _files_to_copy(source, inner):
         copy = folder / file.relative_to(source)
         copy.parent.mkdir(exist_ok=True)
         shutil.copyfile(file, copy)
 
 
-def copied_nbytes(source: Path) -> int:
+def copied_nbytes(source: Path, inner: Iterable[str]) -> int:
     """Return the size of the files that are copied, in bytes."""
-    return sum(file.stat().st_size for file in _files_to_copy(source))
+    return sum(file.stat().st_size for file in _files_to_copy(source, inner))
 
 
-def _files_to_copy(source: Path) -> list[Path]:
-    """List the top-level files of a source, except those of its weights, and its chat templates."""
+def _files_to_copy(source: Path, inner: Iterable[str]) -> list[Path]:
+    """List the top-level files of a source, and some inside, except those of its weights."""
+    found = {*source.iterdir(), *(file for pattern in inner for file in source.glob(pattern))}
     return [
         file
-        for file in sorted([*source.iterdir(), *source.glob(f"{_CHAT_TEMPLATES}/*.jinja")])
+        for file in sorted(found)
         if file.is_file()
         and file.suffix.lower() not in _WEIGHTS
-        and file.name not in _DESCRIPTIONS
+        and str(file.relative_to(source)) not in _DESCRIPTIONS
         and not file.name.endswith(".index.json")
     ]
 

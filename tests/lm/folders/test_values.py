@@ -110,8 +110,8 @@ def test_a_head_that_is_normalized_on_each_load_cannot_be_quantized(tmp_path, no
     lm.quantize(loaded, {"**": 4})
     message = (
         f"'{target}' was not written: mlx-lm would compute lm_head.weight anew each time it loads "
-        "the folder, and get other values than the model has; leave lm_head unquantized with None "
-        "(keep)"
+        "the folder, and get other values than the model has; other settings for lm_head, or None "
+        "(keep), may avoid that"
     )
 
     def save() -> None:
