@@ -37,7 +37,7 @@ class Model(nn.Module):
     def __init__(self):
         super().__init__()
         self.embed = nn.Embedding(8, 4)
-        self.layers = [Block(), Block(), Block()]
+        self.layers: list[Any] = [Block(), Block(), Block()]
         self.unused = nn.Linear(4, 4)
         self.head = self.embed
 
