@@ -14,8 +14,8 @@ from hypothesis import HealthCheck, settings
 
 slow_is_fine = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 # While `CI` is set a profile inherits `derandomize=True`, so each of them says what it wants.
-settings.register_profile("default", max_examples=50, derandomize=False, **slow_is_fine)
-settings.register_profile("ci", max_examples=200, derandomize=True, **slow_is_fine)
+settings.register_profile("default", max_examples=30, derandomize=False, **slow_is_fine)
+settings.register_profile("ci", max_examples=100, derandomize=True, **slow_is_fine)
 settings.register_profile("nightly", max_examples=2000, derandomize=False, **slow_is_fine)
 settings.register_profile(
     "mutants", max_examples=15, derandomize=True, database=None, **slow_is_fine

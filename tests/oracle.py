@@ -311,7 +311,7 @@ def calls(targets: Iterable[Place]) -> list[Place]:
     return list(first.values())
 
 
-def brothers(model: nn.Module, place: Place) -> list[Place]:
+def siblings(model: nn.Module, place: Place) -> list[Place]:
     """All the places that have to change together with this one, itself included."""
     return [
         other
@@ -326,7 +326,7 @@ def objections(model: nn.Module, changing: Mapping[str, Any]) -> list[str]:
     targets = [place for place in places(model) if place.path in changing]
     locations = {place.location for place in targets}
     for place in targets:
-        for other in brothers(model, place):
+        for other in siblings(model, place):
             if changing.get(other.path) is not changing[place.path]:
                 found.append(f"{place.path} changes without {other.path}")
         if locations.intersection(place.around):

@@ -345,9 +345,11 @@ def with_an_even_path(path: str, module: nn.Module) -> bool:
     return len(path) % 2 == 0
 
 
+CLASSES = [nn.Linear, Leaf, Net, (Leaf, nn.Linear), (nn.ReLU, Secret, Touchy), nn.Module]
+
+
 def wheres() -> st.SearchStrategy[Any]:
-    kinds = [nn.Linear, Leaf, Net, (Leaf, nn.Linear), (nn.ReLU, Secret, Touchy), nn.Module]
-    return st.sampled_from([None, *kinds, in_eval_mode, with_an_even_path])
+    return st.sampled_from([None, *CLASSES, in_eval_mode, with_an_even_path])
 
 
 class Selection(NamedTuple):
@@ -391,7 +393,7 @@ def swaps(draw: st.DrawFn, *, shared: bool | None = None) -> Swap:
     model = draw(models(shared=shared))
     paths: set[str] = set()
     for place in draw(st.lists(one_place(model), min_size=1, max_size=4)):
-        more = paths | {brother.path for brother in family(model, place)}
+        more = paths | {sibling.path for sibling in family(model, place)}
         if not oracle.objections(model, dict.fromkeys(more, "new")):
             paths = more
     targets = [place for place in oracle.places(model) if place.path in paths]
@@ -403,7 +405,7 @@ def family(model: nn.Module, place: Place) -> list[Place]:
     found = {place.path: place}
     waiting = [place]
     while waiting:
-        for other in oracle.brothers(model, waiting.pop()):
+        for other in oracle.siblings(model, waiting.pop()):
             if other.path not in found:
                 found[other.path] = other
                 waiting.append(other)

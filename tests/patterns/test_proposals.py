@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+import sys
+from bisect import bisect_left
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -227,11 +228,18 @@ def test_nested_braces_with_up_to_7_commas_are_expanded(names, are_expanded):
 
 
 def test_a_regex_that_is_too_deep_to_be_widened_matches_nothing_like_any_other():
-    depth, deepest = 1, re.compile("")
-    with suppress(RecursionError):
-        while True:
-            deepest = re.compile("(" * depth + "lm_head_" + ")" * depth)
-            depth += 1
+    def nested(depth: int) -> str:
+        return "(" * depth + "lm_head_" + ")" * depth
+
+    def is_too_deep(depth: int) -> bool:
+        try:
+            re.compile(nested(depth))
+        except RecursionError:
+            return True
+        return False
+
+    limit = bisect_left(range(sys.getrecursionlimit()), True, key=is_too_deep)
+    deepest = re.compile(nested(limit - 1))
     with pytest.raises(NoMatchError, match=r"does not match any complete path \(fullmatch\)$"):
         select(llama(), deepest)
 

@@ -46,7 +46,7 @@ def tied_model() -> nn.Module:
     return model
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def _no_garbage_collector():
     gc.collect()
     gc.disable()

@@ -231,7 +231,7 @@ class Streams(RuleBasedStateMachine):
         paths = {place.path}
         while True:
             chosen = [place for place in oracle.places(self.model) if place.path in paths]
-            more = {other.path for place in chosen for other in oracle.brothers(self.model, place)}
+            more = {other.path for place in chosen for other in oracle.siblings(self.model, place)}
             if more == paths:
                 return chosen
             paths = more
