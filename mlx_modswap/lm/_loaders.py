@@ -14,7 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm import utils
 
-from ._shards import stale_shards, without
+from ._shards import named_shards, stale_shards, weight_files, without
 
 Config = dict[str, Any]
 Arrays = dict[str, mx.array]
@@ -40,7 +40,6 @@ class Loader:
     """mlx-lm."""
 
     name = "mlx-lm"
-    inner_files = ("additional_chat_templates/*.jinja",)  # which transformers writes and reads
 
     def download(self, source: str, files: Any = utils.DEFAULT_ALLOW_PATTERNS) -> Path:
         """Return the folder of a model on the hub, which is downloaded if it is not here yet."""
@@ -66,6 +65,11 @@ class Loader:
 
         with without(folder, stale_shards(folder)) as files:
             return Loaded(*_load(files, config, strict, trust_remote_code, keep), read)
+
+    def files(self, folder: Path) -> list[Path]:
+        """Return the files from which it reads the weights of a folder."""
+        stale = stale_shards(folder)
+        return [file for file in weight_files(folder) if file.name not in stale]
 
     def build(self, folder: Path, config: Config, *, trust_remote_code: bool) -> nn.Module:
         """Return the model of a folder, built from its config alone."""
@@ -155,7 +159,6 @@ class VisionLoader(Loader):
     """mlx-vlm, for vision-language models."""
 
     name = "mlx-vlm"
-    inner_files = (*Loader.inner_files, "*/*.json")  # such as encoder_config/config.json
 
     def __init__(self) -> None:
         try:
@@ -185,6 +188,10 @@ class VisionLoader(Loader):
         names = {"load_config": self._reads(folder, config), "_load_safetensors": keep}
         load_model = _with(self._utils.load_model, names)
         return Loaded(load_model(folder, lazy=True, strict=strict), config, read)
+
+    def files(self, folder: Path) -> list[Path]:
+        found = [file for file in folder.glob("*.safetensors") if file.stem != "consolidated"]
+        return super().files(folder) if named_shards(folder) else found
 
     def build(self, folder: Path, config: Config, *, trust_remote_code: bool) -> nn.Module:
         # The model is complete before mlx-vlm changes and loads the weights, of which it has none.

@@ -19,17 +19,18 @@ def weight_files(folder: Path) -> list[Path]:
 
 def missing_shards(folder: Path) -> list[str]:
     """Name the files that the index names and the folder does not have."""
-    return sorted(name for name in _named(folder) if not (folder / name).exists())
+    return sorted(name for name in named_shards(folder) if not (folder / name).exists())
 
 
 def stale_shards(folder: Path) -> list[str]:
     """Name the files that mlx-lm would read although the index does not name them."""
-    named = _named(folder)
+    named = named_shards(folder)
     found = {file.name for file in weight_files(folder)}
     return sorted(found - named) if found & named else []
 
 
-def _named(folder: Path) -> set[str]:
+def named_shards(folder: Path) -> set[str]:
+    """Name the files that the index names."""
     try:
         index = json.loads((folder / INDEX).read_text())
         return set(index["weight_map"].values())

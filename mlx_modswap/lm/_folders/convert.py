@@ -20,6 +20,7 @@ from .._quantize import quantize
 from .._rules import Rules
 from .._source import Config, Folder, Source, locate, one_line, text_config
 from .compare import outline
+from .left import left_out
 from .save import check, finish
 from .write import check_free, copied_nbytes, staged, writing
 
@@ -73,7 +74,9 @@ def convert(
 
     Returns:
         Replacement: What was quantized. Its figures are valid, but its layers no
-        longer hold weights.
+        longer hold weights. ``left``, and the last lines when it is printed, are what
+        did not come along: arrays that the loader does not use, files that were not
+        copied, and layers that a rule left alone.
 
     Raises:
         PatternError, NoMatchError, SelectionError: As in :func:`quantize`.
@@ -110,9 +113,7 @@ def convert(
     expected = outline(model)
     arrays = _parameters(model)
     nbytes = sum(array.nbytes for array in arrays.values())
-    with staged(
-        target, nbytes + copied_nbytes(origin.folder, origin.loader.inner_files)
-    ) as staging:
+    with staged(target, nbytes + copied_nbytes(origin.folder)) as staging:
         finish(staging, origin, config, model)
         shards = list(_shards(arrays, max_shard_mb * 10**6))
         summary = {"total_size": nbytes, "total_parameters": utils.get_total_parameters(model)}
@@ -156,10 +157,14 @@ def plan(
     wanted = _parsed(dtype)
     reader = loader_named(loader)
     origin = Source(locate(source, reader.download), reader, trust_remote_code)
-    model, config, _ = origin.load()
+    loaded = origin.load()
+    left = left_out(origin, loaded)
+    model, config, read = loaded
+    read.clear()
     _cast(model, config, wanted)
     originals = _parameters(model)
     report = quantize(model, rules, group_size=group_size, mode=mode, strict=strict)
+    report.left += left
     return Conversion(origin, model, config, report, originals)
 
 

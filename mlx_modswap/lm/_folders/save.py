@@ -94,9 +94,7 @@ def save(
     original = _original(origin) if changes else None
     arrays: Any = tree_flatten(model.parameters())
     nbytes = sum(array.nbytes for _, array in arrays)
-    with staged(
-        target, nbytes + copied_nbytes(origin.folder, origin.loader.inner_files)
-    ) as staging:
+    with staged(target, nbytes + copied_nbytes(origin.folder)) as staging:
         with writing("the weights"):
             utils.save_model(staging, model)
         finish(staging, origin, new_config, model)
@@ -108,7 +106,7 @@ def save(
 
 def finish(staging: Path, origin: Source, config: Config, model: nn.Module) -> None:
     """Write everything in a folder except the weights."""
-    copy_files(origin.folder, staging, origin.loader.inner_files)
+    copy_files(origin.folder, staging)
     keep_vision_config = origin.loader.keeps_vision(model)
     write_config(_with_quantization(config, model), staging, keep_vision_config=keep_vision_config)
 

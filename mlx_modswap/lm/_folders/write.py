@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tempfile
 import warnings
@@ -21,6 +22,8 @@ _WEIGHTS = {
     *(".npy", ".npz", ".onnx", ".onnx_data", ".ot", ".part", ".pkl", ".tflite"),
 }
 _DESCRIPTIONS = {"config.json", "hf_quant_config.json"}
+_INDEX = ".index.json"
+_SMALL = 10**7  # bytes; larger files of sub-folders are not copied
 
 
 @contextmanager
@@ -84,36 +87,61 @@ def writing(what: str) -> Iterator[None]:
         raise OSError(f"{what} could not be written: {one_line(error)}") from error
 
 
-def copy_files(source: Path, folder: Path, inner: Iterable[str]) -> None:
-    """Copy the tokenizer and the other files of a source, except those of its weights.
-
-    Args:
-        source (pathlib.Path): The folder to copy from.
-        folder (pathlib.Path): The folder to copy to.
-        inner (Iterable of str): Which files of the folders inside are copied, as for ``glob``.
-    """
-    for file in _files_to_copy(source, inner):
+def copy_files(source: Path, folder: Path) -> None:
+    """Copy the tokenizer and the other files of a source, except those of its weights."""
+    for file in _files_to_copy(source):
         copy = folder / file.relative_to(source)
-        copy.parent.mkdir(exist_ok=True)
+        copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, copy)
 
 
-def copied_nbytes(source: Path, inner: Iterable[str]) -> int:
+def copied_nbytes(source: Path) -> int:
     """Return the size of the files that are copied, in bytes."""
-    return sum(file.stat().st_size for file in _files_to_copy(source, inner))
+    return sum(file.stat().st_size for file in _files_to_copy(source))
 
 
-def _files_to_copy(source: Path, inner: Iterable[str]) -> list[Path]:
-    """List the top-level files of a source, and some inside, except those of its weights."""
-    found = {*source.iterdir(), *(file for pattern in inner for file in source.glob(pattern))}
+def files_left_out(source: Path, weights: Iterable[Path]) -> tuple[dict[str, int], set[str]]:
+    """Return the files that are neither copied nor written anew, and folders without copies.
+
+    Args:
+        source (pathlib.Path): The folder of the source.
+        weights (Iterable of pathlib.Path): The files of its weights, which are written anew.
+
+    Returns:
+        tuple: The size in bytes of each file, by its name from the source on, and the names of
+        the folders.
+    """
+    copied = set(_files_to_copy(source))
+    replaced = {source / name for name in _DESCRIPTIONS} | {*weights}
+    left = [
+        file
+        for file in _files(source)
+        if file not in copied | replaced and not file.name.endswith(_INDEX)
+    ]
+    tops = {file.relative_to(source).parts[0] for file in copied}
+    sizes = {file.relative_to(source).as_posix(): file.stat().st_size for file in left}
+    return sizes, {name.partition("/")[0] for name in sizes if "/" in name} - tops
+
+
+def _files_to_copy(source: Path) -> list[Path]:
+    """List the files of a source except those of its weights, and the small ones of sub-folders."""
     return [
         file
-        for file in sorted(found)
-        if file.is_file()
-        and file.suffix.lower() not in _WEIGHTS
-        and str(file.relative_to(source)) not in _DESCRIPTIONS
-        and not file.name.endswith(".index.json")
+        for file in _files(source)
+        if file.suffix.lower() not in _WEIGHTS
+        and (
+            file.stat().st_size <= _SMALL
+            if file.parent != source
+            else file.name not in _DESCRIPTIONS and not file.name.endswith(_INDEX)
+        )
     ]
+
+
+def _files(source: Path) -> Iterator[Path]:
+    """Yield the files of a folder and of its sub-folders that are not hidden."""
+    for folder, names, files in os.walk(source):
+        names[:] = sorted(name for name in names if not name.startswith((".", "__")))
+        yield from filter(Path.is_file, (Path(folder) / name for name in sorted(files)))
 
 
 def change_generation(folder: Path, changes: Config) -> None:

@@ -201,7 +201,6 @@ def test_further_chat_templates_come_along(tmp_path, source):
     tokenizer = AutoTokenizer.from_pretrained(source)
     tokenizer.chat_template = {"default": "a", "tool_use": "b"}
     tokenizer.save_pretrained(source)
-    (folder / "notes.txt").write_text("")
     lm.save(load(source), tmp_path / "saved", source)
 
     assert model_folders.content(tmp_path / "saved" / folder.name) == {"tool_use.jinja": b"b"}
