@@ -37,7 +37,14 @@ def adapted(layer: Any, method: str = "lora", **options: Any) -> Any:
 
 def frozen(name: str, **config: Any) -> Any:
     """A model of the zoo that is frozen, as a model should be before it gets adapters."""
-    return zoo.build(name, **config).freeze()
+    return freeze(zoo.build(name, **config))
+
+
+def freeze(model: Any) -> Any:
+    """Freeze a model; that of recurrent_gemma never calls ``super().__init__()``, and cannot be."""
+    for module in [model] if hasattr(model, "_no_grad") else model.children().values():
+        module.freeze()
+    return model
 
 
 def adaptable(layer: Any, method: str = "lora") -> bool:

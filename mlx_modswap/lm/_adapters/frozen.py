@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
@@ -23,11 +24,13 @@ def check_frozen(model: nn.Module, adapters: Collection[str]) -> None:
     What is trainable need not have been trained, but nothing tells the two apart.
     """
     own = {f"{path}.{name}" for path in adapters for name in ("lora_a", "lora_b", "m")}
-    arrays: Any = tree_flatten(model.trainable_parameters())
-    trainable = [name for name, _ in arrays if name not in own]
+    modules = model.named_modules()[::-1]  # in the order of the model
+    trainable = [
+        name for path, module in modules for name in _trainable(path, module) if name not in own
+    ]
     if not trainable:
         return
-    if not any(map(_was_frozen, model.modules())):
+    if not any(_was_frozen(module) for _, module in modules):
         raise ValueError(
             f"the model was never frozen: {len(trainable)} arrays outside the adapters are "
             f"trainable, and an adapter folder cannot hold them; {_WAYS_OUT}"
@@ -39,6 +42,24 @@ def check_frozen(model: nn.Module, adapters: Collection[str]) -> None:
     )
 
 
+def _trainable(path: str, module: nn.Module) -> Iterator[str]:
+    """Yield the names of a module's own trainable arrays.
+
+    ``model.trainable_parameters()`` fails for a few models, in which a class does not call
+    ``super().__init__()``.
+    """
+    for key, value in module.items():
+        if not key.startswith("_") and key not in _frozen_keys(module):
+            arrays: Any = tree_flatten(value, is_leaf=lambda one: isinstance(one, nn.Module))
+            for name, array in arrays:
+                if isinstance(array, mx.array):
+                    yield ".".join(filter(None, (path, key, name)))
+
+
+def _frozen_keys(module: nn.Module) -> Collection[str]:
+    return getattr(module, "_no_grad", ())
+
+
 def _was_frozen(module: nn.Module) -> bool:
     """Return whether a module was frozen by someone: quantized layers freeze themselves."""
-    return bool(getattr(module, "_no_grad", ())) and "scales" not in module
+    return bool(_frozen_keys(module)) and "scales" not in module

@@ -10,7 +10,16 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 import zoo
-from adapting import adaptable, adapted, adapters_in, config_of, frozen, identical, lora
+from adapting import (
+    adaptable,
+    adapted,
+    adapters_in,
+    config_of,
+    freeze,
+    frozen,
+    identical,
+    lora,
+)
 from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
 
 from mlx_modswap import lm, replace_layers, select, swapped
@@ -40,7 +49,7 @@ def build(name: str) -> Any:
     if name != "bitnet":  # it has no layer but its embedding, which DoRA needs as it is
         exclude = READ_WEIGHTS.get(name, ())
         replace_layers(model, "**", quantized, where=some, exclude=exclude, strict=False)
-    return model.freeze()
+    return freeze(model)
 
 
 def close(one: mx.array, other: mx.array) -> bool:
@@ -104,10 +113,11 @@ def test_any_places_ranks_and_scales_are_read_by_mlx_lm_and_restored_by_us(name,
             assert close(zoo.run(name, ours.eval()), expected)
 
 
-WITH_LINEAR = [name for name in BUILT if name != "bitnet"]  # whose blocks mlx-lm cannot adapt
+# The keys of a pipeline stage are whole paths, and mlx-lm cannot adapt the blocks of bitnet.
+RELATIVE = [name for name in BUILT if "pipeline" not in zoo.ZOO[name] and name != "bitnet"]
 
 
-@pytest.mark.parametrize("name", WITH_LINEAR)
+@pytest.mark.parametrize("name", RELATIVE)
 def test_what_mlx_lm_adapts_by_relative_keys_is_saved_with_relative_keys(name, tmp_path):
     model, fresh = frozen(name), zoo.build(name)
     chance = random.Random(name)
