@@ -6,7 +6,9 @@ import contextlib
 import io
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
+import vision_zoo
 from mlx_vlm import quant_utils, utils
 
 from mlx_modswap import select
@@ -50,3 +52,16 @@ def settings_of(model: nn.Module) -> dict[str, tuple[int, int]]:
         for path, layer in model.named_modules()
         if "scales" in layer
     }
+
+
+def adaptable(model: nn.Module) -> list[str]:
+    """Return the paths of a few linear layers outside the towers."""
+    layers = select(model, "**", where=nn.Linear)
+    paths = [path for path, layer in layers.items() if type(layer) is nn.Linear]
+    outside = [path for path in paths if not utils.skip_multimodal_module(path)]
+    return outside[:: max(len(outside) // 8, 1)]
+
+
+def output(model: Any, record: vision_zoo.Record) -> mx.array:
+    mx.random.seed(0)  # diffusion begins with noise
+    return vision_zoo.outputs(model, record)

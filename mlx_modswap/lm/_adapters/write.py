@@ -20,8 +20,9 @@ from ..._patterns.fold import folded
 from ..._select.arguments import check_model
 from ..._select.select import select
 from ..._words import described, listed
+from .._loaders import VisionLoader, loader_of
 from .files import CONFIG, ORIGINALS, PEFT_WEIGHTS, WEIGHTS, quoted
-from .kinds import A_RANK, METHODS, Adapter, class_of, kind_for, kind_of, mismatch, shapes
+from .kinds import A_RANK, LINEAR, METHODS, Adapter, class_of, kind_for, kind_of, mismatch, shapes
 from .uniform import unify
 
 
@@ -175,6 +176,9 @@ def _keys(model: nn.Module, modules: Mapping[str, nn.Module]) -> tuple[list[str]
     places. The search of mlx-lm is repeated here: either it finds exactly these places,
     or it is an error.
     """
+    if isinstance(loader_of(model), VisionLoader):  # mlx-vlm looks up whole paths
+        _check_linear(modules)
+        return list(modules), -1
     layers = getattr(model, "layers", None)
     layers = layers if isinstance(layers, (list, tuple)) else ()
     blocks = [dict(block.named_modules()) for block in layers]
@@ -193,6 +197,17 @@ def _keys(model: nn.Module, modules: Mapping[str, nn.Module]) -> tuple[list[str]
                 "well"
             )
     return list(modules), len(blocks)
+
+
+def _check_linear(modules: Mapping[str, Any]) -> None:
+    for path, module in modules.items():
+        kind = kind_of(module)
+        if kind is not None and kind.layers != LINEAR:
+            layer = type(module[kind.holds]).__name__
+            raise ValueError(
+                f"mlx-vlm puts adapters around linear layers only, not around the {layer} at "
+                f"{path!r}; leave it out"
+            )
 
 
 # ---------------------------------------------------------------- the files
