@@ -108,7 +108,7 @@ def show(root: Path) -> None:
     print(f"so does adapter_rules: {mx.array_equal(logits(model), logits(fresh)).item()}")
 
 
-def make(folder: Path) -> Path:
+def make(folder: Path, dtype: mx.Dtype = mx.float32) -> Path:
     """Write a model with random weights, as mlx-vlm reads it."""
     folder.mkdir(parents=True)
     config = json.loads(json.dumps(CONFIG))  # a copy, since mlx-vlm changes what it is given
@@ -117,6 +117,7 @@ def make(folder: Path) -> Path:
     settings = utils.update_module_configs(settings, package, config, ["text", "vision"])
     mx.random.seed(0)
     model = package.Model(settings)
+    model.set_dtype(dtype)
     arrays: Any = dict(tree_flatten(model.parameters()))
     mx.save_safetensors(str(folder / "model.safetensors"), arrays, metadata={"format": "mlx"})
     (folder / "config.json").write_text(json.dumps(CONFIG, indent=2))

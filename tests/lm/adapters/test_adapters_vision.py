@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-from typing import Any
 
-import mlx.core as mx
-import mlx.nn as nn
 import pytest
-from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear
+from mlx_lm.tuner.lora import LoRAEmbedding
 
 pytest.importorskip("mlx_vlm", reason="mlx-vlm is not installed")
 
@@ -37,7 +34,9 @@ def test_adapters_of_the_language_part_are_loaded_by_mlx_vlm(tmp_path, record):
         with pytest.raises(AttributeError, match=f"{name!r} object has no attribute '_no_grad'"):
             model.freeze()
         return
-    adapters = replace_layers(model.freeze(), tuple(vision_sweep.adaptable(model)), adapted)
+    adapters = replace_layers(
+        model.freeze(), tuple(vision_sweep.adaptable(model)), vision_sweep.adapted
+    )
     expected = vision_sweep.output(model, record)
 
     lm.save_adapters(model, tmp_path)
@@ -51,12 +50,6 @@ def test_adapters_of_the_language_part_are_loaded_by_mlx_vlm(tmp_path, record):
         other.eval()
         assert zoo.same(vision_sweep.output(other, record), expected)
     assert not zoo.same(vision_sweep.output(vision_zoo.build(record), record), expected)
-
-
-def adapted(path: str, layer: Any) -> nn.Module:
-    new: Any = LoRALinear.from_base(layer, r=4, scale=3.0)
-    new.lora_b = mx.random.normal(new.lora_b.shape) * 0.1
-    return new
 
 
 def test_an_adapter_that_mlx_vlm_does_not_read_is_refused(tmp_path):
