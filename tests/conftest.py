@@ -79,6 +79,14 @@ def beside_smollm2(smollm2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.syspath_prepend(tmp_path)
 
 
+@pytest.fixture
+def beside_tiny_vlm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The working folder of a reader who has run `examples/vision.py --folder tiny-vlm`."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    importlib.import_module("vision").make(tmp_path / "tiny-vlm" / "model")
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture(scope="session")
 def nightly(request: pytest.FixtureRequest) -> bool:
     """Whether the tests may take their time."""

@@ -95,6 +95,9 @@ def test_the_links_of_the_readme_are_listed_at_its_end_and_lead_to_files_and_to_
 def test_the_code_in_a_document_runs_and_prints_what_stands_there(document, needs, request):
     if "mlx_lm" in document.read_text("utf-8"):
         needs("mlx_lm")
+    if "mlx_vlm" in document.read_text("utf-8"):
+        needs("mlx_vlm")
+        request.getfixturevalue("beside_tiny_vlm")
     if '"smollm2"' in document.read_text("utf-8"):
         request.getfixturevalue("beside_smollm2")
     run(blocks(document), document, {"__name__": "document"})

@@ -9,6 +9,8 @@ from typing import Any
 import mlx.nn as nn
 
 from ..._words import described
+from .._loaders import VisionLoader, loader_of
+from .kinds import LINEAR, kind_of
 
 
 def find_keys(model: nn.Module, adapters: Mapping[str, nn.Module]) -> tuple[list[str], int]:
@@ -24,6 +26,9 @@ def find_keys(model: nn.Module, adapters: Mapping[str, nn.Module]) -> tuple[list
         ValueError: If mlx-lm would put adapters into other places as well, or if MLX does
             not see some of the adapters.
     """
+    if isinstance(loader_of(model), VisionLoader):  # mlx-vlm looks up whole paths
+        _check_linear(adapters)
+        return list(adapters), -1
     layers: Any = getattr(model, "layers", None)
     layers = layers if isinstance(layers, (list, tuple)) else ()
     _check_hidden(layers)
@@ -39,6 +44,17 @@ def find_keys(model: nn.Module, adapters: Mapping[str, nn.Module]) -> tuple[list
                 "well"
             )
     return list(adapters), len(layers)
+
+
+def _check_linear(adapters: Mapping[str, Any]) -> None:
+    for path, adapter in adapters.items():
+        kind = kind_of(adapter)
+        if kind is not None and kind.layers != LINEAR:
+            layer = type(adapter[kind.holds]).__name__
+            raise ValueError(
+                f"mlx-vlm puts adapters around linear layers only, not around the {layer} at "
+                f"{path!r}; leave it out"
+            )
 
 
 def _may_be_relative(model: nn.Module) -> bool:
