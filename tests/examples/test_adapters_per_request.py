@@ -46,6 +46,7 @@ def base(request) -> Any:
     model = zoo.build("qwen3").eval()
     if request.param == "quantized":
         nn.quantize(model, group_size=32, bits=4)
+    model.freeze()
     mx.eval(model.parameters())
     return model
 
@@ -204,7 +205,7 @@ def test_the_base_model_is_held_once(example, base, folders):
 
 def test_a_tied_embedding_is_switched_as_the_head_too(example, tmp_path):
     mx.random.seed(0)
-    model: Any = zoo.build("qwen3", tie_word_embeddings=True).eval()
+    model: Any = zoo.build("qwen3", tie_word_embeddings=True).eval().freeze()
     alone = copy.deepcopy(model)
     with swapped(model, "model.embed_tokens", lora(4)) as adapters:
         adapters["model.embed_tokens"]["lora_b"] = mx.random.normal((4, model.args.hidden_size))

@@ -56,6 +56,7 @@ def model(needs, tmp_path_factory) -> Any:
 @pytest.fixture
 def adapted_smollm2(model):
     """The model with adapters of two ranks; afterwards it has its own layers again."""
+    model.freeze()
     layers = select(model, [Q, V])
     replace_layers(model, {Q: lora(8), V: lora(4, 20.0)})
     yield model
