@@ -167,7 +167,7 @@ class Streams(RuleBasedStateMachine):
             error = fail()
             assert not block.manager.__exit__(fail, error, None)  # so the error goes on
         elif by_hand:
-            with pytest.raises(SelectionError, match="modified inside the block, and stays"):
+            with pytest.raises(SelectionError, match="modified inside the block and left"):
                 block.manager.__exit__(None, None, None)
         elif any(above.values()) or lost:
             what = "by a block that was entered after" if any(above.values()) else "no longer at"
