@@ -111,9 +111,14 @@ def _runs(choice: tuple[Any, ...]) -> Iterator[Choice]:
 
 
 def segments(path: str, *, numbers_are_indices: bool) -> list[Segment]:
-    """Split a path into segments; with ``slices`` every number in it is an index of a list."""
-    parts = path.split(".")
-    return [int(part) if numbers_are_indices and _INDEX.fullmatch(part) else part for part in parts]
+    """Split a path into segments; with ``numbers_are_indices``, each number is an index of a list.
+
+    The first segment is a key of the model, which is not a list.
+    """
+    first, *parts = path.split(".")
+    if not numbers_are_indices:
+        return [first, *parts]
+    return [first, *(int(part) if _INDEX.fullmatch(part) else part for part in parts)]
 
 
 def folded(paths: Iterable[str], *, numbers_are_indices: bool) -> list[str]:

@@ -548,6 +548,7 @@ def test_the_lines_about_saved_adapters_write_them_and_read_them(needs, tmp_path
     from mlx_modswap import lm
 
     names, others = names_for_pytorch(), names_for_pytorch()
+    names["model"].freeze()
     news: Any = replace_layers(
         names["model"], "**.q_proj", lambda path, layer: LoRALinear.from_base(layer, r=4)
     )

@@ -197,6 +197,8 @@ def other_layers(built: Outline, model: Outline, by: str = "mlx-lm") -> str:
 def _is_part(built: Outline, model: Outline) -> str:
     """Say which part of a built model a model is; ``""`` if it is not a part of it."""
     classes = model.classes[""]
+    if classes == built.classes[""]:
+        return ""
     paths = [path for path, others in built.classes.items() if path and others == classes]
     return f"the model is only the {_name(classes)} at {paths[0]!r}" if paths else ""
 

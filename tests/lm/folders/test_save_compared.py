@@ -197,8 +197,8 @@ def with_another_factor(model: Any) -> None:
         (
             with_another_factor,
             "mlx-lm would set args.rope_scaling of the model itself, model, model.layers[0:4] to "
-            "...8.0, 'original_max_position_embeddings': 16}..., but the model has "
-            "...4.0, 'original_max_position_embeddings': 16}...",
+            "...8.0, 'original_max_position_embeddings': 16, 'rope_type': 'l..., but the model has "
+            "...4.0, 'original_max_position_embeddings': 16, 'rope_type': 'l...",
         ),
     ],
 )
