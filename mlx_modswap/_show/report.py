@@ -114,7 +114,7 @@ class Replacement(Mapping[str, nn.Module]):
     * ``old_nbytes`` and ``new_nbytes``: The size of the arrays in bytes.
     * ``old_dtypes`` and ``new_dtypes``: A ``frozenset`` of :class:`mlx.core.Dtype`.
 
-    Only :mod:`mlx_modswap.lm` fills two more attributes. ``left`` is what was *not* done:
+    Only ``mlx_modswap.lm`` fills two more attributes. ``left`` is what was *not* done:
     a list with a named tuple for each reason, which are the last lines of the report. The
     fields are ``what`` (``"layers"``, ``"arrays"`` or ``"files"``), ``why``, ``count``,
     ``nbytes`` and ``pattern``, a tuple of patterns of these places. ``notes`` maps a path
