@@ -37,7 +37,7 @@ def load(folder: Path) -> Any:
     return load_model(folder)[0]
 
 
-def difference(one: mx.array, other: mx.array) -> float:
+def difference(one: mx.array, other: mx.array) -> Any:
     return mx.abs(one - other).max().item()
 
 
